@@ -1,0 +1,128 @@
+// Chooses among the instruction sets the CPU kernels were compiled for. Compiled with baseline flags only.
+//
+// A kernel is added here by its name in FFCL_DECLARE and one function at the end that forwards to it.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "goodness.h"
+#include "isa.h"
+#include "similarity.h"
+
+namespace ffcl {
+namespace {
+
+// avx2 stands for what every AVX2 processor has beside it (FMA, F16C, BMI2); avx512 for the Skylake server set.
+bool supported(Isa isa) {
+#ifdef FFCL_X86
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (isa == Isa::avx2) return avx2;
+  if (isa == Isa::avx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return isa == Isa::portable;
+}
+
+Isa choose() {
+  Isa best = Isa::portable;
+  for (Isa isa : {Isa::avx2, Isa::avx512})
+    if (supported(isa)) best = isa;
+  const char* wanted = std::getenv("FFCL_ISA");
+  if (!wanted || !*wanted) return best;
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+    if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
+    if (supported(isa)) return isa;
+    throw std::runtime_error(std::string("FFCL_ISA=") + wanted + ": this processor has " + isa_name(best) + " at best");
+  }
+  throw std::invalid_argument(std::string("FFCL_ISA must be portable, avx2 or avx512; got '") + wanted + "'");
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    default: return "portable";
+  }
+}
+
+Isa current_isa() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+// Each kernel exists once in the namespace of every instruction set, with the type of its declaration in ffcl.
+#define FFCL_DECLARE(isa)                                        \
+  namespace isa {                                                \
+  decltype(ffcl::similarity_forward) similarity_forward;         \
+  decltype(ffcl::similarity_backward) similarity_backward;       \
+  decltype(ffcl::siglip) siglip;                                 \
+  decltype(ffcl::goodness_forward) goodness_forward;             \
+  decltype(ffcl::goodness_backward) goodness_backward;           \
+  decltype(ffcl::pair_cosine_forward) pair_cosine_forward;       \
+  decltype(ffcl::pair_cosine_backward) pair_cosine_backward;     \
+  decltype(ffcl::pool_goodness_forward) pool_goodness_forward;   \
+  decltype(ffcl::pool_goodness_backward) pool_goodness_backward; \
+  }
+FFCL_DECLARE(portable)
+#ifdef FFCL_X86
+FFCL_DECLARE(avx2)
+FFCL_DECLARE(avx512)
+#define FFCL_DISPATCH(call)               \
+  switch (current_isa()) {                \
+    case Isa::avx512: return avx512::call; \
+    case Isa::avx2: return avx2::call;     \
+    default: return portable::call;        \
+  }
+#else
+#define FFCL_DISPATCH(call) return portable::call;
+#endif
+
+int similarity_forward(const Similarity& args, float* row_lse, float* col_lse, float* cache, int64_t cache_size) {
+  FFCL_DISPATCH(similarity_forward(args, row_lse, col_lse, cache, cache_size))
+}
+
+int similarity_backward(const Similarity& args, const float* row_lse, const float* col_lse, const float* row_grad,
+                        const float* col_grad, const float* cache, int64_t cache_size, float* dq, float* dk) {
+  FFCL_DISPATCH(
+      similarity_backward(args, row_lse, col_lse, row_grad, col_grad, cache, cache_size, dq, dk))
+}
+
+int siglip(const Similarity& args, float bias, bool positives, double* loss, double* dbias, float* dq, float* dk) {
+  FFCL_DISPATCH(siglip(args, bias, positives, loss, dbias, dq, dk))
+}
+
+int goodness_forward(const Activations& h, bool mean, double eps, float* goodness, void* out) {
+  FFCL_DISPATCH(goodness_forward(h, mean, eps, goodness, out))
+}
+
+int goodness_backward(const Activations& h, bool mean, double eps, const float* goodness, const float* grad_goodness,
+                      const void* grad_out, void* dh) {
+  FFCL_DISPATCH(goodness_backward(h, mean, eps, goodness, grad_goodness, grad_out, dh))
+}
+
+int pair_cosine_forward(const Activations& h1, const void* h2, int64_t h2_stride, const float* target, double margin,
+                        double scale, float* loss, float* coefficients, void* d1, void* d2) {
+  FFCL_DISPATCH(pair_cosine_forward(h1, h2, h2_stride, target, margin, scale, loss, coefficients, d1, d2))
+}
+
+int pair_cosine_backward(const Activations& h1, const void* h2, int64_t h2_stride, const float* coefficients,
+                         const float* grad, void* d1, void* d2) {
+  FFCL_DISPATCH(pair_cosine_backward(h1, h2, h2_stride, coefficients, grad, d1, d2))
+}
+
+int pool_goodness_forward(const Maps& h, bool mean, float* goodness, float* pooled) {
+  FFCL_DISPATCH(pool_goodness_forward(h, mean, goodness, pooled))
+}
+
+int pool_goodness_backward(const Maps& h, bool mean, const float* pooled, const float* grad_goodness,
+                           const float* grad_pooled, void* dh) {
+  FFCL_DISPATCH(pool_goodness_backward(h, mean, pooled, grad_goodness, grad_pooled, dh))
+}
+
+}  // namespace ffcl

@@ -1,0 +1,623 @@
+// Similarity kernels for the CPU: row and column log-sum-exp, their gradient, and SigLIP, by panels of S.
+//
+// S is visited in panels of at most 384 rows by 2304 columns. Each panel takes three steps, each split into tasks that
+// write disjoint memory, with a fixed order of every sum, so results do not depend on the number of threads:
+//   pack      float32 copies of the panel's rows and columns in the order the register tiles read them
+//   scores    register tiles of S, and on them, before they leave the registers, one exponential an element; the
+//             forward pass keeps row and column sums only, the backward pass writes the gradient panel G
+//   products  dq[rows] += G k[columns] and dk[columns]^T += q[rows]^T G, reading G (3.5 MB, in L3) twice
+// Bound by the multiply-add units: 1 unit of 2 N M D operations forward, 3 backward (half a unit and 1.5 for k = q,
+// where only panels on or above the diagonal exist). The exponential costs about 12 instructions against 2 D / VW.
+//
+// Exponentials are taken against one constant offset for the whole call wherever the norms of the rows bound S tightly
+// enough (see similarity.md), else against running maxima.
+
+#include "similarity.h"
+
+#include <cmath>
+
+#include "tile.h"
+
+namespace ffcl {
+namespace FFCL_ISA_NS {
+namespace {
+
+constexpr int64_t TILE_CHUNK = 256 / NR;        // column tiles in a scores task
+constexpr int64_t CACHE_HEADER = 16;            // mode, offset; then row sums and maxima, column ones, panels
+constexpr double LOG2E = 1.4426950408889634;
+constexpr double LN2 = 0.6931471805599453;
+constexpr float NOTHING = -1e30f;               // a maximum of nothing: finite, so that differences are defined
+
+// |S| log2(e) <= bound. Up to CERTAIN every sum against the offset bound - 64 is above 2^-110: no row is lost and its
+// inverse, times any gradient, is finite. Up to WORTH_TRYING rows are rarely lost and the sums tell: below SMALLEST_SUM
+// the terms lost to underflow could matter.
+constexpr double CERTAIN = 87, WORTH_TRYING = 200, SMALLEST_SUM = 0x1p-70;
+
+// Keeps the largest possible 2^(t - offset) near 2^64, so that sums over 2^32 terms are finite.
+int32_t offset_of(double bound) { return static_cast<int32_t>(std::lround(bound)) - 64; }
+
+struct Panel {
+  int64_t r0, rows, rows_padded;  // rows [r0, r0 + rows) of S; padded to whole tiles
+  int64_t c0, cols;               // columns [c0, c0 + cols)
+  int64_t tiles;                  // column tiles: cols / NR rounded up
+  int64_t first_tile;             // where they start in the packed columns
+  int64_t first_both;             // for k = q: tiles before this are on the diagonal block, whose mirror image is itself
+};
+
+class Engine {
+ public:
+  Engine(const Similarity& args, bool gradients)
+      : a(args),
+        self(!args.k),
+        cols(self ? args.rows : args.cols),
+        rb(row_block()),
+        cb(smaller(6 * (self ? rb : full_row_block()), self ? round_up(cols, rb) : round_up(cols, ROW_TASK))),
+        log2_scale(args.scale * LOG2E),
+        threads(args.rows * cols * args.dim < 200000 ? 1 : args.threads),
+        dim_mr(round_up(args.dim, MR)),
+        dim_nr(round_up(args.dim, NR)),
+        q_dims(rb * args.dim),
+        k_dims(cb * args.dim),
+        q_rows(gradients ? dim_mr * rb : 0),
+        k_rows(gradients ? dim_nr * cb : 0),
+        g(gradients ? rb * cb : 0),
+        dkt(gradients ? dim_mr * cb : 0),
+        row_ids(by_id() ? args.rows + ROW_TASK : 0),
+        col_ids(by_id() ? cols + ROW_TASK : 0) {
+    if (!by_id() || row_ids.failed || col_ids.failed) return;
+    narrow_ids(a.row_ids, a.rows, row_ids);
+    narrow_ids(self ? a.row_ids : a.col_ids, cols, col_ids);
+  }
+
+  bool failed() const {
+    return row_ids.failed || col_ids.failed || q_dims.failed || k_dims.failed || q_rows.failed || k_rows.failed || g.failed || dkt.failed;
+  }
+
+  const Similarity& a;
+  const bool self;
+  const int64_t cols;
+  const int64_t rb, cb;  // rows and columns of a full panel
+  const double log2_scale;  // S in units of log2, for exp2
+  const int threads;
+  const int64_t dim_mr, dim_nr;
+  Buffer<float> q_dims;  // [rb / MR][dim][MR]        A of the scores
+  Buffer<float> k_dims;  // [cb / NR][dim][NR]        B of the scores
+  Buffer<float> q_rows;  // [dim / MR][rows][MR]      A of dk^T
+  Buffer<float> k_rows;  // [dim / NR][cb][NR]        B of dq
+  Buffer<float> g;       // [cb / NR][rows][NR]       B of dk^T and, by broadcasts, A of dq
+  Buffer<float> dkt;     // [dim][cb]                 dk^T of the current columns
+  Buffer<int32_t> row_ids, col_ids;  // the low halves of the ids, to compare many at once
+  bool ids_exact = true;             // they are the whole ids
+
+  template <class Body, class End>
+  void for_each_panel(Body&& body, End&& columns_done) {
+    for (int64_t c0 = 0; c0 < cols; c0 += cb) {
+      const int64_t c1 = smaller(cols, c0 + cb);
+      pack_columns(c0, c1);
+      for (int64_t r0 = 0; r0 < (self ? c1 : a.rows); r0 += rb) {
+        Panel p;
+        p.r0 = r0;
+        p.rows = smaller(rb, a.rows - r0);
+        p.rows_padded = round_up(p.rows, MR);
+        p.c0 = self ? larger(c0, r0) : c0;
+        p.cols = c1 - p.c0;
+        p.tiles = (p.cols + NR - 1) / NR;
+        p.first_tile = (p.c0 - c0) / NR;
+        p.first_both = self && r0 >= c0 ? smaller(p.tiles, rb / NR) : 0;
+        body(p);
+      }
+      columns_done(c0, c1);
+    }
+  }
+
+  // Rows of a panel into q_dims for the scores, or q_rows for the gradient, or both.
+  void pack_rows(const Panel& p, bool scores, bool gradients) {
+    const int64_t groups = p.rows_padded / MR;
+    constexpr int64_t step = ROW_TASK / MR;
+    parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
+      for (int64_t t = task * step; t < smaller(groups, (task + 1) * step); ++t) {
+        by_type(a.q, p.r0 * a.q_stride, [&](auto type, auto* q) {
+          using T = decltype(type);
+          if (scores)
+            pack_group_by_dim<T>(q, a.q_stride, p.rows, a.dim, t * MR, MR, q_dims + t * MR * a.dim);
+          if (gradients)
+            for (int64_t i = t * MR; i < (t + 1) * MR; ++i)
+              pack_row_by_panel<T>(q, a.q_stride, p.rows, a.dim, i, MR, p.rows_padded * MR, q_rows);
+        });
+      }
+    });
+  }
+
+  template <class F>
+  void by_type(const void* x, int64_t offset, F&& f) const {
+    if (a.dtype == DType::float32)
+      f(Float32{}, static_cast<const float*>(x) + offset);
+    else if (a.dtype == DType::bfloat16)
+      f(BFloat16{}, static_cast<const uint16_t*>(x) + offset);
+    else
+      f(Float16{}, static_cast<const uint16_t*>(x) + offset);
+  }
+
+  const void* keys() const { return self ? a.q : a.k; }
+  int64_t key_stride() const { return self ? a.q_stride : a.k_stride; }
+
+  // Largest row norm of `x`; `finite` turns false where one is not finite.
+  double largest_norm(const void* x, int64_t n, int64_t stride, bool& finite) const {
+    const int64_t tasks = (n + ROW_TASK - 1) / ROW_TASK;
+    Buffer<float> part(tasks);
+    if (part.failed) return finite = false, 0.0;
+    parallel(tasks, threads, [&](int64_t task, int) {
+      float best = 0;
+      by_type(x, 0, [&](auto type, auto* rows) {
+        using T = decltype(type);
+        for (int64_t i = task * ROW_TASK; i < smaller(n, (task + 1) * ROW_TASK); ++i) {
+          const auto* row = rows + i * stride;
+          vf s0 = zero(), s1 = zero();
+          int64_t d = 0;
+          for (; d + 2 * VW <= a.dim; d += 2 * VW) {
+            const vf x0 = T::load_vector(row + d), x1 = T::load_vector(row + d + VW);
+            s0 += x0 * x0;
+            s1 += x1 * x1;
+          }
+          float s = sum(s0 + s1);
+          for (; d < a.dim; ++d) s += T::get(row + d) * T::get(row + d);
+          best = s <= best ? best : s;           // NaN goes in ...
+          if (!(s < __builtin_inff())) break;    // ... and stays
+        }
+      });
+      part[task] = best;
+    });
+    double best = 0;
+    for (int64_t i = 0; i < tasks; ++i) {
+      finite = finite && part[i] < __builtin_inff();
+      best = part[i] > best ? part[i] : best;
+    }
+    return std::sqrt(best);
+  }
+
+  // Upper bound of |S| log2(e), infinite where an input is not finite.
+  double bound() const {
+    bool finite = true;
+    const double q = largest_norm(a.q, a.rows, a.q_stride, finite);
+    const double k = self ? q : largest_norm(a.k, cols, a.k_stride, finite);
+    const double b = std::fabs(static_cast<double>(a.scale)) * LOG2E * q * k * 1.0001;
+    return finite && b < 1e30 ? b : static_cast<double>(__builtin_inf());
+  }
+
+  // Register tiles of `scale` q k^T for one panel, each handed to a copy of `epilogue` that its task owns.
+  template <class Epilogue>
+  void scores(const Panel& p, double scale, const Epilogue& epilogue) {
+    const vf factor = splat(static_cast<float>(scale));  // after the sum: it costs the products no bits
+    const int64_t col_tasks = (p.tiles + TILE_CHUNK - 1) / TILE_CHUNK;
+    const int64_t row_tasks = (p.rows_padded + ROW_TASK - 1) / ROW_TASK;
+    // Sums of 128 products, then sums of those: a fraction of the rounding error of one long sum, and the operands of a
+    // step (8 KB of B in AVX2's tiles) stay in L1.
+    constexpr int64_t depth = 128;
+    parallel(row_tasks * col_tasks, threads, [&](int64_t task, int) {
+      alignas(64) float partial[ROW_TASK * NR];
+      const int64_t rt = task / col_tasks, ct = task % col_tasks;
+      const int64_t first = rt * ROW_TASK, last = smaller(p.rows_padded, first + ROW_TASK);
+      Epilogue e(epilogue);
+      e.begin(p, rt, ct);
+      for (int64_t j = ct * TILE_CHUNK; j < smaller(p.tiles, (ct + 1) * TILE_CHUNK); ++j) {
+        e.begin_columns();
+        const float* b = k_dims + (p.first_tile + j) * NR * a.dim;
+        for (int64_t d = 0; d < a.dim; d += depth) {
+          const bool complete = d + depth >= a.dim;
+          for (int64_t i = first; i < last; i += MR) {
+            Tile t;
+            clear(t);
+            multiply<1, MR>(t, q_dims + i * a.dim + d * MR, b + d * NR, complete ? a.dim - d : depth);
+            if (d > 0) add_tile(t, partial + (i - first) * NR, NR);
+            if (!complete) {
+              store_tile(t, partial + (i - first) * NR, NR);
+              continue;
+            }
+            scale_tile(t, factor);
+            if (touches_mask(p, i, j)) mask(p, i, j, t);
+            e.tile(p, i, j, t);
+          }
+        }
+        e.end_columns(p, j);
+      }
+      e.end(p);
+    });
+  }
+
+  // G of a panel whose exponentials the forward pass kept.
+  void rescale(const Panel& p, const float* kept, const float* row, const float* col) {
+    parallel(p.tiles, threads, [&](int64_t j, int) {
+      const float* from = kept + j * p.rows_padded * NR;
+      float* to = g + j * p.rows_padded * NR;
+      const vf b0 = load(col + p.c0 + j * NR), b1 = load(col + p.c0 + j * NR + VW);
+      for (int64_t i = 0; i < p.rows_padded; ++i, from += NR, to += NR) {
+        const vf x = splat(row[p.r0 + i]);
+        store(to, load(from) * (x + b0));
+        store(to + VW, load(from + VW) * (x + b1));
+      }
+    });
+  }
+
+  // dq[rows] += G k and dk^T[columns] += q^T G for the panel in `g`.
+  void products(const Panel& p, float* dq, bool need_k) {
+    const int64_t row_tasks = dq ? (p.rows_padded + ROW_TASK - 1) / ROW_TASK : 0;
+    const int64_t first_both = self ? p.first_both : 0;
+    const int64_t both = need_k ? p.tiles - first_both : 0;
+    constexpr int64_t chunk = 128 / NR;
+    const int64_t col_tasks = (both + chunk - 1) / chunk;
+    parallel(row_tasks + col_tasks, threads, [&](int64_t task, int) {
+      if (task < row_tasks)
+        row_product(p, task * ROW_TASK, dq);
+      else
+        column_product(p, first_both + (task - row_tasks) * chunk,
+                       smaller(p.tiles, first_both + (task - row_tasks + 1) * chunk));
+    });
+  }
+
+  // dk of columns [c0, c1): transposed out of dkt; added for k = q, where dq has their other half.
+  void flush_columns(int64_t c0, int64_t c1, float* dk, bool add) {
+    constexpr int64_t block = 32;
+    parallel((c1 - c0 + block - 1) / block, threads, [&](int64_t task, int) {
+      for (int64_t d0 = 0; d0 < a.dim; d0 += block)
+        for (int64_t j = task * block; j < smaller(c1 - c0, (task + 1) * block); ++j) {
+          float* to = dk + (c0 + j) * a.dim;
+          for (int64_t d = d0; d < smaller(a.dim, d0 + block); ++d) {
+            const float x = dkt[d * cb + j];
+            to[d] = add ? to[d] + x : x;
+          }
+        }
+    });
+  }
+
+  void clear_columns() {
+    parallel(dim_mr, threads, [&](int64_t d, int) { memset(dkt + d * cb, 0, static_cast<size_t>(cb) * 4); });
+  }
+
+ private:
+  int64_t full_row_block() const { return a.dim <= 512 ? 384 : a.dim <= 1024 ? 192 : ROW_TASK; }
+  int64_t row_block() const {
+    // Half of each block on the diagonal is computed for nothing, so k = q has eight blocks a side at least.
+    return smaller(full_row_block(), larger(ROW_TASK, round_up(self ? a.rows / 8 : a.rows, ROW_TASK)));
+  }
+
+  void pack_columns(int64_t c0, int64_t c1) {
+    const int64_t n = c1 - c0, groups = (n + NR - 1) / NR;
+    constexpr int64_t step = ROW_TASK / NR;
+    parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
+      for (int64_t t = task * step; t < smaller(groups, (task + 1) * step); ++t)
+        by_type(keys(), c0 * key_stride(), [&](auto type, auto* k) {
+          using T = decltype(type);
+          pack_group_by_dim<T>(k, key_stride(), n, a.dim, t * NR, NR, k_dims + t * NR * a.dim);
+          if (k_rows.data)
+            for (int64_t j = t * NR; j < (t + 1) * NR; ++j)
+              pack_row_by_panel<T>(k, key_stride(), n, a.dim, j, NR, cb * NR, k_rows);
+        });
+    });
+  }
+
+  // dq rows [first, first + ROW_TASK) of the panel. G's tiles are read by broadcast, 64 bytes of a row at a time.
+  void row_product(const Panel& p, int64_t first, float* dq) {
+    constexpr int64_t depth = 256;
+    const int64_t last = smaller(p.rows_padded, first + ROW_TASK), tiles_a_step = depth / NR;
+    for (int64_t j0 = 0; j0 < p.tiles; j0 += tiles_a_step)
+      for (int64_t d = 0; d < a.dim; d += NR)
+        for (int64_t i = first; i < last; i += MR) {
+          Tile t;
+          clear(t);
+          const float* b = k_rows + d * cb + (p.first_tile + j0) * NR * NR;
+          for (int64_t j = j0; j < smaller(p.tiles, j0 + tiles_a_step); ++j, b += NR * NR)
+            multiply<NR, 1>(t, g + (j * p.rows_padded + i) * NR, b, NR);
+          add_rows(t, dq + (p.r0 + i) * a.dim + d, p.rows - i, a.dim - d);
+        }
+  }
+
+  void add_rows(const Tile& t, float* to, int64_t rows, int64_t dims) {
+    if (rows >= MR && dims >= NR) {
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r)
+        for (int h = 0; h < 2; ++h) store(to + r * a.dim + h * VW, load(to + r * a.dim + h * VW) + t.x[r][h]);
+      return;
+    }
+    alignas(64) float x[MR * NR];
+    store_tile(t, x, NR);
+    for (int64_t r = 0; r < smaller(rows, MR); ++r)
+      for (int64_t d = 0; d < smaller(dims, NR); ++d) to[r * a.dim + d] += x[r * NR + d];
+  }
+
+  // dk^T of column tiles [j0, j1), 192 dimensions at a time so that q_rows' part stays in L2.
+  void column_product(const Panel& p, int64_t j0, int64_t j1) {
+    constexpr int64_t depth = 256, dims = 192;
+    for (int64_t d0 = 0; d0 < dim_mr; d0 += dims)
+      for (int64_t j = j0; j < j1; ++j)
+        for (int64_t i = 0; i < p.rows_padded; i += depth)
+          for (int64_t d = d0; d < smaller(dim_mr, d0 + dims); d += MR) {
+            float* c = dkt + d * cb + (p.first_tile + j) * NR;
+            Tile t;
+            load_tile(t, c, cb);
+            multiply<1, MR>(t, q_rows + d * p.rows_padded + i * MR, g + (j * p.rows_padded + i) * NR,
+                            smaller(depth, p.rows_padded - i));
+            store_tile(t, c, cb);
+          }
+  }
+
+  bool by_id() const { return a.exclude != Exclude::none && a.exclude != Exclude::diagonal; }
+
+  void narrow_ids(const int64_t* ids, int64_t n, int32_t* out) {
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = static_cast<int32_t>(ids[i]);
+      ids_exact = ids_exact && out[i] == ids[i];
+    }
+    for (int64_t i = n; i < n + ROW_TASK; ++i) out[i] = 0;
+  }
+
+  bool touches_mask(const Panel& p, int64_t i, int64_t j) const {
+    if (i + MR > p.rows || (j + 1) * NR > p.cols) return true;
+    if (a.exclude == Exclude::none) return false;
+    if (a.exclude == Exclude::diagonal) return crosses_diagonal(p, i, j);
+    if (a.exclude == Exclude::different_id) return true;
+    const int32_t* col = col_ids + p.c0 + j * NR;
+    const vi c0 = load_int(col), c1 = load_int(col + VW);
+    vi equal = vi{};
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const vi row = vi{} + row_ids[p.r0 + i + r];
+      equal |= (c0 == row) | (c1 == row);
+    }
+    return any(equal);
+  }
+
+  // -inf at the pairs left out and beyond the edges.
+  void mask(const Panel& p, int64_t i0, int64_t j0, Tile& t) const {
+    const bool inside = i0 + MR <= p.rows && (j0 + 1) * NR <= p.cols;
+    const bool vectors = by_id() && ids_exact && !(a.exclude == Exclude::same_id_off_diagonal && crosses_diagonal(p, i0, j0));
+    if (!inside || !vectors) return mask_by_element(p, i0, j0, t);
+    const vf out = splat(-__builtin_inff());
+    const int32_t* col = col_ids + p.c0 + j0 * NR;
+    for (int r = 0; r < MR; ++r)
+      for (int h = 0; h < 2; ++h) {
+        const vi equal = load_int(col + h * VW) == vi{} + row_ids[p.r0 + i0 + r];
+        t.x[r][h] = (a.exclude == Exclude::different_id ? ~equal : equal) ? out : t.x[r][h];
+      }
+  }
+
+  void mask_by_element(const Panel& p, int64_t i0, int64_t j0, Tile& t) const {
+    alignas(64) float x[MR * NR];
+    store_tile(t, x, NR);
+    const int64_t* ids = self ? a.row_ids : a.col_ids;
+    for (int64_t r = 0; r < MR; ++r)
+      for (int64_t c = 0; c < NR; ++c) {
+        const int64_t i = p.r0 + i0 + r, j = p.c0 + j0 * NR + c;
+        bool out = i0 + r >= p.rows || j0 * NR + c >= p.cols;
+        if (!out && a.exclude == Exclude::diagonal) out = i == j;
+        if (!out && a.exclude == Exclude::same_id) out = a.row_ids[i] == ids[j];
+        if (!out && a.exclude == Exclude::same_id_off_diagonal) out = i != j && a.row_ids[i] == ids[j];
+        if (!out && a.exclude == Exclude::different_id) out = a.row_ids[i] != ids[j];
+        if (out) x[r * NR + c] = -__builtin_inff();
+      }
+    load_tile(t, x, NR);
+  }
+
+ public:
+  static bool crosses_diagonal(const Panel& p, int64_t i, int64_t j) {
+    const int64_t row = p.r0 + i, col = p.c0 + j * NR;
+    return row < col + NR && col < row + MR;
+  }
+};
+
+#include "similarity_epilogues.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Running sums of 2^(t - max) for N rows and M columns; the maximum is a constant where `max` holds one value.
+struct Normalizers {
+  Buffer<double> sum, max;
+  int64_t count;
+  Normalizers(int64_t n, bool online) : sum(n), max(online ? n : 0), count(n) {
+    if (failed()) return;
+    for (int64_t i = 0; i < n; ++i) sum[i] = 0;
+    for (int64_t i = 0; max.data && i < n; ++i) max[i] = NOTHING;
+  }
+  bool failed() const { return sum.failed || max.failed; }
+
+  void add(int64_t first, int64_t n, const float* sums, const float* maxima) {
+    if (!max.data) {
+      for (int64_t i = 0; i < n; ++i) sum[first + i] += sums[i];
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      double &m = max[first + i], &s = sum[first + i];
+      const double other = maxima[i], larger_max = m > other ? m : other;
+      s = s * std::exp2(m - larger_max) + sums[i] * std::exp2(other - larger_max);
+      m = larger_max;
+    }
+  }
+  double smallest() const {
+    double least = __builtin_inf();
+    for (int64_t i = 0; i < count; ++i) least = sum[i] < least ? sum[i] : least;
+    return least;
+  }
+  void keep(float* cache) const {
+    for (int64_t i = 0; i < count; ++i) {
+      cache[i] = static_cast<float>(sum[i]);
+      cache[count + i] = max.data ? static_cast<float>(max[i]) : 0;
+    }
+  }
+  void write(double offset, float* lse) const {
+    for (int64_t i = 0; i < count; ++i)
+      lse[i] = static_cast<float>(LN2 * ((max.data ? max[i] : offset) + std::log2(sum[i])));
+  }
+};
+
+// One pass over S into `rows` and, if `both`, `cols`; against `offset`, or running maxima where it is null.
+int accumulate(Engine& e, bool both, const int32_t* offset, Normalizers& rows, Normalizers* cols, float* panels,
+               int64_t capacity) {
+  const bool online = !offset;
+  const int64_t chunks = e.cb / (TILE_CHUNK * NR) + 1, row_tasks = e.rb / ROW_TASK;
+  Buffer<float> row_sum(chunks * e.rb), row_max(online ? chunks * e.rb : 0);
+  Buffer<float> col_sum(row_tasks * e.cb), col_max(online ? row_tasks * e.cb : 0);
+  if (row_sum.failed || row_max.failed || col_sum.failed || col_max.failed) return out_of_memory;
+  Partials parts{row_sum, row_max, col_sum, col_max, e.rb, e.cb};
+  int64_t used = 0;
+  e.for_each_panel(
+      [&](const Panel& p) {
+        e.pack_rows(p, true, false);
+        const int64_t size = p.tiles * NR * p.rows_padded;
+        float* keep = panels && used + size <= capacity ? panels + used : nullptr;
+        if (keep) used += size;
+        if (online)
+          e.scores(p, e.log2_scale, OnlineSums(parts));
+        else if (keep)
+          e.scores(p, e.log2_scale, ConstantSums<true>(parts, *offset, keep));
+        else
+          e.scores(p, e.log2_scale, ConstantSums<false>(parts, *offset, nullptr));
+        const int64_t col_tasks = (p.tiles + TILE_CHUNK - 1) / TILE_CHUNK;
+        for (int64_t t = 0; t < col_tasks; ++t) rows.add(p.r0, p.rows, row_sum + t * e.rb, online ? row_max + t * e.rb : nullptr);
+        const int64_t skip = p.first_both * NR;
+        if ((both || e.self) && skip < p.cols)
+          for (int64_t t = 0; t < (p.rows_padded + ROW_TASK - 1) / ROW_TASK; ++t)
+            (e.self ? rows : *cols)
+                .add(p.c0 + skip, p.cols - skip, col_sum + t * e.cb + skip,
+                     online ? col_max + t * e.cb + skip : nullptr);
+      },
+      [](int64_t, int64_t) {});
+  return ok;
+}
+
+}  // namespace
+
+int similarity_forward(const Similarity& args, float* row_lse, float* col_lse, float* cache, int64_t cache_size) {
+  Engine e(args, false);
+  if (e.failed()) return out_of_memory;
+  const bool both = col_lse && !e.self;
+  const int64_t header = CACHE_HEADER + 2 * (args.rows + (e.self ? 0 : e.cols));
+  if (cache && cache_size < header) return bad_argument;
+  float* panels = cache ? cache + header : nullptr;
+  const int64_t capacity = cache_size - header;
+  const double bound = e.bound();
+  const auto finish = [&](const Normalizers& rows, const Normalizers& cols, int32_t offset) {
+    rows.write(offset, row_lse);
+    if (both) cols.write(offset, col_lse);
+    if (!cache) return ok;
+    cache[0] = rows.max.data ? 0 : 1;
+    cache[1] = static_cast<float>(offset);
+    rows.keep(cache + CACHE_HEADER);
+    if (both) cols.keep(cache + CACHE_HEADER + 2 * args.rows);
+    return ok;
+  };
+  if (bound <= WORTH_TRYING) {
+    const int32_t offset = offset_of(bound);
+    Normalizers rows(args.rows, false), cols(both ? e.cols : 0, false);
+    if (rows.failed() || cols.failed()) return out_of_memory;
+    if (int status = accumulate(e, both, &offset, rows, &cols, panels, capacity)) return status;
+    if (bound <= CERTAIN || (rows.smallest() >= SMALLEST_SUM && (!both || cols.smallest() >= SMALLEST_SUM)))
+      return finish(rows, cols, offset);
+  }
+  Normalizers rows(args.rows, true), cols(both ? e.cols : 0, true);
+  if (rows.failed() || cols.failed()) return out_of_memory;
+  if (int status = accumulate(e, both, nullptr, rows, &cols, nullptr, 0)) return status;
+  return finish(rows, cols, 0);
+}
+
+int similarity_backward(const Similarity& args, const float* row_lse, const float* col_lse, const float* row_grad,
+                        const float* col_grad, const float* cache, int64_t cache_size, float* dq, float* dk) {
+  Engine e(args, true);
+  const bool columns = col_grad && !e.self;
+  const int64_t padded_rows = args.rows + ROW_TASK, padded_cols = e.self ? 0 : e.cols + ROW_TASK;
+  Buffer<float> row_factor(padded_rows), row_shift(padded_rows), col_factor(padded_cols), col_shift(padded_cols);
+  if (e.failed() || row_factor.failed || row_shift.failed || col_factor.failed || col_shift.failed)
+    return out_of_memory;
+
+  // The forward pass left its choice in the cache; without one, any row that the constant offset could lose, or that
+  // has no pair at all, takes the general form.
+  bool constant;
+  int32_t offset = 0;
+  if (cache) {
+    constant = cache[0] == 1;
+    offset = static_cast<int32_t>(cache[1]);
+  } else {
+    const double bound = e.bound();
+    constant = bound <= WORTH_TRYING;
+    if (constant) offset = offset_of(bound);
+    for (int64_t i = 0; constant && i < args.rows; ++i) constant = row_lse[i] * LOG2E - offset >= -100;
+    for (int64_t j = 0; constant && columns && j < e.cols; ++j) constant = col_lse[j] * LOG2E - offset >= -100;
+  }
+  // grad / sum, to go with 2^(t - shift), where shift is the constant offset or the row's own maximum.
+  const auto factors = [&](int64_t n, const float* grad, const float* lse, const float* kept, float* factor,
+                           float* shift, int64_t padded) {
+    for (int64_t i = 0; i < n; ++i) {
+      const double u = static_cast<double>(grad[i]) * args.scale;
+      const bool empty = lse[i] == -__builtin_inff();
+      shift[i] = constant || empty ? 0 : kept ? kept[n + i] : static_cast<float>(lse[i] * LOG2E);
+      const double sum = kept ? kept[i] : constant ? std::exp2(lse[i] * LOG2E - offset) : 1.0;
+      factor[i] = empty ? 0 : static_cast<float>(u / sum);
+    }
+    for (int64_t i = n; i < padded; ++i) factor[i] = shift[i] = 0;
+  };
+  const float* kept = cache ? cache + CACHE_HEADER : nullptr;
+  factors(args.rows, row_grad, row_lse, kept, row_factor, row_shift, padded_rows);
+  if (columns)
+    factors(e.cols, col_grad, col_lse, kept ? kept + 2 * args.rows : nullptr, col_factor, col_shift, padded_cols);
+  else
+    for (int64_t j = 0; j < padded_cols; ++j) col_factor[j] = col_shift[j] = 0;
+  const Factors f{row_factor, row_shift, e.self ? row_factor : col_factor, e.self ? row_shift : col_shift,
+                  offset, e.g};
+
+  const int64_t header = CACHE_HEADER + 2 * (args.rows + (e.self ? 0 : e.cols));
+  if (cache && cache_size < header) return bad_argument;
+  const float* panels = cache && constant ? cache + header : nullptr;
+  const int64_t capacity = cache_size - header;
+  int64_t used = 0;
+  if (dq) memset(dq, 0, static_cast<size_t>(args.rows * args.dim) * 4);
+  const bool need_k = dk || e.self;
+  if (need_k) e.clear_columns();
+  e.for_each_panel(
+      [&](const Panel& p) {
+        const int64_t size = p.tiles * NR * p.rows_padded;
+        const bool stored = panels && used + size <= capacity;
+        e.pack_rows(p, !stored, need_k);
+        if (stored)
+          e.rescale(p, panels + used, f.row, f.col), used += size;
+        else if (constant)
+          e.scores(p, e.log2_scale, ConstantGradient(f));
+        else
+          e.scores(p, e.log2_scale, GeneralGradient(f));
+        e.products(p, dq, need_k);
+      },
+      [&](int64_t c0, int64_t c1) {
+        if (!need_k) return;
+        e.flush_columns(c0, c1, e.self ? dq : dk, e.self);
+        if (c1 < e.cols) e.clear_columns();
+      });
+  return ok;
+}
+
+int siglip(const Similarity& args, float bias, bool positives, double* loss, double* dbias, float* dq, float* dk) {
+  const bool gradients = dq || dk;
+  Engine e(args, gradients);
+  const int64_t chunks = e.cb / (TILE_CHUNK * NR) + 1;
+  Buffer<double> loss_part(e.rb / ROW_TASK * chunks), bias_part(e.rb / ROW_TASK * chunks);
+  if (e.failed() || loss_part.failed || bias_part.failed) return out_of_memory;
+  *loss = *dbias = 0;
+  if (dq) memset(dq, 0, static_cast<size_t>(args.rows * args.dim) * 4);
+  if (dk) e.clear_columns();
+  e.for_each_panel(
+      [&](const Panel& p) {
+        e.pack_rows(p, true, dk != nullptr);
+        e.scores(p, args.scale, SigmoidLoss(bias, args.scale, positives ? smaller(args.rows, e.cols) : 0, loss_part, bias_part, chunks, gradients ? e.g.data : nullptr));
+        for (int64_t r = 0; r < (p.rows_padded + ROW_TASK - 1) / ROW_TASK; ++r)
+          for (int64_t c = 0; c < (p.tiles + TILE_CHUNK - 1) / TILE_CHUNK; ++c) {
+            *loss += loss_part[r * chunks + c];
+            *dbias += bias_part[r * chunks + c];
+          }
+        if (gradients) e.products(p, dq, dk != nullptr);
+      },
+      [&](int64_t c0, int64_t c1) {
+        if (!dk) return;
+        e.flush_columns(c0, c1, dk, false);
+        if (c1 < e.cols) e.clear_columns();
+      });
+  return ok;
+}
+
+}  // namespace FFCL_ISA_NS
+}  // namespace ffcl
