@@ -1,0 +1,43 @@
+"""CPU tensors: the C++ kernels of csrc/, and plain PyTorch over row panels where they were not built."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .goodness import (
+    goodness_backward,
+    goodness_forward,
+    goodness_many,
+    goodness_many_backward,
+    linear_goodness,
+    pair_cosine_backward,
+    pair_cosine_forward,
+    pool_goodness_backward,
+    pool_goodness_forward,
+    scale_,
+)
+from .similarity import cache_size, siglip, similarity_backward, similarity_forward
+
+__all__ = [
+    "cache_size",
+    "goodness_backward",
+    "goodness_forward",
+    "goodness_many",
+    "goodness_many_backward",
+    "linear_goodness",
+    "pair_cosine_backward",
+    "pair_cosine_forward",
+    "pool_goodness_backward",
+    "pool_goodness_forward",
+    "scale_",
+    "siglip",
+    "similarity_backward",
+    "similarity_forward",
+]
+
+
+def unavailable(op: str, x: Tensor) -> str | None:
+    """Why ``op`` cannot run for tensors like ``x``, or None."""
+    if x.device.type != "cpu":
+        return "it takes CPU tensors only"
+    return None if op in globals() else "the CPU backend has no such operator"

@@ -1,0 +1,360 @@
+"""The primitive under every contrastive loss: normalisers of S = scale q k^T without S, and their gradients.
+
+The mathematics is shared/design/similarity.md's: with u, v the gradients of the row and column normalisers,
+G_ij = u_i exp(S_ij - row_lse_i) + v_j exp(S_ij - col_lse_j), dq = scale G k, dk = scale G^T q and
+dscale = <q, dq> / scale (half of it where k is q).
+Everything else here is O((N + M) D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import ops
+from . import _checks
+
+EXCLUDE = {
+    None: ops.EXCLUDE_NONE,
+    "diagonal": ops.EXCLUDE_DIAGONAL,
+    "same_id": ops.EXCLUDE_SAME_ID,
+    "same_id_off_diagonal": ops.EXCLUDE_SAME_ID_OFF_DIAGONAL,
+    "different_id": ops.EXCLUDE_DIFFERENT_ID,
+}
+_WITHOUT_IDS = (ops.EXCLUDE_NONE, ops.EXCLUDE_DIAGONAL)
+
+# Where the positive of row i is, for `contrast`.
+KEYS = 0  # k_i
+STACKED = 1  # q holds two views one after the other: rows i and i + N/2 belong together
+INTERLEAVED = 2  # rows 2i and 2i + 1 belong together
+
+_CHUNK = 1 << 20  # elements of a row-wise product kept at once: 4 MiB of float32
+_SMALLEST_SCALE = 2.0**-40
+_SOFTPLUS_THRESHOLD = 50.0  # beyond it softplus(x) = x to double precision; torch's default of 20 errs by 1e-10
+
+
+def similarity_lse(
+    q: Tensor,
+    k: Tensor | None,
+    scale: float | Tensor,
+    *,
+    normalize: bool = False,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    exclude: str | None = None,
+    both: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """``logsumexp`` of S = scale q k^T over columns and over rows from one pass, S never stored.
+
+    Differentiable once in ``q``, ``k`` and ``scale``. Under autocast ``q`` and ``k`` are cast to autocast's dtype, as a
+    matrix product would; without it they are used in the dtype they have. Sums are float32, or float64 for float64.
+
+    Args:
+        q: (N, D) queries, float16, bfloat16, float32 or float64.
+        k: (M, D) keys of the same dtype. None, or ``q`` itself, means self-similarity: half the work, S is symmetric.
+        scale: the inverse temperature, a number or a one-element tensor that may require a gradient.
+        normalize: replace each row x by x / max(|x|, 1e-12) first.
+        row_ids: (N,) integers, for ``exclude``.
+        col_ids: (M,) integers; for self-similarity they are ``row_ids``.
+        exclude: the pairs (i, j) left out of the sums. None; ``"diagonal"``: i == j; ``"same_id"``:
+            row_ids[i] == col_ids[j]; ``"same_id_off_diagonal"``: those, but (i, i) stays; ``"different_id"``:
+            row_ids[i] != col_ids[j].
+        both: compute the column sums too.
+        backend: one of :data:`ffcl_fast.backends.NAMES`.
+
+    Returns:
+        row_lse (N,) and col_lse (M,), or None instead of col_lse where ``both`` is false. For self-similarity both are
+        the same tensor. A row or column with every pair left out has -inf and no gradient.
+
+    Raises:
+        TypeError: a dtype that is not supported or not the same.
+        ValueError: a shape, device, id vector or name that does not fit.
+    """
+    _checks.embeddings("q", q)
+    _checks.backend(backend)
+    if exclude not in EXCLUDE:
+        raise ValueError(f"exclude must be one of {', '.join(map(repr, EXCLUDE))}; got {exclude!r}")
+    same = k is None or (k is q and (col_ids is None or col_ids is row_ids))
+    if same:
+        if col_ids is not None and col_ids is not row_ids:
+            raise ValueError("col_ids must be left out for self-similarity (k is None): they are row_ids")
+        k = None
+    else:
+        _checks.embeddings("k", k)
+        _checks.alike("k", k, "q", q)
+    mode = EXCLUDE[exclude]
+    row_ids = _checks.ids("row_ids", row_ids, q.shape[0], q.device)
+    col_ids = None if k is None else _checks.ids("col_ids", col_ids, k.shape[0], q.device)
+    if mode in _WITHOUT_IDS:
+        if row_ids is not None or col_ids is not None:
+            raise ValueError(f"row_ids and col_ids have no effect with exclude={exclude!r}")
+    elif row_ids is None or (k is not None and col_ids is None):
+        raise ValueError(f"exclude={exclude!r} needs row_ids, and col_ids where k is another tensor than q")
+    scale = _checks.scalar("scale", scale, q)
+    q = prepare(q, normalize)
+    k = None if k is None else prepare(k, normalize)
+    row_lse, col_lse = raw_lse(q, k, scale, row_ids, col_ids, mode, both, backend)
+    return row_lse, (row_lse if k is None else col_lse) if both else None
+
+
+def prepare(x: Tensor, normalize: bool) -> Tensor:
+    """``x`` in the dtype that products run in, its rows (last dimension) of unit length if ``normalize``."""
+    dtype = _checks.compute_dtype(x)
+    return normalized(x, dtype) if normalize else x.to(dtype)
+
+
+def normalized(x: Tensor, dtype: torch.dtype, eps: float = 1e-12) -> Tensor:
+    """x / max(|x|, eps) along the last dimension, computed in the accumulator dtype, as ``dtype``."""
+    return _Normalize.apply(x, eps, dtype)
+
+
+def raw_lse(q, k, scale, row_ids, col_ids, exclude: int, both: bool, backend: str) -> tuple[Tensor, Tensor | None]:
+    """:func:`similarity_lse` without checks; ``exclude`` is one of ops.EXCLUDE_*, the second result None if k is."""
+    both = both and k is not None
+    k, col_ids = _apart(k, q), _apart(col_ids, row_ids)
+    out = _SimilarityLSE.apply(q, k, scale, row_ids, col_ids, exclude, both, _grad_wanted(q, k, scale), backend)
+    return out if both else (out, None)
+
+
+def contrast(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    *,
+    positive: Tensor | None = None,
+    pairing: int = KEYS,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    exclude: int = ops.EXCLUDE_NONE,
+    both: bool = False,
+    decoupled: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of each row's positive against its negatives; (N,) in the accumulator dtype. No checks.
+
+    ``exclude`` must leave the positives out of S. With p_i the positive logit and lse_i the normaliser of the
+    negatives, row i has softplus(lse_i - p_i) = -log(exp p_i / (exp p_i + exp lse_i)): no normaliser that holds the
+    positive is rounded before the subtraction, so the loss and its gradient stay accurate where they are small.
+
+    Args:
+        q, k: (N, D) and (M, D) of one dtype, or k None for q itself (``pairing`` STACKED or INTERLEAVED then).
+        scale: 0-dim, accumulator dtype.
+        positive: (N, D) positives; None: where ``pairing`` says.
+        both: add the same loss of the columns, whose positives are the rows (N == M).
+        decoupled: lse_i - p_i, the positive left out of the normaliser (DCL, Yeh et al. 2022); 0 without negatives.
+    """
+    save = _grad_wanted(q, k, positive, scale)
+    k, positive, col_ids = _apart(k, q), _apart(positive, q, k), _apart(col_ids, row_ids)
+    return _Contrast.apply(q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend)
+
+
+def sigmoid_loss(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor, positives: bool, backend: str) -> Tensor:
+    """SigLIP's loss summed over all pairs, () in the accumulator dtype; see ``siglip`` in :mod:`ffcl_fast.ops`."""
+    k, bias = _apart(k, q), _apart(bias, scale)
+    return _SigLip.apply(q, k, scale, bias, positives, _grad_wanted(q, k, scale, bias), backend)
+
+
+def _grad_wanted(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """<a_i, b_i> in the accumulator dtype; (N,). The products kept at once are bounded."""
+    acc = ops.accumulator_dtype(a)
+    if torch.compiler.is_compiling() or a.numel() <= _CHUNK:
+        return (a.to(acc) * b).sum(1)
+    rows = max(1, _CHUNK // a.shape[1])
+    return torch.cat([(x.to(acc) * y).sum(1) for x, y in zip(a.split(rows), b.split(rows), strict=True)])
+
+
+def _scale_grad(q: Tensor, k: Tensor | None, dq: Tensor, scale: Tensor) -> Tensor:
+    """<dS, S> / scale from the gradient of ``q``; in self-similarity q takes the part of both sides of each product."""
+    total = row_dot(q, dq).sum() / scale
+    return total / 2 if k is None else total
+
+
+def _away_from_zero(scale: Tensor) -> Tensor:
+    """``scale``, or 2^-40 where it is smaller: dscale = <q, dq> / scale then holds at 0 too and is not 0 / 0."""
+    return torch.where(scale.abs() < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("ffcl_fast's losses can be differentiated once: there is no second derivative")
+
+
+def _differentiable_once(backward: Callable) -> Callable:
+    """As ``once_differentiable``, which lets gradients pass for constants where the incoming one is a constant."""
+    once = once_differentiable(backward)
+
+    def wrapper(ctx, *grads):
+        outputs = once(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return outputs
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(None if x is None else _Refuse.apply(x.detach().requires_grad_()) for x in outputs)
+
+    return wrapper
+
+
+def _apart(x: Tensor | None, *others: Tensor | None) -> Tensor | None:
+    """``x``, as a view of its own where it is one of ``others``: torch.compile refuses the same input twice."""
+    return x.view_as(x) if x is not None and any(x is other for other in others) else x
+
+
+class _Normalize(torch.autograd.Function):
+    """z = x / max(|x|, eps) along the last dimension, with dx = (dz - z <z, dz>) / |x|."""
+
+    @staticmethod
+    def forward(ctx, x, eps, dtype):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=ops.accumulator_dtype(x)).clamp_min(eps)
+        z = (x / norm).to(dtype)
+        ctx.save_for_backward(z, norm)
+        ctx.eps, ctx.dtype = eps, x.dtype
+        return z
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx, dz):
+        z, norm = ctx.saved_tensors
+        # A row shorter than eps was divided by a constant: no projection.
+        inner = (z.to(norm.dtype) * dz).sum(-1, keepdim=True).mul_(norm > ctx.eps)
+        return torch.addcmul(dz, z, inner, value=-1.0).div_(norm).to(ctx.dtype), None, None
+
+
+class _SimilarityLSE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, scale, row_ids, col_ids, exclude, both, save, backend):
+        if ctx.needs_input_grad[2]:
+            scale = _away_from_zero(scale)
+        row_lse, col_lse, cache = torch.ops.ffcl_fast.similarity_forward.default(
+            q, k, scale, row_ids, col_ids, exclude, both, save, backend
+        )
+        ctx.save_for_backward(q, k, scale, row_ids, col_ids, row_lse, col_lse, cache)
+        ctx.exclude, ctx.backend = exclude, backend
+        return (row_lse, col_lse) if both else row_lse
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx, row_grad, col_grad=None):
+        q, k, scale, row_ids, col_ids, row_lse, col_lse, cache = ctx.saved_tensors
+        need_q, need_k, need_scale = ctx.needs_input_grad[:3]
+        dq, dk = torch.ops.ffcl_fast.similarity_backward.default(
+            q, k, scale, row_ids, col_ids, ctx.exclude, row_lse, col_lse, row_grad.contiguous(),
+            row_lse.new_empty(0) if col_grad is None else col_grad.contiguous(), cache,
+            need_q or need_scale, need_k, ctx.backend,
+        )  # fmt: skip
+        dscale = _scale_grad(q, k, dq, scale) if need_scale else None
+        return (dq if need_q else None, dk if need_k else None, dscale, *(None,) * 6)
+
+
+class _Contrast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend):
+        if ctx.needs_input_grad[3]:
+            scale = _away_from_zero(scale)
+        row_lse, col_lse, cache = torch.ops.ffcl_fast.similarity_forward.default(
+            q, k, scale, row_ids, col_ids, exclude, both, save, backend
+        )
+        logit = _positive_dot(q, k, positive, pairing) * scale
+        # An infinite logit is an overflow of the inputs: NaN, as in a softmax, and not a loss of 0.
+        odds = torch.add(row_lse - logit, logit, alpha=0.0)
+        col_odds = col_lse - logit if both else None
+        ctx.save_for_backward(q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, logit, odds, col_odds)
+        ctx.exclude, ctx.pairing, ctx.decoupled, ctx.backend = exclude, pairing, decoupled, backend
+        loss = _odds_loss(odds, decoupled)
+        return loss + _odds_loss(col_odds, decoupled) if both else loss
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx, grad):
+        q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, logit, odds, col_odds = ctx.saved_tensors
+        need_q, need_k, need_positive, need_scale = ctx.needs_input_grad[:4]
+        row_grad = _odds_grad(grad, odds, ctx.decoupled)
+        col_grad = _odds_grad(grad, col_odds, ctx.decoupled) if col_odds is not None else None
+        dq, dk = torch.ops.ffcl_fast.similarity_backward.default(
+            q, k, scale, row_ids, col_ids, ctx.exclude, row_lse, col_lse, row_grad,
+            row_lse.new_empty(0) if col_grad is None else col_grad, cache,
+            need_q or need_scale, need_k, ctx.backend,
+        )  # fmt: skip
+        # What the positive logits get: the opposite of their rows' (and columns') share.
+        share = row_grad if col_grad is None else row_grad + col_grad
+        weight = share * -scale
+        dscale = _scale_grad(q, k, dq, scale) - (share * logit).sum() / scale if need_scale else None
+        dpositive = None
+        if positive is not None:
+            weight = weight[:, None]
+            if need_q or need_scale:
+                dq.addcmul_(weight, positive)
+            if need_positive:
+                dpositive = (weight * q).to(q.dtype)
+        elif ctx.pairing == KEYS:
+            weight = weight[:, None]
+            if need_q or need_scale:
+                dq.addcmul_(weight, k)
+            if need_k:
+                dk.addcmul_(weight, q)
+        elif need_q or need_scale:
+            first, second = _views(q, ctx.pairing)
+            d_first, d_second = _views(dq, ctx.pairing)
+            weight = sum(_views(weight, ctx.pairing))[:, None]
+            d_first.addcmul_(weight, second)
+            d_second.addcmul_(weight, first)
+        return (dq if need_q else None, dk if need_k else None, dpositive, dscale, *(None,) * 8)
+
+
+def _views(x: Tensor, pairing: int) -> tuple[Tensor, Tensor]:
+    """The rows of the first and of the second view, as views of ``x``."""
+    if pairing == INTERLEAVED:
+        return x[0::2], x[1::2]
+    half = x.shape[0] // 2
+    return x[:half], x[half:]
+
+
+def _positive_dot(q: Tensor, k: Tensor | None, positive: Tensor | None, pairing: int) -> Tensor:
+    if positive is None and pairing == KEYS:
+        positive = k
+    if positive is not None:
+        return row_dot(q, positive)
+    dots = row_dot(*_views(q, pairing))
+    return torch.cat((dots, dots)) if pairing == STACKED else dots.repeat_interleave(2)
+
+
+def _odds_loss(odds: Tensor, decoupled: bool) -> Tensor:
+    if decoupled:
+        return odds.masked_fill(odds == -torch.inf, 0.0)
+    return F.softplus(odds, threshold=_SOFTPLUS_THRESHOLD)
+
+
+def _odds_grad(grad: Tensor, odds: Tensor, decoupled: bool) -> Tensor:
+    return grad * (odds != -torch.inf if decoupled else torch.sigmoid(odds))
+
+
+class _SigLip(torch.autograd.Function):
+    """Loss and gradients come from one pass, so the backward pass only multiplies."""
+
+    @staticmethod
+    def forward(ctx, q, k, scale, bias, positives, need_grad, backend):
+        if ctx.needs_input_grad[2]:
+            scale = _away_from_zero(scale)
+        loss, dq, dk, dbias = torch.ops.ffcl_fast.siglip.default(q, k, scale, bias, positives, need_grad, backend)
+        dscale = row_dot(q, dq).sum() / scale if need_grad and ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(dq, dk, dscale, dbias)
+        return loss
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx, grad):
+        needs = ctx.needs_input_grad[:4]
+        grads = (d * grad if need else None for d, need in zip(ctx.saved_tensors, needs, strict=True))
+        return (*grads, None, None, None)

@@ -1,0 +1,16 @@
+"""Everything as modules."""
+
+from .contrastive import ClipLoss, InfoNCELoss, NTXentLoss, SigLipLoss, SupConLoss
+from .goodness import GoodnessLoss, PairCosineLoss
+from .layerwise import LayerwiseLoss
+
+__all__ = [
+    "ClipLoss",
+    "GoodnessLoss",
+    "InfoNCELoss",
+    "LayerwiseLoss",
+    "NTXentLoss",
+    "PairCosineLoss",
+    "SigLipLoss",
+    "SupConLoss",
+]

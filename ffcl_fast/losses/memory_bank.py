@@ -1,0 +1,88 @@
+"""A queue of embeddings to contrast with (MoCo, He et al. 2020), as lightly's ``MemoryBankModule``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import distributed
+
+
+class MemoryBank(nn.Module):
+    """The last ``size`` embeddings seen, (size, D) float32, random unit vectors at first.
+
+    State: the buffers ``bank`` and ``bank_ptr``, saved by ``state_dict``; a state dict without them (lightly does not
+    save its own) leaves them as they are.
+
+    Args:
+        size: 0 for no bank; (size, D); or a bare size, D then being taken from the first batch.
+        gather_distributed: add the embeddings of every process.
+
+    Raises:
+        ValueError: a negative entry, or not one of these forms.
+    """
+
+    def __init__(self, size: int | Sequence[int] = 0, gather_distributed: bool = False) -> None:
+        super().__init__()
+        shape = (size,) if isinstance(size, int) else tuple(size)
+        if any(not isinstance(n, int) or n < 0 for n in shape) or len(shape) not in (1, 2):
+            raise ValueError(f"memory_bank_size must be 0, (size, dim) or size, none negative; got {size}")
+        if len(shape) == 2 and not shape[1]:
+            raise ValueError(f"memory_bank_size must have a dim of at least 1; got {size}")
+        self.size: int = shape[0]
+        self.gather_distributed = gather_distributed
+        self.bank: Tensor
+        self.bank_ptr: Tensor
+        if self.size:
+            dim = shape[1] if len(shape) == 2 else 0
+            self.register_buffer("bank", F.normalize(torch.randn(self.size, dim), dim=-1))
+            self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long))
+
+    @torch.no_grad()
+    def forward(self, output: Tensor, update: bool) -> Tensor:
+        """The (size, D) embeddings of before; with ``update``, ``output`` (N, D) then replaces the oldest ones.
+
+        As in lightly a batch that does not fit before the end is cut there, and the next one starts at the beginning.
+
+        Raises:
+            ValueError: ``output`` is not as wide as the bank.
+        """
+        if not self.bank.shape[1]:
+            bank = torch.randn(self.size, output.shape[1], dtype=self.bank.dtype, device=self.bank.device)
+            self.bank = F.normalize(bank, dim=-1)
+        if output.shape[1] != self.bank.shape[1]:
+            raise ValueError(
+                f"out1 must be as wide as the memory bank: got shapes {tuple(output.shape)} and "
+                f"{tuple(self.bank.shape)}"
+            )
+        if not update:
+            return self.bank
+        before = self.bank.clone()
+        if self.gather_distributed and distributed.world_size() > 1:
+            output = distributed.gather(output)
+        self._enqueue(output)
+        return before
+
+    def _enqueue(self, batch: Tensor) -> None:
+        # Positions as tensors: reading the pointer would stall an accelerator and break a compiled graph.
+        count = batch.shape[0]
+        batch = batch[: self.size].to(device=self.bank.device, dtype=self.bank.dtype)
+        position = self.bank_ptr + torch.arange(batch.shape[0], device=self.bank.device)
+        fits = (position < self.size)[:, None]
+        position = position % self.size
+        self.bank[position] = torch.where(fits, batch, self.bank[position])
+        end = self.bank_ptr + count
+        self.bank_ptr.copy_(torch.where(end >= self.size, 0, end))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args) -> None:
+        stored = state_dict.get(prefix + "bank")
+        if self.size and stored is not None and not self.bank.shape[1] and stored.dim() == 2:
+            self.bank = self.bank.new_empty(self.size, stored.shape[1])
+        own_missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own_missing, *args)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}"

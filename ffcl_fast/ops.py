@@ -1,0 +1,251 @@
+"""Schemas and shape functions of every operator: the one contract that all backends implement.
+
+Each operator is registered once under ``torch.ops.ffcl_fast`` and forwards to the backend that
+:func:`ffcl_fast.backends.get` returns for its ``backend`` argument, so a compiled graph holds one opaque node however
+many backends there are. None of them is differentiable: :mod:`ffcl_fast.functional` puts autograd on top.
+
+Shapes use N = rows (queries), M = columns (keys), D = embedding width. Accumulation and every normaliser are
+float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+# How a pair (i, j) is left out of the similarity matrix (argument ``exclude``).
+EXCLUDE_NONE = 0
+EXCLUDE_DIAGONAL = 1  # i == j
+EXCLUDE_SAME_ID = 2  # row_ids[i] == col_ids[j]
+EXCLUDE_SAME_ID_OFF_DIAGONAL = 3  # row_ids[i] == col_ids[j] and i != j: false negatives, the positive stays
+EXCLUDE_DIFFERENT_ID = 4  # row_ids[i] != col_ids[j]: contrast inside groups only
+
+_library = torch.library.Library("ffcl_fast", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+def accumulator_dtype(x: Tensor) -> torch.dtype:
+    """dtype in which losses and normalisers of ``x`` are accumulated and returned."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def define(schema: str, fake: Callable) -> None:
+    """Register the operator of ``schema``; ``fake`` is its shape function.
+
+    The schema's first argument must be a tensor or a list of them (the first one's device chooses the backend) and its
+    last ``str backend``.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=_TAGS)
+
+    def call(*args):
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        run = getattr(backends.get(args[-1], name, first), name)
+        device = first.device.type
+        if torch.is_autocast_enabled(device):  # the inputs' dtype is what was asked for: no product may change it
+            with torch.autocast(device, enabled=False):
+                return run(*args[:-1])
+        return run(*args[:-1])
+
+    _library.impl(name, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ffcl_fast::{name}", fake, lib=_library)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Similarity: S = scale * q @ k.T, never materialised. k = None stands for k = q and lets a backend use S's symmetry;
+# then col_ids = row_ids, `col_lse` is the same as `row_lse` (returned empty) and dq is the whole gradient.
+#
+#   similarity_forward  -> row_lse (N,) = logsumexp over j, col_lse (M,) = logsumexp over i (empty unless `both`),
+#                          cache (any,) = whatever the backend wants back in the backward pass (empty unless `save`).
+#                          A row or column with every pair excluded has -inf.
+#   similarity_backward -> dq (N, D), dk (M, D) for G_ij = row_grad_i exp(S_ij - row_lse_i)
+#                                                       + col_grad_j exp(S_ij - col_lse_j):
+#                          dq = scale G k, dk = scale G.T q, in the dtype of q and k; empty where not needed.
+#                          A normaliser of -inf contributes 0.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save, backend):
+    acc = accumulator_dtype(q)
+    rows = q.shape[0]
+    cols = rows if k is None else k.shape[0]
+    cache = backends.get(backend, "similarity_forward", q).cache_size(q, k) if save else 0
+    return (
+        q.new_empty(rows, dtype=acc),
+        q.new_empty(cols if both and k is not None else 0, dtype=acc),
+        q.new_empty(cache, dtype=torch.float32),
+    )
+
+
+def _similarity_backward(
+    q, k, scale, row_ids, col_ids, exclude, row_lse, col_lse, row_grad, col_grad, cache, need_q, need_k, backend
+):
+    need_k = need_k and k is not None
+    return (
+        q.new_empty(q.shape if need_q else (0, q.shape[1])),
+        q.new_empty(k.shape if need_k else (0, q.shape[1])),
+    )
+
+
+define(
+    "similarity_forward(Tensor q, Tensor? k, Tensor scale, Tensor? row_ids, Tensor? col_ids, int exclude, bool both,"
+    " bool save, str backend) -> (Tensor, Tensor, Tensor)",
+    _similarity_forward,
+)
+define(
+    "similarity_backward(Tensor q, Tensor? k, Tensor scale, Tensor? row_ids, Tensor? col_ids, int exclude,"
+    " Tensor row_lse, Tensor col_lse, Tensor row_grad, Tensor col_grad, Tensor cache, bool need_q, bool need_k,"
+    " str backend) -> (Tensor, Tensor)",
+    _similarity_backward,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SigLIP (Zhai et al. 2023): x_ij = scale <q_i, k_j> + bias, z_ij = 1 on the diagonal (where `positives`), -1 elsewhere.
+#   siglip -> loss () = sum_ij softplus(-z_ij x_ij), and its gradients dq (N, D), dk (M, D), dbias () from the same
+#             pass where `need_grad`, else empty. The gradient of the scale is <q, dq> / scale.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _siglip(q, k, scale, bias, positives, need_grad, backend):
+    acc = accumulator_dtype(q)
+    return (
+        q.new_empty((), dtype=acc),
+        q.new_empty(q.shape if need_grad else (0, q.shape[1])),
+        q.new_empty(k.shape if need_grad else (0, q.shape[1])),
+        q.new_empty((), dtype=acc),
+    )
+
+
+define(
+    "siglip(Tensor q, Tensor k, Tensor scale, Tensor bias, bool positives, bool need_grad, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _siglip,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Goodness. Here h is (N, D), one sample's whole activation a row, rows dense (stride(1) == 1), any row stride.
+# a = max(h, 0) where `relu` (h is then a pre-activation), else a = h. NaN propagates. A row whose a is all zero has
+# goodness 0, out 0 and no gradient through its norm.
+#
+#   goodness_forward  -> goodness (N,) = sum_j a_j^2, or the mean over j where `mean`;
+#                        out (N, D) = a / (|a| / sqrt(D) + eps) in h's dtype where `normalize`, else empty (0, D).
+#   goodness_backward -> dh (N, D) in h's dtype. A gradient that is None is zero; grad_out is dense, in h's dtype.
+#
+#   pair_cosine_forward  -> cos_i = <a1_i, a2_i> / (n1 n2), n = sqrt(|a|^2 + 1e-12) as torch.nn.CosineEmbeddingLoss;
+#                        loss (N,) = 1 - cos where target == 1, max(0, cos - margin) where target == -1, else 0 (not
+#                        scaled, not reduced); coefficients (N, 3) with w = dloss/dcos, 0 at cos == margin:
+#                        w / (n1 n2), w cos / n1^2, w cos / n2^2;
+#                        d1, d2 (N, D) = scale * dloss/dh1, dloss/dh2 in h1's dtype, empty (0, D) where not needed.
+#                        target (N,) has the accumulator dtype. One visit a sample: its second read hits the cache.
+#   pair_cosine_backward -> d1 = grad_i (c0 h2 - c1 h1), d2 = grad_i (c0 h1 - c2 h2), masked by h > 0 where `relu`.
+#   scale_               -> x *= factor (0-dim, x's device) in place; a kernel that finds 1 leaves without reading x.
+#
+# Pooling: h is (N, C, L), dense in one of the orders NCL and NLC ("channels last"), any sample stride.
+#   pool_goodness_forward  -> pooled (N, C) = mean over L of a, in the accumulator dtype; goodness (N,) = sum over C of
+#                        pooled^2, or the mean over C where `mean`.
+#   pool_goodness_backward -> dh (N, C, L) in h's dtype and memory order.
+#
+# Many layers at once: h is a non-empty list of (N_i, D_i) of one dtype and device, rows as above.
+#   goodness_many          -> goodness (sum of N_i,), the layers' goodness one after the other.
+#   goodness_many_backward -> [dh_i (N_i, D_i)] from grad_goodness (sum of N_i,), dense.
+#
+# Scoring: x is (N, K), weight (H, K), bias (H,) or None, one dtype.
+#   linear_goodness -> goodness (N,) of the activation x weight^T + bias, which is never stored whole.
+# ---------------------------------------------------------------------------------------------------------------------
+
+PAIR_COSINE_EPS = 1e-12  # added to the squared norms, as in ATen's cosine_embedding_loss
+
+
+def _goodness_forward(h, mean, relu, normalize, eps, backend):
+    return h.new_empty(h.shape[0], dtype=accumulator_dtype(h)), h.new_empty(h.shape if normalize else (0, h.shape[1]))
+
+
+def _goodness_backward(h, goodness, grad_goodness, grad_out, mean, relu, eps, backend):
+    return h.new_empty(h.shape)
+
+
+def _pair_cosine_forward(h1, h2, target, margin, relu, scale, need_1, need_2, backend):
+    acc = accumulator_dtype(h1)
+    return (
+        h1.new_empty(h1.shape[0], dtype=acc),
+        h1.new_empty((h1.shape[0], 3), dtype=acc),
+        h1.new_empty(h1.shape if need_1 else (0, h1.shape[1])),
+        h1.new_empty(h1.shape if need_2 else (0, h1.shape[1])),
+    )
+
+
+def _pair_cosine_backward(h1, h2, coefficients, grad, relu, need_1, need_2, backend):
+    return (
+        h1.new_empty(h1.shape if need_1 else (0, h1.shape[1])),
+        h1.new_empty(h1.shape if need_2 else (0, h1.shape[1])),
+    )
+
+
+def _pool_goodness_forward(h, mean, relu, backend):
+    acc = accumulator_dtype(h)
+    return h.new_empty(h.shape[0], dtype=acc), h.new_empty(h.shape[:2], dtype=acc)
+
+
+def _pool_goodness_backward(h, pooled, grad_goodness, grad_pooled, mean, relu, backend):
+    return empty_pooled_like(h)
+
+
+def empty_pooled_like(h: Tensor) -> Tensor:
+    """An empty dense (N, C, L) tensor in the memory order (NCL or NLC) of ``h``."""
+    n, c, length = h.shape
+    if h.stride(2) == 1:
+        return h.new_empty((n, c, length))
+    return h.new_empty((n, length, c)).transpose(1, 2)
+
+
+def _goodness_many(h, mean, relu, backend):
+    return h[0].new_empty(sum(x.shape[0] for x in h), dtype=accumulator_dtype(h[0]))
+
+
+def _goodness_many_backward(h, grad_goodness, mean, relu, backend):
+    return [x.new_empty(x.shape) for x in h]
+
+
+def _linear_goodness(x, weight, bias, mean, relu, backend):
+    return x.new_empty(x.shape[0], dtype=accumulator_dtype(x))
+
+
+define(
+    "goodness_forward(Tensor h, bool mean, bool relu, bool normalize, float eps, str backend) -> (Tensor, Tensor)",
+    _goodness_forward,
+)
+define(
+    "goodness_backward(Tensor h, Tensor goodness, Tensor? grad_goodness, Tensor? grad_out, bool mean, bool relu,"
+    " float eps, str backend) -> Tensor",
+    _goodness_backward,
+)
+define(
+    "pair_cosine_forward(Tensor h1, Tensor h2, Tensor target, float margin, bool relu, float scale, bool need_1,"
+    " bool need_2, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _pair_cosine_forward,
+)
+define(
+    "pair_cosine_backward(Tensor h1, Tensor h2, Tensor coefficients, Tensor grad, bool relu, bool need_1,"
+    " bool need_2, str backend) -> (Tensor, Tensor)",
+    _pair_cosine_backward,
+)
+define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()", lambda x, factor, backend: None)
+define("pool_goodness_forward(Tensor h, bool mean, bool relu, str backend) -> (Tensor, Tensor)", _pool_goodness_forward)
+define(
+    "pool_goodness_backward(Tensor h, Tensor pooled, Tensor? grad_goodness, Tensor? grad_pooled, bool mean, bool relu,"
+    " str backend) -> Tensor",
+    _pool_goodness_backward,
+)
+define("goodness_many(Tensor[] h, bool mean, bool relu, str backend) -> Tensor", _goodness_many)
+define(
+    "goodness_many_backward(Tensor[] h, Tensor grad_goodness, bool mean, bool relu, str backend) -> Tensor[]",
+    _goodness_many_backward,
+)
+define(
+    "linear_goodness(Tensor x, Tensor weight, Tensor? bias, bool mean, bool relu, str backend) -> Tensor",
+    _linear_goodness,
+)

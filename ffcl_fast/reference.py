@@ -1,0 +1,183 @@
+"""The truth: every operator in plain PyTorch that materialises everything.
+
+Slow and memory-hungry on purpose. Run in float64 it is what tests and benchmarks compare with; ``backend="reference"``
+runs it in the inputs' own precision. The signatures are those of :mod:`ffcl_fast.ops` without ``backend``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+
+
+def unavailable(op: str, x: Tensor) -> str | None:
+    return None if op in globals() else "the reference has no such operator"
+
+
+def cache_size(q: Tensor, k: Tensor | None) -> int:
+    """Elements a backend wants to keep between forward and backward: none here."""
+    return 0
+
+
+def excluded_pairs(
+    rows: int, cols: int, row_ids: Tensor | None, col_ids: Tensor | None, exclude: int, device=None
+) -> Tensor | None:
+    """(rows, cols) boolean mask of the pairs left out, or None for none."""
+    if exclude == ops.EXCLUDE_NONE:
+        return None
+    i = torch.arange(rows, device=device)[:, None]
+    j = torch.arange(cols, device=device)[None, :]
+    if exclude == ops.EXCLUDE_DIAGONAL:
+        return i == j
+    same = row_ids[:, None] == (row_ids if col_ids is None else col_ids)[None, :]
+    if exclude == ops.EXCLUDE_SAME_ID:
+        return same
+    if exclude == ops.EXCLUDE_SAME_ID_OFF_DIAGONAL:
+        return same & (i != j)
+    return ~same
+
+
+def similarity_matrix(q, k, scale, row_ids=None, col_ids=None, exclude=ops.EXCLUDE_NONE) -> Tensor:
+    """S = scale q k^T in the accumulator dtype, -inf at excluded pairs; (N, M)."""
+    acc = ops.accumulator_dtype(q)
+    k = q if k is None else k
+    s = (q.to(acc) @ k.to(acc).T) * scale.to(acc)
+    mask = excluded_pairs(q.shape[0], k.shape[0], row_ids, col_ids, exclude, q.device)
+    return s if mask is None else s.masked_fill(mask, -torch.inf)
+
+
+def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
+    s = similarity_matrix(q, k, scale, row_ids, col_ids, exclude)
+    col_lse = torch.logsumexp(s, 0) if both and k is not None else s.new_empty(0)
+    return torch.logsumexp(s, 1), col_lse, q.new_empty(0, dtype=torch.float32)
+
+
+def similarity_backward(
+    q, k, scale, row_ids, col_ids, exclude, row_lse, col_lse, row_grad, col_grad, cache, need_q, need_k
+):
+    s = similarity_matrix(q, k, scale, row_ids, col_ids, exclude)
+    g = row_grad[:, None] * _softmax(s, row_lse[:, None])
+    if k is None:
+        g = g + g.T
+    elif col_grad.numel():
+        g = g + col_grad[None, :] * _softmax(s, col_lse[None, :])
+    g = g * scale.to(s.dtype)
+    other = q if k is None else k
+    dq = (g @ other.to(s.dtype)).to(q.dtype) if need_q else q.new_empty(0, q.shape[1])
+    dk = (g.T @ q.to(s.dtype)).to(k.dtype) if need_k and k is not None else q.new_empty(0, q.shape[1])
+    return dq, dk
+
+
+def _softmax(s: Tensor, lse: Tensor) -> Tensor:
+    return torch.where(lse == -torch.inf, 0.0, torch.exp(s - lse))
+
+
+def siglip(q, k, scale, bias, positives, need_grad):
+    acc = ops.accumulator_dtype(q)
+    x = similarity_matrix(q, k, scale) + bias.to(acc)
+    z = -torch.ones_like(x)
+    if positives:
+        z.diagonal().fill_(1.0)
+    loss = F.softplus(-z * x).sum()
+    if not need_grad:
+        return loss, q.new_empty(0, q.shape[1]), q.new_empty(0, q.shape[1]), loss.new_zeros(())
+    g = -z * torch.sigmoid(-z * x)
+    gs = g * scale.to(acc)
+    return loss, (gs @ k.to(acc)).to(q.dtype), (gs.T @ q.to(acc)).to(k.dtype), g.sum()
+
+
+# --- goodness --------------------------------------------------------------------------------------------------------
+
+
+def activation(h: Tensor, relu: bool) -> Tensor:
+    """``h`` in the accumulator dtype, after ReLU where ``relu``."""
+    a = h.to(ops.accumulator_dtype(h))
+    return F.relu(a) if relu else a
+
+
+def _mask(grad: Tensor, h: Tensor, relu: bool) -> Tensor:
+    """The gradient with respect to ``h`` from the one with respect to its activation, in h's dtype."""
+    return (torch.where(h <= 0, 0.0, grad) if relu else grad).to(h.dtype)
+
+
+def goodness_forward(h, mean, relu, normalize, eps):
+    a = activation(h, relu)
+    squares = a.square()
+    goodness = squares.mean(1) if mean else squares.sum(1)
+    if not normalize:
+        return goodness, h.new_empty(0, h.shape[1])
+    return goodness, (a / (squares.mean(1, keepdim=True).sqrt() + eps)).to(h.dtype)
+
+
+def goodness_backward(h, goodness, grad_goodness, grad_out, mean, relu, eps):
+    a, width = activation(h, relu), h.shape[1]
+    da = torch.zeros_like(a)
+    if grad_goodness is not None:
+        da = da + grad_goodness[:, None] * a * (2 / width if mean else 2)
+    if grad_out is not None:
+        rms = a.square().mean(1, keepdim=True).sqrt()
+        along = (grad_out.to(a.dtype) * a).sum(1, keepdim=True)
+        da = da + grad_out / (rms + eps) - torch.where(rms == 0, 0.0, a * along / ((rms + eps).square() * width * rms))
+    return _mask(da, h, relu)
+
+
+def pair_cosine_forward(h1, h2, target, margin, relu, scale, need_1, need_2):
+    a1, a2 = activation(h1, relu), activation(h2, relu)
+    m1 = a1.square().sum(1) + ops.PAIR_COSINE_EPS
+    m2 = a2.square().sum(1) + ops.PAIR_COSINE_EPS
+    product = m1.sqrt() * m2.sqrt()
+    cos = (a1 * a2).sum(1) / product
+    positive, negative = target == 1, target == -1
+    zero = torch.zeros_like(cos)
+    loss = torch.where(positive, 1 - cos, torch.where(negative, (cos - margin).clamp_min(0), zero))
+    w = torch.where(positive, -1.0, torch.where(negative & ~(cos <= margin), 1.0, zero))
+    coefficients = torch.stack((w / product, w * cos / m1, w * cos / m2), 1)
+    d1, d2 = pair_cosine_backward(h1, h2, coefficients, torch.full_like(cos, scale), relu, need_1, need_2)
+    return loss, coefficients, d1, d2
+
+
+def pair_cosine_backward(h1, h2, coefficients, grad, relu, need_1, need_2):
+    a1, a2 = activation(h1, relu), activation(h2, relu)
+    c0, c1, c2 = (coefficients * grad[:, None])[:, :, None].unbind(1)
+    d1 = _mask(c0 * a2 - c1 * a1, h1, relu) if need_1 else h1.new_empty(0, h1.shape[1])
+    d2 = _mask(c0 * a1 - c2 * a2, h2, relu) if need_2 else h1.new_empty(0, h1.shape[1])
+    return d1, d2
+
+
+def scale_(x, factor):
+    x.mul_(factor)
+
+
+def pool_goodness_forward(h, mean, relu):
+    pooled = activation(h, relu).mean(2)
+    squares = pooled.square()
+    return (squares.mean(1) if mean else squares.sum(1)), pooled
+
+
+def pool_goodness_backward(h, pooled, grad_goodness, grad_pooled, mean, relu):
+    channels, length = h.shape[1:]
+    dp = torch.zeros_like(pooled)
+    if grad_goodness is not None:
+        dp = dp + grad_goodness[:, None] * pooled * (2 / channels if mean else 2)
+    if grad_pooled is not None:
+        dp = dp + grad_pooled
+    dh = ops.empty_pooled_like(h)
+    return dh.copy_(_mask((dp / length)[:, :, None].expand(h.shape), h, relu))
+
+
+def goodness_many(h, mean, relu):
+    return torch.cat([goodness_forward(x, mean, relu, False, 0.0)[0] for x in h])
+
+
+def goodness_many_backward(h, grad_goodness, mean, relu):
+    grads = grad_goodness.split([x.shape[0] for x in h])
+    return [goodness_backward(x, None, g, None, mean, relu, 0.0) for x, g in zip(h, grads, strict=True)]
+
+
+def linear_goodness(x, weight, bias, mean, relu):
+    acc = ops.accumulator_dtype(x)
+    y = F.linear(x.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
+    return goodness_forward(y, mean, relu, False, 0.0)[0]
