@@ -1,0 +1,56 @@
+"""Triton kernels: NVIDIA sm_80 and later, AMD gfx942 and later, and the CPU through Triton's interpreter.
+
+``TRITON_INTERPRET=1``, set before triton is imported, runs every kernel on CPU tensors: slow, for checking.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:  # a machine without it uses the other backends
+    _MISSING: str | None = f"triton cannot be imported: {error}"
+else:
+    _MISSING = None
+
+if _MISSING is None:
+    from .config import MAX_WIDTH
+    from .goodness import goodness_backward, goodness_forward  # noqa: F401
+    from .goodness_many import goodness_many, goodness_many_backward  # noqa: F401
+    from .linear_goodness import linear_goodness  # noqa: F401
+    from .pair_cosine import pair_cosine_backward, pair_cosine_forward, scale_  # noqa: F401
+    from .pool_goodness import pool_goodness_backward, pool_goodness_forward  # noqa: F401
+    from .siglip import siglip  # noqa: F401
+    from .similarity_backward import similarity_backward  # noqa: F401
+    from .similarity_forward import similarity_forward  # noqa: F401
+
+_SIMILARITY = ("similarity_forward", "similarity_backward", "siglip")
+
+
+def unavailable(op: str, x: Tensor) -> str | None:
+    """Why operator `op` cannot run for tensors like `x`, or None."""
+    if _MISSING is not None:
+        return _MISSING
+    if op not in globals():
+        return "not written as a Triton kernel"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return "its kernels take float32, float16 and bfloat16"
+    if x.device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
+    elif x.device.type != "cuda":
+        return "its kernels run on CUDA and ROCm devices"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "its kernels need compute capability 8.0 or later"
+    if op in _SIMILARITY and x.shape[1] > MAX_WIDTH:
+        return f"embeddings may be at most {MAX_WIDTH} wide, these are {x.shape[1]}"
+    return None
+
+
+def cache_size(q: Tensor, k: Tensor | None) -> int:
+    """Elements kept between forward and backward: none, the normalisers are enough."""
+    return 0

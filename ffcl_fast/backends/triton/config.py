@@ -1,0 +1,263 @@
+"""Which tile shapes a kernel runs with: a fixed table by chip and shape class, and measured choices on disk over it.
+
+The table alone decides unless somebody measured: ``FFCL_TUNE=1`` times the candidates at the first call of a shape
+class, outside CUDA-graph capture, and stores the best in ``FFCL_CACHE`` (default ``~/.cache/ffcl_fast``). A stored
+choice is used from then on, tuning or not. So a training step is never held up by a measurement nobody asked for, and
+the same machine runs the same configuration, hence gives the same bits, every time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+_log = logging.getLogger("ffcl_fast.backends.triton")
+
+MAX_WIDTH = 4096
+REGISTER_WIDTH = 128  # embeddings this narrow keep their gradient's accumulators in registers
+WORKSPACE = 64 << 20  # bytes of partial sums that one launch may write
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape and schedule of one kernel: rows x cols of S, `depth` of the embedding a step."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+    descriptor: bool = False  # loads by the bulk tensor copy engine (TMA)
+    specialize: bool = False  # warps split into loaders, products and epilogue (Blackwell)
+    fold: int = 0  # warps whose rows repeat (see similarity_forward.fold_rows); 0 where threads hold rows otherwise
+    registers: int = 0  # most a thread may use, 0 for no limit: 128 lets two blocks of 8 warps share a multiprocessor
+    group: int = 8  # blocks of rows that walk the columns together
+
+    @property
+    def options(self) -> dict:
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages} | limit
+
+
+# Shared memory a block may have, bytes: the smallest of a family's members (sm_86, sm_89 and sm_120 for "sm80").
+SHARED_LIMIT = {"sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10, "interpret": 1 << 30}
+
+
+@functools.cache
+def family(device: torch.device) -> str:
+    """Chip family of the table: "sm80", "sm90", "sm100", "gfx942", or "interpret" for the CPU."""
+    if device.type == "cpu":
+        return "interpret"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm90", 10: "sm100"}.get(major, "sm80")
+
+
+def precision(x: Tensor) -> str:
+    """How a tile product multiplies: float32 stays float32 unless torch's own switch allows TF32."""
+    if x.device.type == "cpu":
+        return "interpret"
+    if x.dtype != torch.float32:
+        return "tf32"  # has no meaning for 16-bit operands; one value, one compiled kernel
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if setting == "none":
+        setting = torch.backends.fp32_precision
+    return "tf32" if setting == "tf32" else "ieee"
+
+
+def parts(x: Tensor) -> int:
+    """Partial results of a reduction over all rows: enough blocks to fill a chip, few enough for one to reduce."""
+    return 128 if x.is_cuda else 4
+
+
+def gain(dtype: torch.dtype) -> float:
+    """What gradients of pairs, at most 2 in size, are multiplied by before they are rounded to dtype."""
+    return 2.0**14 if dtype == torch.float16 else 1.0
+
+
+PANEL_SIDE = {2: 4096, 4: 2048}  # by bytes an element: 32 and 16 MiB, which stay in L2 beside the operands
+
+
+def panel_side(x: Tensor) -> int:
+    """Rows and columns of a panel of pair gradients."""
+    return PANEL_SIDE[x.element_size()]
+
+
+def kind(dtype: torch.dtype, how: str) -> str:
+    """Operand class of the table: "half", "tf32" or "float"."""
+    return "half" if dtype != torch.float32 else {"tf32": "tf32"}.get(how, "float")
+
+
+def depth_for(width: int, limit: int) -> int:
+    """Depth of a step: `limit`, or half where that pads the embedding at least a tenth less."""
+    if width <= limit:
+        return max(16, triton.next_power_of_2(width))
+    half = limit // 2
+    padded = triton.cdiv(width, limit) * limit
+    return half if triton.cdiv(width, half) * half < 0.9 * padded else limit
+
+
+def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
+    """16-bit operands. `ids`: pairs are excluded by id, whose columns take as many registers as 64 columns of S."""
+    deep = chip in ("sm90", "sm100")
+    depth = depth_for(width, 64 if deep else 32)
+    whole = max(16, triton.next_power_of_2(width))
+    stays = op == "forward" and width <= REGISTER_WIDTH  # a block keeps its columns' embeddings, the rows stream past
+    if op == "online":
+        return [Tile(64, 64, depth, 4, 2)]
+    if op == "rows":
+        if chip == "sm90":
+            return [Tile(128, 64, whole, 8, 3, True), Tile(64, 64, whole, 4, 3, True)]
+        if chip == "sm100":
+            return [Tile(128, 64, whole, 8, 3, True)]
+        return [Tile(64, 64, whole, 4, 1) if chip == "gfx942" else Tile(64, 64, whole, 8, 2)]
+    if chip == "sm90":
+        if stays:
+            if ids:
+                return [Tile(128, 64, whole, 4, 2, True, fold=4)]
+            return [Tile(64, 128, whole, 4, 3, True, fold=4), Tile(128, 128, whole, 8, 2, True, fold=8)]
+        if ids or op == "siglip":
+            return [Tile(128, 128, depth, 8, 3, True, fold=8), Tile(128, 64, depth, 4, 3, True, fold=4)]
+        if op == "panel":
+            return [Tile(128, 128, depth, 4, 3, True), Tile(128, 128, depth, 8, 3, True)]
+        # Two small blocks a multiprocessor hide each other's exponentials; one large block loads less for its products.
+        pair, single = Tile(128, 128, depth, 4, 3, True, fold=4), Tile(256, 128, depth, 8, 3, True, fold=8)
+        return [pair, single] if width < 1024 else [single, pair]
+    if chip == "sm100":
+        return [Tile(128, 64, whole if stays and not ids else depth, 8, 3, True)]
+    if chip == "gfx942":
+        return [Tile(128, 128, depth, 8, 2)]
+    return [Tile(128, 128, depth, 8, 4, fold=8)]
+
+
+def candidates(op: str, chip: str, operands: str, width: int, ids: bool = False) -> list[Tile]:
+    """Configurations worth timing for kernel `op`, the default first.
+
+    op: "forward", "panel" (gradient panels), "siglip", "rows" (gradients in registers), "online" (the rescue path).
+    """
+    if chip == "interpret":
+        return [Tile(32, 32, 32 if op != "rows" else max(16, triton.next_power_of_2(width)), 4, 1, fold=1)]
+    if operands == "float":  # no matrix unit multiplies float32: small tiles, bound by FMA and registers
+        return [Tile(64, 64, 16, 8 if chip == "gfx942" or ids or op == "online" else 4, 2)]
+    if operands == "tf32":
+        if op == "online":
+            return [Tile(64, 64, 32, 4, 2)]
+        return [Tile(128, 64, 32, 8 if chip == "sm100" else 4, 2 if chip == "gfx942" else 3, chip in ("sm90", "sm100"))]
+    return _half(op, chip, width, ids)
+
+
+_override: dict[str, Tile] = {}
+
+
+@contextlib.contextmanager
+def override(**tiles: Tile) -> Iterator[None]:
+    """Run kernels with the given tiles: ``override(forward=Tile(...), rows=Tile(...))``. For tests and measurements."""
+    before = dict(_override)
+    _override.update(tiles)
+    try:
+        yield
+    finally:
+        _override.clear()
+        _override.update(before)
+
+
+def descriptors_work(x: Tensor) -> bool:
+    """Whether the copy engine can read x: 16-byte aligned base and rows."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+
+
+def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[], float] | None = None) -> Tile:
+    """Tile of kernel `op` for these operands.
+
+    ``measure()`` runs the whole operator once under :func:`override` and returns milliseconds; without it nothing is
+    ever timed.
+    """
+    if op in _override:
+        tile = _override[op]
+    else:
+        chip, operands, width = family(q.device), kind(q.dtype, precision(q)), q.shape[1]
+        choices = candidates(op, chip, operands, width, ids)
+        tile = choices[0]
+        if chip != "interpret" and len(choices) > 1:
+            key = f"{op}{'/ids' if ids else ''}/{operands}/{width}/{_class(q.shape[0])}x{_class(k.shape[0])}"
+            stored = _stored(q.device).get(key)
+            if stored is not None:
+                tile = Tile(**stored)
+            elif measure and os.environ.get("FFCL_TUNE") == "1" and not torch.cuda.is_current_stream_capturing():
+                tile = _tune(op, key, choices, measure, q.device)
+    if tile.descriptor and not (descriptors_work(q) and descriptors_work(k)):
+        tile = replace(tile, descriptor=False)
+    return tile
+
+
+def _class(n: int) -> int:
+    """Shape class of a size: the power of two above it, within what changes the best tile."""
+    return min(1 << 17, max(1 << 9, triton.next_power_of_2(n)))
+
+
+def _tune(op: str, key: str, choices: list[Tile], measure: Callable[[], float], device: torch.device) -> Tile:
+    times = []
+    for tile in choices:
+        with override(**{op: tile}):
+            try:
+                times.append(measure())
+            except triton.runtime.errors.OutOfResources as error:
+                _log.debug("%s: %s does not fit: %s", key, tile, error)
+                times.append(float("inf"))
+    tile = choices[times.index(min(times))]
+    _log.debug("%s: %s, of %s ms", key, tile, times)
+    _stored(device)[key] = asdict(tile)
+    _write(device)
+    return tile
+
+
+@functools.cache
+def source_hash() -> str:
+    """Version of the kernels: a hash of this package's sources."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cache_file(device: torch.device) -> Path:
+    """Where this device's measured choices are kept."""
+    root = os.environ.get("FFCL_CACHE") or Path.home() / ".cache" / "ffcl_fast"
+    name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
+    return Path(root) / f"{name}-triton{triton.__version__}-{source_hash()}.json"
+
+
+@functools.cache
+def _stored(device: torch.device) -> dict[str, dict]:
+    path = cache_file(device)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _log.warning("cannot read the tuning results in %s: %s", path, error)
+        return {}
+
+
+def _write(device: torch.device) -> None:
+    path = cache_file(device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(_stored(device), file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        _log.warning("cannot store tuning results in %s: %s", path, error)

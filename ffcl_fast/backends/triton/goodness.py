@@ -1,0 +1,274 @@
+"""ReLU, goodness and the normalised output from one read of the pre-activation; the gradient of both in one pass.
+
+a = max(h, 0) or h; g = sum a^2 (or the mean); out = a / (|a| / sqrt(D) + eps). Memory-bound throughout: the forward
+moves one read and one write of (N, D), the backward two reads (h and out's gradient) and one write.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on, rows_of
+from .rows import Cut, activation, add_parts, cached_rows, cut_of, floats, part_sum, rounding, store_gradient, vector
+from .tiles import narrow
+
+
+@triton.jit
+def inverse_rms(mean_square, eps):
+    return tl.div_rn(1.0, tl.sqrt_rn(mean_square) + eps)
+
+
+@triton.jit
+def factors(goodness, grad, along, inverse_width, eps, MEAN: tl.constexpr):
+    """(p, r): dh = p a + r go, from a row's goodness, its gradient (None: zero) and along = sum go a (None: no go)."""
+    p = tl.zeros(goodness.shape, dtype=tl.float32)
+    r = p
+    if grad is not None:
+        p += 2.0 * grad
+        if MEAN:
+            p *= inverse_width
+    if along is not None:
+        square = goodness
+        if not MEAN:
+            square *= inverse_width
+        rms = tl.sqrt_rn(square)
+        r = inverse_rms(square, eps)
+        # A row of zeros has no direction: its norm passes no gradient on.
+        p -= tl.where(rms == 0, 0.0, along * r * r * inverse_width / rms)
+    return p, r
+
+
+# How it works: a program takes ROWS rows. Not LOOP: they stay in registers, one read and one write. LOOP: one row in
+# steps of BLOCK, walked again for the output; the second read comes from L2, whose lines it then gives up.
+# Bound by memory: per element one load, one store and three float32 operations.
+@triton.jit(do_not_specialize=["rows"])
+def goodness_kernel(h, goodness, out, rows, width, stride, inverse_width, eps, UNIT: tl.constexpr, ROWS: tl.constexpr,
+                    BLOCK: tl.constexpr, LOOP: tl.constexpr, MEAN: tl.constexpr, RELU: tl.constexpr,
+                    PRECISION: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)[None, :]
+    elements = width * UNIT
+    kept = (row < rows)[:, None]
+    source = h + (row * (stride * UNIT))[:, None] + col
+    if LOOP:
+        squares = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        for start in range(0, elements, BLOCK):
+            a = activation(source + start, kept & (col < elements - start), RELU)
+            squares += a * a
+    else:
+        a = activation(source, kept & (col < elements), RELU)
+        squares = a * a
+    total = tl.sum(squares, 1)
+    mean_square = total * inverse_width
+    if MEAN:
+        total = mean_square
+    tl.store(goodness + row, total, mask=row < rows)
+    if out is not None:
+        factor = inverse_rms(mean_square, eps)[:, None]
+        to = out + (row * elements)[:, None] + col
+        if LOOP:
+            for start in range(0, elements, BLOCK):
+                mask = kept & (col < elements - start)
+                a = activation(source + start, mask, RELU)
+                tl.store(to + start, narrow(a * factor, out.dtype.element_ty, PRECISION), mask=mask)
+        else:
+            tl.store(to, narrow(a * factor, out.dtype.element_ty, PRECISION), mask=kept & (col < elements))
+
+
+# How it works: a program sums the squares (`other` None) or the products with `other` of its part of one row.
+# Bound by memory: one read; what it read stays in L2 for the launch that follows.
+@triton.jit(do_not_specialize=["first", "parts", "steps"])
+def partial_kernel(h, other, partials, first, parts, steps, width, stride, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+                   RELU: tl.constexpr):
+    pid = tl.program_id(0)
+    row = (first + pid // parts).to(tl.int64)
+    elements = width * UNIT
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    begin = (pid % parts).to(tl.int64) * (steps * BLOCK)
+    for step in range(0, steps):
+        col = begin + step * BLOCK + tl.arange(0, BLOCK)
+        mask = col < elements
+        a = activation(h + row * (stride * UNIT) + col, mask, RELU)
+        if other is not None:
+            total += a * tl.load(other + row * elements + col, mask=mask, other=0.0).to(tl.float32)
+        else:
+            total += a * a
+    tl.store(partials + pid, tl.sum(total, 0))
+
+
+# How it works: the second launch of a row that many programs share: each adds the row's partial sums in the same
+# order, and writes its part of the output.
+# Bound by memory: one read, from L2, and one write.
+@triton.jit(do_not_specialize=["first", "parts", "steps"])
+def normalize_kernel(h, partials, goodness, out, first, parts, steps, width, stride, inverse_width, eps,
+                     UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, MEAN: tl.constexpr,
+                     RELU: tl.constexpr, PRECISION: tl.constexpr):
+    pid = tl.program_id(0)
+    row = (first + pid // parts).to(tl.int64)
+    part = pid % parts
+    elements = width * UNIT
+    total = part_sum(partials, pid // parts, parts, PARTS)
+    mean_square = total * inverse_width
+    if MEAN:
+        total = mean_square
+    if part == 0:
+        tl.store(goodness + row, total)
+    factor = inverse_rms(mean_square, eps)
+    begin = part.to(tl.int64) * (steps * BLOCK)
+    for step in range(0, steps):
+        col = begin + step * BLOCK + tl.arange(0, BLOCK)
+        mask = col < elements
+        a = activation(h + row * (stride * UNIT) + col, mask, RELU)
+        tl.store(out + row * elements + col, narrow(a * factor, out.dtype.element_ty, PRECISION), mask=mask)
+
+
+# How it works: as goodness_kernel; `along`, the row's sum of go a, needs the whole row before any of dh is known.
+# Bound by memory: reads h and go once (LOOP: again from L2), writes dh once.
+@triton.jit(do_not_specialize=["rows"])
+def backward_kernel(h, goodness, grad_goodness, grad_out, dh, rows, width, stride, inverse_width, eps,
+                    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+                    MEAN: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)[None, :]
+    elements = width * UNIT
+    valid = row < rows
+    kept = valid[:, None]
+    source = h + (row * (stride * UNIT))[:, None] + col
+    dense = (row * elements)[:, None] + col
+    along = None
+    if LOOP:
+        if grad_out is not None:
+            total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+            for start in range(0, elements, BLOCK):
+                mask = kept & (col < elements - start)
+                go = tl.load(grad_out + dense + start, mask=mask, other=0.0).to(tl.float32)
+                total += activation(source + start, mask, RELU) * go
+            along = tl.sum(total, 1)
+    else:
+        whole = kept & (col < elements)
+        a = activation(source, whole, RELU)
+        if grad_out is not None:
+            go = tl.load(grad_out + dense, mask=whole, other=0.0).to(tl.float32)
+            along = tl.sum(a * go, 1)
+    grad = None
+    if grad_goodness is not None:
+        grad = tl.load(grad_goodness + row, mask=valid, other=0.0)
+    g = tl.load(goodness + row, mask=valid, other=0.0)
+    p, r = factors(g, grad, along, inverse_width, eps, MEAN)
+    if LOOP:
+        for start in range(0, elements, BLOCK):
+            mask = kept & (col < elements - start)
+            a = activation(source + start, mask, RELU)
+            d = p[:, None] * a
+            if grad_out is not None:
+                d += r[:, None] * tl.load(grad_out + dense + start, mask=mask, other=0.0).to(tl.float32)
+            store_gradient(dh + dense + start, d, a, mask, RELU, PRECISION)
+    else:
+        d = p[:, None] * a
+        if grad_out is not None:
+            d += r[:, None] * go
+        store_gradient(dh + dense, d, a, whole, RELU, PRECISION)
+
+
+# How it works: the second launch of the gradient of a row that many programs share, or the only one where no out has
+# a gradient.
+# Bound by memory: reads h and go, from L2 after partial_kernel, writes dh.
+@triton.jit(do_not_specialize=["first", "parts", "steps"])
+def gradient_kernel(h, partials, goodness, grad_goodness, grad_out, dh, first, parts, steps, width, stride,
+                    inverse_width, eps, UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+                    MEAN: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr):
+    pid = tl.program_id(0)
+    row = (first + pid // parts).to(tl.int64)
+    elements = width * UNIT
+    along = None
+    if grad_out is not None:
+        along = part_sum(partials, pid // parts, parts, PARTS)
+    grad = None
+    if grad_goodness is not None:
+        grad = tl.load(grad_goodness + row)
+    p, r = factors(tl.load(goodness + row), grad, along, inverse_width, eps, MEAN)
+    begin = (pid % parts).to(tl.int64) * (steps * BLOCK)
+    for step in range(0, steps):
+        col = begin + step * BLOCK + tl.arange(0, BLOCK)
+        mask = col < elements
+        a = activation(h + row * (stride * UNIT) + col, mask, RELU)
+        d = p * a
+        if grad_out is not None:
+            d += r * tl.load(grad_out + row * elements + col, mask=mask, other=0.0).to(tl.float32)
+        store_gradient(dh + row * elements + col, d, a, mask, RELU, PRECISION)
+
+
+def constants(unit: int, relu: bool, **more: object) -> dict:
+    """Compile-time constants that the kernels of this module share."""
+    return {"UNIT": unit, "RELU": relu, **more}
+
+
+def goodness_forward(h, mean, relu, normalize, eps):
+    h = rows_of(h)
+    goodness = floats(h, h.shape[0])
+    out = h.new_empty(h.shape if normalize else (0, h.shape[1]))
+    with on(h):
+        _forward(h, goodness, out if normalize else None, mean, relu, eps, cut_of(h, 1))
+    return goodness, out
+
+
+def _forward(h: Tensor, goodness: Tensor, out: Tensor | None, mean: bool, relu: bool, eps: float, cut: Cut) -> None:
+    rows, width = h.shape
+    unit = vector(width, h)
+    size = width // unit, h.stride(0) // unit
+    common = constants(unit, relu)
+    last = {"MEAN": mean, "PRECISION": rounding(h)}
+    if cut.parts == 1:
+        goodness_kernel[(triton.cdiv(rows, cut.rows),)](
+            h, goodness, out, rows, *size, 1.0 / width, eps, **common, **last, **cut.constants, **cut.options
+        )
+        return
+    groups = cached_rows(h, 1) if out is not None else [(0, rows)]
+    for begin, end in groups:
+        partials = floats(h, end - begin, cut.parts)
+        grid = (partials.numel(),)
+        walk = begin, cut.parts, cut.steps, *size
+        partial_kernel[grid](h, None, partials, *walk, **common, BLOCK=cut.block, **cut.options)
+        if out is None:
+            add_parts(partials, goodness, 1.0 / width if mean else 1.0)
+        else:
+            normalize_kernel[grid](
+                h, partials, goodness, out, *walk, 1.0 / width, eps, **common, **last, **cut.part_constants,
+                **cut.options,
+            )  # fmt: skip
+
+
+def goodness_backward(h, goodness, grad_goodness, grad_out, mean, relu, eps):
+    h = rows_of(h)
+    dh = h.new_empty(h.shape)
+    with on(h):
+        _backward(h, goodness, grad_goodness, grad_out, dh, mean, relu, eps, cut_of(h, 1 if grad_out is None else 2))
+    return dh
+
+
+def _backward(h, goodness, grad_goodness, grad_out, dh, mean, relu, eps, cut: Cut) -> None:
+    rows, width = h.shape
+    unit = vector(width, h)
+    size = width // unit, h.stride(0) // unit
+    common = constants(unit, relu)
+    last = {"MEAN": mean, "PRECISION": rounding(h)}
+    if cut.parts == 1:
+        backward_kernel[(triton.cdiv(rows, cut.rows),)](
+            h, goodness, grad_goodness, grad_out, dh, rows, *size, 1.0 / width, eps, **common, **last,
+            **cut.constants, **cut.options,
+        )  # fmt: skip
+        return
+    groups = cached_rows(h, 2) if grad_out is not None else [(0, rows)]
+    for begin, end in groups:
+        walk = begin, cut.parts, cut.steps, *size
+        grid = ((end - begin) * cut.parts,)
+        partials = None
+        if grad_out is not None:
+            partials = floats(h, end - begin, cut.parts)
+            partial_kernel[grid](h, grad_out, partials, *walk, **common, BLOCK=cut.block, **cut.options)
+        gradient_kernel[grid](
+            h, partials, goodness, grad_goodness, grad_out, dh, *walk, 1.0 / width, eps, **common, **last,
+            **cut.part_constants, **cut.options,
+        )  # fmt: skip

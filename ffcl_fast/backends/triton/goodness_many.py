@@ -1,0 +1,185 @@
+"""Goodness of the samples of many layers in one launch, and its gradient in another.
+
+Small layers leave a chip idle one at a time, and a launch costs more than their work. Sizes come from a table in
+device memory that depends on shapes alone, so it is made once for a list of shapes and kept: nothing is copied to the
+device in a step, and CUDA graphs can capture it. Addresses change with every step and are kernel arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .goodness import goodness_backward, goodness_forward
+from .launch import on, processors, rows_of
+from .rows import LONGEST, TILE, activation, floats, rounding, store_gradient, warps_for
+
+MOST = 32  # layers a launch: 512 bytes of addresses
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch's layers, their sizes on the device, and its tiles."""
+
+    order: tuple[int, ...]  # layers, the widest first: what is long starts early
+    table: Tensor  # (5, slots) int64: first tile, rows, width, row stride (in units), first row of the result
+    tiles: int
+    rows: int
+    block: int
+    warps: int
+
+    @property
+    def constants(self) -> dict:
+        return {"SLOTS": self.table.shape[1], "ROWS": self.rows, "BLOCK": self.block}
+
+
+def cut(widths: list[int], rows: list[int], chip: str) -> tuple[int, int, int]:
+    """(rows, block, warps) of the tiles of a launch: one shape for all layers, made for the widest."""
+    tile = 256 if chip == "interpret" else TILE
+    block = min(tile, triton.next_power_of_2(max(widths)))
+    return max(1, min(tile // block, triton.next_power_of_2(max(rows)))), block, warps_for(tile, chip)
+
+
+@functools.lru_cache(maxsize=64)
+def plan(shapes: tuple[tuple[int, int, int], ...], firsts: tuple[int, ...], unit: int, device: torch.device) -> Plan:
+    """The launch for layers of ``shapes`` (rows, width, row stride), results from rows ``firsts``."""
+    order = sorted(range(len(shapes)), key=lambda i: -shapes[i][1])
+    side, block, warps = cut([s[1] for s in shapes], [s[0] for s in shapes], config.family(device))
+    slots = triton.next_power_of_2(len(shapes))
+    table = torch.zeros(5, slots, dtype=torch.int64)
+    table[0] = 1 << 62  # no tile reaches a slot without a layer
+    tile = 0
+    for slot, i in enumerate(order):
+        rows, width, stride = shapes[i]
+        table[:, slot] = torch.tensor([tile, rows, width // unit, stride // unit, firsts[i]])
+        tile += triton.cdiv(rows, side)
+    return Plan(tuple(order), table.to(device), tile, side, block, warps)
+
+
+@triton.jit
+def layer_of(table, tile, SLOTS: tl.constexpr):
+    """(layer, its first tile, rows, width, stride, first result) of a tile."""
+    first = tl.load(table + tl.arange(0, SLOTS))
+    layer = tl.sum((first <= tile).to(tl.int32), 0) - 1
+    at = table + layer
+    return (layer, tl.load(at), tl.load(at + SLOTS), tl.load(at + 2 * SLOTS), tl.load(at + 3 * SLOTS),
+            tl.load(at + 4 * SLOTS))  # fmt: skip
+
+
+@triton.jit
+def chosen(pointers, layer, SLOTS: tl.constexpr):
+    """pointers[layer], for a layer known only at run time."""
+    pointer = pointers[0]
+    for i in tl.static_range(1, SLOTS):
+        pointer = tl.where(layer == i, pointers[i], pointer)
+    return pointer
+
+
+# How it works: a program finds the layer of its tile, ROWS samples, in the table and walks their width in steps of
+# BLOCK, adding squares in registers. The widest layers come first, so the last programs to start are short ones.
+# Bound by memory: one read; for lists of small layers by the latency of one launch.
+@triton.jit
+def many_kernel(pointers, table, goodness, UNIT: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+                BLOCK: tl.constexpr, MEAN: tl.constexpr, RELU: tl.constexpr):
+    tile = tl.program_id(0)
+    layer, first, rows, width, stride, result = layer_of(table, tile, SLOTS)
+    row = (tile - first) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)[None, :]
+    elements = width * UNIT
+    kept = (row < rows)[:, None]
+    source = chosen(pointers, layer, SLOTS) + (row * (stride * UNIT))[:, None] + col
+    squares = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, elements, BLOCK):
+        a = activation(source + start, kept & (col < elements - start), RELU)
+        squares += a * a
+    total = tl.sum(squares, 1)
+    if MEAN:
+        total *= tl.div_rn(1.0, elements.to(tl.float32))
+    tl.store(goodness + result + row, total, mask=row < rows)
+
+
+# How it works: the same walk, writing dh = 2 grad a.
+# Bound by memory: one read and one write.
+@triton.jit
+def many_backward_kernel(pointers, gradients, table, grad, UNIT: tl.constexpr, SLOTS: tl.constexpr,
+                         ROWS: tl.constexpr, BLOCK: tl.constexpr, MEAN: tl.constexpr, RELU: tl.constexpr,
+                         PRECISION: tl.constexpr):
+    tile = tl.program_id(0)
+    layer, first, rows, width, stride, result = layer_of(table, tile, SLOTS)
+    row = (tile - first) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)[None, :]
+    elements = width * UNIT
+    kept = (row < rows)[:, None]
+    source = chosen(pointers, layer, SLOTS) + (row * (stride * UNIT))[:, None] + col
+    to = chosen(gradients, layer, SLOTS) + (row * elements)[:, None] + col
+    factor = 2.0 * tl.load(grad + result + row, mask=row < rows, other=0.0)
+    if MEAN:
+        factor *= tl.div_rn(1.0, elements.to(tl.float32))
+    for start in range(0, elements, BLOCK):
+        mask = kept & (col < elements - start)
+        a = activation(source + start, mask, RELU)
+        store_gradient(to + start, factor[:, None] * a, a, mask, RELU, PRECISION)
+
+
+def launches(h: list[Tensor]) -> list[tuple[Plan, list[Tensor], int]]:
+    """(plan, its layers, vector unit) of each launch for a list of layers."""
+    firsts, total = [], 0
+    for x in h:
+        firsts.append(total)
+        total += x.shape[0]
+    result = []
+    for begin in range(0, len(h), MOST):
+        some = h[begin : begin + MOST]
+        unit = math.gcd(16 // some[0].element_size(), *(x.shape[1] for x in some), *(x.stride(0) for x in some))
+        shapes = tuple((*x.shape, x.stride(0)) for x in some)
+        result.append((plan(shapes, tuple(firsts[begin : begin + MOST]), unit, some[0].device), some, unit))
+    return result
+
+
+def in_slots(plan: Plan, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors in the order of the plan's slots, the last repeated in the slots that have none."""
+    slots = [tensors[i] for i in plan.order]
+    return (*slots, *slots[-1:] * (plan.table.shape[1] - len(slots)))
+
+
+def _few(h: list[Tensor]) -> bool:
+    """Whether samples are too few and too long for one program each: then each layer shares its rows out by itself."""
+    return sum(x.shape[0] for x in h) < 2 * processors(h[0]) and max(x.shape[1] for x in h) > LONGEST
+
+
+def goodness_many(h, mean, relu):
+    h = [rows_of(x) for x in h]
+    if _few(h):
+        return torch.cat([goodness_forward(x, mean, relu, False, 0.0)[0] for x in h])
+    goodness = floats(h[0], sum(x.shape[0] for x in h))
+    with on(h[0]):
+        for p, layers, unit in launches(h):
+            many_kernel[(p.tiles,)](
+                in_slots(p, layers), p.table, goodness, UNIT=unit, **p.constants, MEAN=mean, RELU=relu,
+                num_warps=p.warps,
+            )  # fmt: skip
+    return goodness
+
+
+def goodness_many_backward(h, grad_goodness, mean, relu):
+    h = [rows_of(x) for x in h]
+    grads = grad_goodness.split([x.shape[0] for x in h])
+    if _few(h):
+        return [goodness_backward(x, g, g, None, mean, relu, 0.0) for x, g in zip(h, grads, strict=True)]
+    dh = [x.new_empty(x.shape) for x in h]
+    made = iter(dh)
+    with on(h[0]):
+        for p, layers, unit in launches(h):
+            outputs = [next(made) for _ in layers]
+            many_backward_kernel[(p.tiles,)](
+                in_slots(p, layers), in_slots(p, outputs), p.table, grad_goodness, UNIT=unit, **p.constants,
+                MEAN=mean, RELU=relu, PRECISION=rounding(h[0]), num_warps=p.warps,
+            )  # fmt: skip
+    return dh

@@ -1,0 +1,142 @@
+"""Gradients through panels of G: a kernel writes a panel, the library's matrix product reads it for dq and for dk.
+
+A panel of 16-bit numbers is 32 MiB, which stays in the L2 cache of a Hopper chip (50 to 60 MB) between its one write
+and its two reads. Sums over panels are float32 and run in a fixed order. Workspace: one panel, the float32 gradient of
+one panel's rows and, for 16-bit inputs, the float32 dk (or dq where k = q); nothing grows with N x M.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .tiles import narrow
+
+COMBINE_BLOCK = 1024
+
+
+@triton.jit
+def combined_factor(scale, frame, GAIN: tl.constexpr, FRAME: tl.constexpr):
+    """What float32 sums of G x are multiplied by: the scale, times what the weights were divided by."""
+    factor = tl.load(scale).to(tl.float32) / GAIN
+    if FRAME:
+        factor *= tl.load(frame + 2)
+    return factor
+
+
+# How it works: adds the slices of `sums` in order, scales and rounds. In place where sums is out.
+# Bound by memory: reads (slices, size) float32 once, writes size elements.
+@triton.jit
+def combine_kernel(sums, out, scale, frame, size, SLICES: tl.constexpr, GAIN: tl.constexpr, FRAME: tl.constexpr,
+                   BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    total = tl.load(sums + index, mask=mask)
+    for i in range(1, SLICES):
+        total += tl.load(sums + tl.cast(size, tl.int64) * i + index, mask=mask)
+    total *= combined_factor(scale, frame, GAIN, FRAME)
+    tl.store(out + index, narrow(total, out.dtype.element_ty, PRECISION), mask=mask)
+
+
+def combine_constants(slices: int, gain: float, framed: bool, how: str) -> dict:
+    """Compile-time constants of combine_kernel."""
+    return {
+        "SLICES": slices,
+        "GAIN": gain,
+        "FRAME": framed,
+        "BLOCK": COMBINE_BLOCK,
+        "PRECISION": how,
+    }
+
+
+def combine(sums: Tensor, out: Tensor, scale: Tensor, frame: Tensor | None, gain: float, how: str) -> None:
+    """out = (sum of sums' slices) x scale x weight unit / gain; sums is out or has shape (slices, *out.shape)."""
+    slices = sums.numel() // max(1, out.numel())
+    combine_kernel[(triton.cdiv(out.numel(), COMBINE_BLOCK),)](
+        sums, out, scale, frame, out.numel(),
+        **combine_constants(slices, gain, frame is not None, how),
+    )  # fmt: skip
+
+
+@functools.cache
+def _mixed_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this build of torch multiplies 16-bit matrices into a float32 sum on this device."""
+    if device.type != "cuda":
+        return False
+    a = torch.zeros(16, 16, device=device, dtype=dtype)
+    c = torch.zeros(16, 16, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(c, a, a, torch.float32, out=c)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total = a b (first) or total + a b, in float32."""
+    beta = 0.0 if first else 1.0
+    if a.dtype == torch.float32:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif _mixed_product(a.device, a.dtype):
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, beta=beta, out=total)
+    else:
+        torch.addmm(total, a.float(), b.float(), beta=beta, out=total)
+
+
+def walk(
+    q: Tensor,
+    k: Tensor | None,
+    fill: Callable[[Tensor, int, int, int, int], None],
+    scale: Tensor,
+    frame: Tensor | None,
+    gain: float,
+    how: str,
+    need_q: bool,
+    need_k: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dq, dk) of G panel by panel; ``fill(panel, r0, r1, c0, c1)`` writes G[r0:r1, c0:c1] to the panel's corner.
+
+    k = None stands for k = q with a symmetric G: only panels on or above the diagonal are filled, each used for both
+    of its sides.
+    """
+    rows, width = q.shape
+    other = q if k is None else k
+    cols = other.shape[0]
+    side = config.panel_side(q)
+    panel = q.new_empty(min(side, rows), min(side, triton.cdiv(cols, 16) * 16))
+    dq = q.new_empty(rows if need_q else 0, width)
+    dk = q.new_empty(cols if need_k else 0, width)
+    exact = q.dtype == torch.float32
+    if not (need_q or need_k):
+        return dq, dk
+
+    def sums(of: Tensor, n: int) -> Tensor:
+        return of if exact else q.new_empty(n, width, dtype=torch.float32)
+
+    whole = sums(dq if k is None else dk, dq.shape[0] if k is None else dk.shape[0])
+    part = sums(dq, min(side, rows) if need_q else 0) if k is not None else whole
+    for r0 in range(0, rows, side):
+        r1 = min(rows, r0 + side)
+        row_sums = part[r0:r1] if exact or k is None else part[: r1 - r0]
+        for c0 in range(r0 if k is None else 0, cols, side):
+            c1 = min(cols, c0 + side)
+            fill(panel, r0, r1, c0, c1)
+            g = panel[: r1 - r0, : c1 - c0]
+            if need_q:
+                # With k = q, row 0's panels were the first to write to every row.
+                add_product(row_sums, g, other[c0:c1], c0 == 0)
+            if (need_k or (k is None and need_q)) and not (k is None and c0 == r0):
+                add_product(whole[c0:c1], g.T, q[r0:r1], r0 == 0)
+        if need_q and k is not None:
+            combine(row_sums, dq[r0:r1], scale, frame, gain, how)
+    if k is None and need_q:
+        combine(whole, dq, scale, frame, gain, how)
+    elif need_k:
+        combine(whole, dk, scale, frame, gain, how)
+    return dq, dk

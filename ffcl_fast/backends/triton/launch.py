@@ -1,0 +1,71 @@
+"""From tensors to kernel arguments: what every launch of this backend shares."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .config import Tile
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x itself where its rows are contiguous, however far apart they are; else a copy."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def ids_of(ids: Tensor | None) -> Tensor | None:
+    return ids if ids is None else ids.contiguous()
+
+
+def on(x: Tensor) -> AbstractContextManager:
+    """Make x's device the current one: Triton launches there."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def unit(*tensors: Tensor) -> int:
+    """Elements in 16 bytes if every row starts at a multiple of them, else 1: how wide the compiler may load."""
+    wide = 16 // tensors[0].element_size()
+    return wide if all(x.stride(0) % wide == 0 for x in tensors) else 1
+
+
+def operand(x: Tensor, rows: int, tile: Tile) -> Tensor | TensorDescriptor:
+    """What a kernel loads (rows, tile.depth) tiles of x through."""
+    if not tile.descriptor:
+        return x
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, tile.depth])
+
+
+def output(panel: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
+    """What a kernel writes (rows, cols) tiles of a panel through."""
+    if not tile.descriptor:
+        return panel
+    return TensorDescriptor(panel, list(panel.shape), list(panel.stride()), [tile.rows, tile.cols])
+
+
+def processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
+def tile_constants(width: int, element_unit: int, tile: Tile, how: str) -> dict:
+    """Compile-time constants of a kernel that multiplies tiles."""
+    return {
+        "WIDTH": width,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLS": tile.cols,
+        "DEPTH": tile.depth,
+        "UNIT": element_unit,
+        "DESCRIPTOR": tile.descriptor,
+        "PRECISION": how,
+    }
+
+
+def measure(run) -> float:
+    """Milliseconds of run(), median, for config's tuning."""
+    return triton.testing.do_bench(run, warmup=20, rep=100, return_mode="median")
+
+

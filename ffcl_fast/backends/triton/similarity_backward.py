@@ -1,0 +1,315 @@
+"""Gradients of the log-sum-exps: dq = scale G k, dk = scale G^T q with G_ij = u_i e^(S_ij - r_i) + v_j e^(S_ij - c_j).
+
+16-bit embeddings up to ``config.REGISTER_WIDTH`` wide keep the gradient's accumulators in registers; all others go
+through panels of G (:mod:`.gradient_panels`). Nothing is added atomically, so equal inputs give equal bits.
+
+G is scaled by a power of two over the largest |u|, |v|, which keeps small probabilities out of float16's subnormals;
+the scale is taken out again, with ``scale``, where the float32 sums are written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import ops
+from . import config
+from .config import Tile
+from .gradient_panels import combine, walk
+from .launch import ids_of, measure, on, operand, output, processors, rows_of, tile_constants, unit
+from .tiles import LOG2E, dot, exponent, grouped, kept, load_tile, narrow, needs_mask, product, store_tile
+
+# Which side's normaliser a pair's gradient has: x's (the rows of the tile), y's (the columns), or both.
+OF_ROWS = tl.constexpr(1)
+OF_COLS = tl.constexpr(2)
+OF_BOTH = tl.constexpr(3)
+# One exponential an element serves both sides while all normalisers lie within this many powers of two of each other:
+# halfway between them no weight and no exponential leaves float32, and what underflows is under 2^-66 of its sum.
+SPREAD = tl.constexpr(120.0)
+VECTOR_BLOCK = 1024
+
+
+# How it works: PARTS blocks stride over the vectors; each leaves the smallest and largest finite normaliser and the
+# largest finite weight. Bound by launch latency: it reads 8 (N + M) bytes.
+@triton.jit(do_not_specialize=["rows", "cols"])
+def range_kernel(row_lse, col_lse, row_grad, col_grad, ranges, rows, cols, COLS: tl.constexpr, BLOCK: tl.constexpr,
+                 PARTS: tl.constexpr):
+    part = tl.program_id(0)
+    low = tl.full((BLOCK,), float("inf"), dtype=tl.float32)
+    high = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
+    weight = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(part * BLOCK, rows, PARTS * BLOCK):
+        low, high, weight = widen(row_lse, row_grad, start, rows, low, high, weight, BLOCK)
+    if COLS:
+        for start in range(part * BLOCK, cols, PARTS * BLOCK):
+            low, high, weight = widen(col_lse, col_grad, start, cols, low, high, weight, BLOCK)
+    tl.store(ranges + part, tl.min(low, 0))
+    tl.store(ranges + PARTS + part, tl.max(high, 0))
+    tl.store(ranges + 2 * PARTS + part, tl.max(weight, 0))
+
+
+@triton.jit
+def widen(lse, grad, start, n, low, high, weight, BLOCK: tl.constexpr):
+    index = start + tl.arange(0, BLOCK)
+    mask = index < n
+    value = tl.load(lse + index, mask=mask, other=float("inf"))
+    finite = tl.abs(value) < float("inf")
+    low = tl.minimum(low, tl.where(finite, value, float("inf")))
+    high = tl.maximum(high, tl.where(finite, value, -float("inf")))
+    size = tl.abs(tl.load(grad + index, mask=mask, other=0.0))
+    return low, high, tl.maximum(weight, tl.where(size < float("inf"), size, 0.0))
+
+
+# How it works: what the tiles need of a row or column, once: weight, shift and the weight against the common centre, so
+# that a pair's gradient is 2^(t - shift) weight = 2^(t - centre) part. Block 0 also leaves the frame: the centre, 1
+# where one exponential serves both sides, and the unit of the weights. Bound by launch latency: 20 (N + M) bytes.
+@triton.jit(do_not_specialize=["rows", "cols"])
+def vector_kernel(row_lse, col_lse, row_grad, col_grad, scale, ranges, vectors, frame, rows, cols, GAIN: tl.constexpr,
+                  BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    _, unit = exponent(tl.load(scale).to(tl.float32))
+    parts = tl.arange(0, PARTS)
+    low = (tl.min(tl.load(ranges + parts), 0) * unit).to(tl.float32)
+    high = (tl.max(tl.load(ranges + PARTS + parts), 0) * unit).to(tl.float32)
+    largest = tl.max(tl.load(ranges + 2 * PARTS + parts), 0)
+    largest = tl.where(largest > 0, largest, 1.0)
+    centre = tl.where(low <= high, 0.5 * (low + high), 0.0)
+    if tl.program_id(1) == 0:
+        write_vectors(row_lse, row_grad, vectors, rows, centre, GAIN / largest, unit, BLOCK)
+        if tl.program_id(0) == 0:
+            tl.store(frame, centre)
+            tl.store(frame + 1, tl.where(high - low <= SPREAD, 1.0, 0.0))
+            tl.store(frame + 2, largest)
+    else:
+        to = vectors + tl.cast(rows, tl.int64) * 3
+        write_vectors(col_lse, col_grad, to, cols, centre, GAIN / largest, unit, BLOCK)
+
+
+@triton.jit
+def write_vectors(lse, grad, to, n, centre, factor, unit, BLOCK: tl.constexpr):
+    """(3, n): weight, shift and part; 0, +inf and 0 where the normaliser is -inf, so that such rows give nothing."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < n
+    value = tl.load(lse + index, mask=mask, other=0.0)
+    empty = value == -float("inf")
+    exact = tl.where(empty, 0.0, value) * unit
+    shift = exact.to(tl.float32)
+    # What rounding takes from the shift goes into the weight.
+    weight = tl.load(grad + index, mask=mask, other=0.0) * factor * tl.exp2((shift - exact).to(tl.float32))
+    weight = tl.where(empty, 0.0, weight)
+    size = tl.cast(n, tl.int64)
+    tl.store(to + index, weight, mask=mask)
+    tl.store(to + size + index, tl.where(empty, float("inf"), shift), mask=mask)
+    tl.store(to + size * 2 + index, tl.where(empty, 0.0, weight * tl.exp2(centre - shift)), mask=mask)
+
+
+@triton.jit
+def load_vector(vectors, which: tl.constexpr, start, n, BLOCK: tl.constexpr, STEP: tl.constexpr = 1):
+    """A block of weights (0), shifts (1) or parts (2); rows past the end have no weight."""
+    index = start + tl.arange(0, BLOCK) * STEP
+    to = vectors + tl.cast(n, tl.int64) * which + index
+    return tl.load(to, mask=index < n, other=float("inf") if which == 1 else 0.0)
+
+
+@triton.jit
+def pair_gradient(t, x_vectors, y_vectors, row, col, rows, cols, frame, SIDES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                  BLOCK_COLS: tl.constexpr):
+    """G of a tile from its base-2 exponents t: one exponential an element unless the normalisers spread too far."""
+    if SIDES == OF_ROWS:
+        shift = load_vector(x_vectors, 1, row, rows, BLOCK_ROWS)
+        g = tl.exp2(t - shift[:, None]) * load_vector(x_vectors, 0, row, rows, BLOCK_ROWS)[:, None]
+    elif SIDES == OF_COLS:
+        shift = load_vector(y_vectors, 1, col, cols, BLOCK_COLS)
+        g = tl.exp2(t - shift[None, :]) * load_vector(y_vectors, 0, col, cols, BLOCK_COLS)[None, :]
+    elif tl.load(frame + 1) > 0:
+        x_part = load_vector(x_vectors, 2, row, rows, BLOCK_ROWS)
+        y_part = load_vector(y_vectors, 2, col, cols, BLOCK_COLS)
+        g = tl.exp2(t - tl.load(frame)) * (x_part[:, None] + y_part[None, :])
+    else:
+        # By halves of adjacent columns, which one thread holds: t and all of G do not fit in the registers together.
+        even, odd = tl.split(tl.reshape(t, (BLOCK_ROWS, BLOCK_COLS // 2, 2)))
+        even = two_exponentials(even, x_vectors, y_vectors, row, col, rows, cols, BLOCK_ROWS, BLOCK_COLS // 2)
+        odd = two_exponentials(odd, x_vectors, y_vectors, row, col + 1, rows, cols, BLOCK_ROWS, BLOCK_COLS // 2)
+        g = tl.reshape(tl.join(even, odd), (BLOCK_ROWS, BLOCK_COLS))
+    return g
+
+
+@triton.jit
+def two_exponentials(t, x_vectors, y_vectors, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, HALF: tl.constexpr):
+    """G of every other column from `col`."""
+    shift = load_vector(x_vectors, 1, row, rows, BLOCK_ROWS)
+    g = tl.exp2(t - shift[:, None]) * load_vector(x_vectors, 0, row, rows, BLOCK_ROWS)[:, None]
+    shift = load_vector(y_vectors, 1, col, cols, HALF, 2)
+    return g + tl.exp2(t - shift[None, :]) * load_vector(y_vectors, 0, col, cols, HALF, 2)[None, :]
+
+
+# How it works: as FlashAttention's backward for one side. A block keeps BLOCK_ROWS rows of x and their float32 gradient
+# in registers or shared memory and streams y past them: S = x y^T, G from S, gradient += G y. Called for (q, k) and,
+# with the sides swapped, for (k, q). Few rows are split over the columns (SPLIT); the parts are added in order.
+# Bound by: tensor cores (two products) and, at these widths, as much by exp2: 128 / WIDTH of one product's time.
+@triton.jit(do_not_specialize=["rows", "cols", "split_cols"])
+def rows_kernel(x, y, x_vectors, y_vectors, x_ids, y_ids, scale, frame, out, rows, cols, split_cols, x_stride,
+                y_stride, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+                DEPTH: tl.constexpr, UNIT: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
+                EXCLUDE: tl.constexpr, SIDES: tl.constexpr, SPLIT: tl.constexpr, GAIN: tl.constexpr,
+                SPECIALIZE: tl.constexpr):
+    row = tl.program_id(0) * BLOCK_ROWS
+    part = tl.program_id(1)
+    scale_value = tl.load(scale).to(tl.float32)
+    s = scale_value * LOG2E
+    xt = load_tile(x, row, 0, rows, x_stride, WIDTH, BLOCK_ROWS, DEPTH, UNIT, DESCRIPTOR)
+    acc = tl.zeros((BLOCK_ROWS, DEPTH), dtype=tl.float32)
+    begin = part * split_cols
+    for col in tl.range(begin, tl.minimum(cols, begin + split_cols), BLOCK_COLS, warp_specialize=SPECIALIZE):
+        yt = load_tile(y, col, 0, cols, y_stride, WIDTH, BLOCK_COLS, DEPTH, UNIT, DESCRIPTOR)
+        t = dot(xt, yt.T, tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32), PRECISION) * s
+        if needs_mask(row, col, rows, cols, EXCLUDE, BLOCK_ROWS, BLOCK_COLS):
+            t = tl.where(kept(row, col, rows, cols, x_ids, y_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS), t, -float("inf"))
+        g = pair_gradient(t, x_vectors, y_vectors, row, col, rows, cols, frame, SIDES, BLOCK_ROWS, BLOCK_COLS)
+        acc = dot(narrow(g, yt.dtype, PRECISION), yt, acc, PRECISION)
+    i = row + tl.arange(0, BLOCK_ROWS)
+    d = tl.arange(0, DEPTH)
+    to = out + ((part.to(tl.int64) * rows + i) * WIDTH)[:, None] + d[None, :]
+    mask = (i < rows)[:, None] & (d < WIDTH)[None, :]
+    if SPLIT:
+        tl.store(to, acc, mask=mask)
+    else:
+        acc *= scale_value * tl.load(frame + 2) / GAIN
+        tl.store(to, narrow(acc, out.dtype.element_ty, PRECISION), mask=mask)
+
+
+# How it works: one tile of S a block, turned into G and written to the panel, in an order that shares operands in L2.
+# Bound by: tensor cores for wide embeddings; the panel's store is 2 bytes an element and stays in L2.
+@triton.jit(do_not_specialize=["rows", "cols", "row_begin", "row_end", "col_begin", "col_end"])
+def panel_kernel(q, k, row_vectors, col_vectors, row_ids, col_ids, scale, frame, panel, rows, cols, row_begin, row_end,
+                 col_begin, col_end, q_stride, k_stride, panel_stride, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                 BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr, DESCRIPTOR: tl.constexpr,
+                 PRECISION: tl.constexpr, EXCLUDE: tl.constexpr, SIDES: tl.constexpr, GROUP: tl.constexpr):
+    height = tl.cdiv(row_end - row_begin, BLOCK_ROWS)
+    width = tl.cdiv(col_end - col_begin, BLOCK_COLS)
+    i, j = grouped(tl.program_id(0), height, width, GROUP)
+    row = row_begin + i * BLOCK_ROWS
+    col = col_begin + j * BLOCK_COLS
+    t = product(q, k, row, col, rows, cols, q_stride, k_stride, WIDTH, BLOCK_ROWS, BLOCK_COLS, DEPTH, UNIT, DESCRIPTOR,
+                PRECISION) * (tl.load(scale).to(tl.float32) * LOG2E)
+    if needs_mask(row, col, rows, cols, EXCLUDE, BLOCK_ROWS, BLOCK_COLS):
+        t = tl.where(kept(row, col, rows, cols, row_ids, col_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS), t, -float("inf"))
+    g = pair_gradient(t, row_vectors, col_vectors, row, col, rows, cols, frame, SIDES, BLOCK_ROWS, BLOCK_COLS)
+    store_tile(panel, narrow(g, panel.dtype if DESCRIPTOR else panel.dtype.element_ty, PRECISION), row - row_begin,
+               col - col_begin, row_end - row_begin, col_end - col_begin, panel_stride, DESCRIPTOR)
+
+
+def rows_constants(tile: Tile, width: int, element_unit: int, how: str, exclude: int, sides: int, split: bool,
+                   gain: float) -> dict:
+    """Compile-time constants of rows_kernel."""
+    return tile_constants(width, element_unit, tile, how) | {
+        "EXCLUDE": exclude,
+        "SIDES": sides,
+        "SPLIT": split,
+        "GAIN": gain,
+        "SPECIALIZE": tile.specialize,
+    }
+
+
+def panel_constants(tile: Tile, width: int, element_unit: int, how: str, exclude: int, sides: int) -> dict:
+    """Compile-time constants of panel_kernel."""
+    return tile_constants(width, element_unit, tile, how) | {
+        "EXCLUDE": exclude,
+        "SIDES": sides,
+        "GROUP": tile.group,
+    }
+
+
+def range_constants(cols: bool, parts: int) -> dict:
+    """Compile-time constants of range_kernel."""
+    return {"COLS": cols, "BLOCK": VECTOR_BLOCK, "PARTS": parts}
+
+
+def vector_constants(gain: float, parts: int) -> dict:
+    """Compile-time constants of vector_kernel."""
+    return {"GAIN": gain, "BLOCK": VECTOR_BLOCK, "PARTS": parts}
+
+
+def similarity_backward(
+    q, k, scale, row_ids, col_ids, exclude, row_lse, col_lse, row_grad, col_grad, cache, need_q, need_k
+):
+    triangle = k is None
+    q = rows_of(q)
+    k = q if triangle else rows_of(k)
+    row_ids = ids_of(row_ids)
+    col_ids = row_ids if triangle or col_ids is None else ids_of(col_ids)
+    both = triangle or col_grad.numel() > 0
+    row_lse, row_grad = row_lse.contiguous(), row_grad.contiguous()
+    if triangle:
+        col_lse, col_grad = row_lse, row_grad
+    elif both:
+        col_lse, col_grad = col_lse.contiguous(), col_grad.contiguous()
+    else:
+        col_lse, col_grad = row_lse[:0], row_grad[:0]
+    narrow_rows = q.dtype != torch.float32 and q.shape[1] <= config.REGISTER_WIDTH
+    compute = _in_registers if narrow_rows else _in_panels
+    with on(q):
+        gain = config.gain(q.dtype)
+        vectors, frame = _vectors(scale, row_lse, col_lse, row_grad, col_grad, both and not triangle, gain)
+        side_x = vectors[: 3 * q.shape[0]], row_ids
+        side_y = side_x if triangle else (vectors[3 * q.shape[0] :], col_ids)
+        arguments = q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k and not triangle
+        return compute(*arguments, lambda: measure(lambda: compute(*arguments, None)))
+
+
+def _vectors(scale, row_lse, col_lse, row_grad, col_grad, cols, gain) -> tuple[Tensor, Tensor]:
+    """What the kernels read of rows and columns, (3 (N + M),), and the frame they share."""
+    parts, n, m = config.parts(row_lse), row_lse.numel(), col_lse.numel() if cols else 0
+    ranges, frame = row_lse.new_empty(3 * parts), row_lse.new_empty(3)
+    vectors = row_lse.new_empty(3 * (n + m))
+    range_kernel[(parts,)](row_lse, col_lse, row_grad, col_grad, ranges, n, m, **range_constants(cols, parts))
+    vector_kernel[(triton.cdiv(max(n, m), VECTOR_BLOCK), 2 if cols else 1)](
+        row_lse, col_lse, row_grad, col_grad, scale, ranges, vectors, frame, n, m, **vector_constants(gain, parts)
+    )
+    return vectors, frame
+
+
+def _in_registers(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k, timing):
+    tile = config.pick("rows", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
+    none = q.new_empty(0, q.shape[1])
+    dq = _side(q, k, scale, side_x, side_y, exclude, OF_BOTH if both else OF_ROWS, frame, tile) if need_q else none
+    dk = _side(k, q, scale, side_y, side_x, exclude, OF_BOTH if both else OF_COLS, frame, tile) if need_k else none
+    return dq, dk
+
+
+def _side(x, y, scale, side_x, side_y, exclude, sides, frame, tile):
+    rows, width, cols = x.shape[0], x.shape[1], y.shape[0]
+    blocks, wanted = triton.cdiv(rows, tile.rows), 4 * processors(x)
+    parts = 1 if blocks >= wanted else min(triton.cdiv(wanted, blocks), triton.cdiv(cols, 4 * tile.cols))
+    split_cols = triton.cdiv(triton.cdiv(cols, parts), tile.cols) * tile.cols
+    parts = triton.cdiv(cols, split_cols)
+    how, element_unit, gain = config.precision(x), unit(x, y), config.gain(x.dtype)
+    out = x.new_empty(rows, width)
+    sums = out if parts == 1 else x.new_empty(parts, rows, width, dtype=torch.float32)
+    rows_kernel[(blocks, parts)](
+        operand(x, tile.rows, tile), operand(y, tile.cols, tile), side_x[0], side_y[0], side_x[1], side_y[1], scale,
+        frame, sums, rows, cols, split_cols, x.stride(0) // element_unit, y.stride(0) // element_unit,
+        **rows_constants(tile, width, element_unit, how, exclude, int(sides), parts > 1, gain), **tile.options,
+    )  # fmt: skip
+    if parts > 1:
+        combine(sums, out, scale, frame, gain, how)
+    return out
+
+
+def _in_panels(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k, timing):
+    tile = config.pick("panel", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
+    rows, width, cols = q.shape[0], q.shape[1], k.shape[0]
+    how, element_unit, gain = config.precision(q), unit(q, k), config.gain(q.dtype)
+    x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
+    constants = panel_constants(tile, width, element_unit, how, exclude, int(OF_BOTH if both else OF_ROWS))
+
+    def fill(panel: Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
+        grid = triton.cdiv(r1 - r0, tile.rows) * triton.cdiv(c1 - c0, tile.cols)
+        panel_kernel[(grid,)](
+            x, y, side_x[0], side_y[0], side_x[1], side_y[1], scale, frame, output(panel, tile), rows, cols, r0, r1,
+            c0, c1, q.stride(0) // element_unit, k.stride(0) // element_unit, panel.stride(0),
+            **constants, **tile.options,
+        )  # fmt: skip
+
+    return walk(q, None if triangle else k, fill, scale, frame, gain, how, need_q, need_k)

@@ -1,0 +1,396 @@
+"""Row and column log-sum-exps of S = scale q k^T from one pass over its tiles, nothing of S's size stored.
+
+Three launches: the largest norms (they bound every |S_ij| without a host synchronisation), the partial sums, and a
+reduction that also rescues what the bound lost. Long problems run the last two once per chunk of rows, so that partial
+sums never take more than ``config.WORKSPACE`` bytes. No atomics: every number is summed in one fixed order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import ops
+from . import config
+from .config import Tile
+from .launch import ids_of, measure, on, operand, processors, rows_of, tile_constants, unit
+from .tiles import (
+    BOUND_LIMIT,
+    dot,
+    exponent,
+    folded,
+    grouped,
+    kept,
+    load_tile,
+    log2_of,
+    needs_mask,
+    offset,
+    product,
+    touches_diagonal,
+)
+
+SPAN = 8  # tiles on a side of a block's super-tile, where that leaves enough super-tiles to fill the chip
+NORM_ROWS = 32
+
+
+# How it works: PARTS blocks a side, each strides over the rows, squares and adds in float32, keeps the largest.
+# Bound by memory: one read of q and k, against N M D / 64 bytes' worth of tile loads in the main kernel.
+@triton.jit(do_not_specialize=["rows", "cols"])
+def norm_kernel(q, k, norms, rows, cols, q_stride, k_stride, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+                UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    part = tl.program_id(0)
+    if tl.program_id(1) == 0:
+        tl.store(norms + part, largest_norm(q, part, rows, q_stride, WIDTH, DEPTH, UNIT, BLOCK, PARTS))
+    else:
+        tl.store(norms + PARTS + part, largest_norm(k, part, cols, k_stride, WIDTH, DEPTH, UNIT, BLOCK, PARTS))
+
+
+@triton.jit
+def largest_norm(x, part, rows, stride, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr,
+                   BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Largest norm of every PARTS-th block of rows."""
+    best = tl.zeros((BLOCK,), dtype=tl.float32)
+    for row in range(part * BLOCK, rows, PARTS * BLOCK):
+        squares = tl.zeros((BLOCK,), dtype=tl.float32)
+        for depth in range(0, WIDTH, DEPTH):
+            a = load_tile(x, row, depth, rows, stride, WIDTH, BLOCK, DEPTH, UNIT, False).to(tl.float32)
+            squares += tl.sum(a * a, 1)
+        # NaN and overflow would spoil rows that have neither; those that have are caught by their own sums.
+        best = tl.maximum(best, tl.where(squares < float("inf"), squares, 0.0))
+    return tl.sqrt(tl.max(best, 0))
+
+
+# How it works: a block owns a super-tile of SPAN x `col_tiles` tiles and walks down each column of tiles. One exp2 an
+# element feeds both sums. Column sums stay where the product left them: with FOLD only rows that one thread holds are
+# added per tile, and threads and warps meet once a column of tiles. Row sums of the super-tile are a (SPAN, BLOCK_ROWS)
+# register tensor. So 2 N M / (super-tile side) floats leave the chip. With TRIANGLE (k = q) only tiles that touch or
+# lie above the diagonal run, and both sums belong to one vector. Tiles without a tail, diagonal or ids skip the masks.
+# Bound by: tensor cores for D >= 256; below, exp2 (16 a clock and multiprocessor) takes 128 / D of the product's time.
+# Blocks small enough for two on a multiprocessor let one's exponentials run beside the other's products.
+@triton.jit(do_not_specialize=["rows", "cols", "row_begin", "row_end"])
+def sums_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, rows, cols, row_begin, row_end, q_stride,
+                k_stride, col_tiles, supers, headroom, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr, DESCRIPTOR: tl.constexpr,
+                PRECISION: tl.constexpr, EXCLUDE: tl.constexpr, BOTH: tl.constexpr, TRIANGLE: tl.constexpr,
+                SPAN: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+                SPECIALIZE: tl.constexpr):
+    side: tl.constexpr = SPAN * BLOCK_ROWS
+    first = row_begin // side
+    last = tl.cdiv(row_end, side)
+    pid = tl.program_id(0)
+    if TRIANGLE:
+        super_row, super_col = folded(pid, first, last, supers, GROUP)
+        if super_col >= supers:
+            return
+    else:
+        super_row, super_col = grouped(pid, last - first, supers, GROUP)
+        super_row += first
+    scale_value = tl.load(scale).to(tl.float32)
+    bound, c = offset(scale_value, norms, headroom, PARTS, TRIANGLE)
+    if bound > BOUND_LIMIT:
+        return
+    s, _ = exponent(scale_value)
+    row = super_row * side
+    col = super_col * (col_tiles * BLOCK_COLS)
+    span = tl.arange(0, SPAN)
+    row_sums = tl.zeros((SPAN, BLOCK_ROWS), dtype=tl.float32)
+    tiles = tl.minimum(SPAN, tl.cdiv(row_end - row, BLOCK_ROWS))
+    for j in range(0, tl.minimum(col_tiles, tl.cdiv(cols - col, BLOCK_COLS))):
+        at = col + j * BLOCK_COLS
+        end = tiles
+        if TRIANGLE:
+            end = tl.minimum(tiles, tl.cdiv(at + BLOCK_COLS - row, BLOCK_ROWS))
+        if WIDTH <= DEPTH:
+            y = load_tile(k, at, 0, cols, k_stride, WIDTH, BLOCK_COLS, DEPTH, UNIT, DESCRIPTOR)
+        if BOTH:
+            col_sums = fold_rows(tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32), FOLD)
+        for i in tl.range(0, end, warp_specialize=SPECIALIZE):
+            r = row + i * BLOCK_ROWS
+            if WIDTH <= DEPTH:
+                x = load_tile(q, r, 0, rows, q_stride, WIDTH, BLOCK_ROWS, DEPTH, UNIT, DESCRIPTOR)
+                acc = dot(x, y.T, tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32), PRECISION)
+            else:
+                acc = product(q, k, r, at, rows, cols, q_stride, k_stride, WIDTH, BLOCK_ROWS, BLOCK_COLS, DEPTH, UNIT,
+                              DESCRIPTOR, PRECISION)
+            t = acc * s - c
+            masked = needs_mask(r, at, rows, cols, EXCLUDE, BLOCK_ROWS, BLOCK_COLS)
+            if TRIANGLE:
+                masked = masked | touches_diagonal(r, at, BLOCK_ROWS, BLOCK_COLS)
+            if masked:
+                keep = kept(r, at, rows, cols, row_ids, col_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS)
+                if TRIANGLE:
+                    # Below the diagonal its mirror speaks; the diagonal's two halves meet again in the vector.
+                    above = (at + tl.arange(0, BLOCK_COLS))[None, :] - (r + tl.arange(0, BLOCK_ROWS))[:, None]
+                    keep = keep & (above >= 0)
+                    t = tl.where(above == 0, t - 1.0, t)
+                t = tl.where(keep, t, -float("inf"))
+            e = tl.exp2(t)
+            row_sums += tl.where(span[:, None] == i, tl.sum(e, 1)[None, :], 0.0)
+            if BOTH:
+                col_sums += fold_rows(e, FOLD)
+        if BOTH:
+            index = at + tl.arange(0, BLOCK_COLS)
+            to = col_part + (super_row - first).to(tl.int64) * cols + index
+            tl.store(to, all_rows(col_sums, FOLD), mask=index < cols)
+    index = row + span[:, None] * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :]
+    to = row_part + super_col.to(tl.int64) * (row_end - row_begin) + (index - row_begin)
+    tl.store(to, row_sums, mask=index < row_end)
+
+
+@triton.jit
+def fold_rows(e, FOLD: tl.constexpr):
+    """(BLOCK_ROWS, BLOCK_COLS) added over rows that a thread holds of a product by FOLD warps (0: over all rows).
+
+    A warp's fragment of a matrix product on NVIDIA chips has rows l and l + 8 in one thread, and FOLD warps cover
+    16 FOLD rows before the pattern repeats.
+    """
+    if FOLD == 0:
+        return tl.sum(e, 0)
+    else:
+        warps: tl.constexpr = FOLD if 16 * FOLD <= e.shape[0] else e.shape[0] // 16
+        e = tl.reshape(e, (e.shape[0] // (16 * warps), warps, 2, 8, e.shape[1]))
+        return tl.sum(tl.sum(e, 2), 0)
+
+
+@triton.jit
+def all_rows(sums, FOLD: tl.constexpr):
+    """What fold_rows left, added over the remaining rows."""
+    if FOLD == 0:
+        return sums
+    else:
+        return tl.sum(tl.sum(sums, 1), 0)
+
+
+@triton.jit
+def add_slots(part, first, last, stride, index, mask):
+    """Sum of slots first..last-1 of part (slots, stride) at `index`, in their order."""
+    total = tl.zeros(index.shape, dtype=tl.float32)
+    pointers = part + tl.cast(stride, tl.int64) * first + index
+    for _ in range(first, last):
+        total += tl.load(pointers, mask=mask, other=0.0)
+        pointers += stride
+    return total
+
+
+# The online variant: a running maximum a row, rescaling the sum when it rises; two exponentials an element at worst.
+# It stores nothing and assumes nothing of the inputs.
+@triton.jit
+def online(x, y, x_ids, y_ids, row, rows, cols, x_stride, y_stride, s, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+           BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+           EXCLUDE: tl.constexpr):
+    """log2 sum_j 2^t_ij of the rows from `row`, float64."""
+    top = tl.full((BLOCK_ROWS,), -float("inf"), dtype=tl.float32)
+    shift = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    for col in range(0, cols, BLOCK_COLS):
+        t = product(x, y, row, col, rows, cols, x_stride, y_stride, WIDTH, BLOCK_ROWS, BLOCK_COLS, DEPTH, UNIT, False,
+                    PRECISION) * s
+        if needs_mask(row, col, rows, cols, EXCLUDE, BLOCK_ROWS, BLOCK_COLS):
+            t = tl.where(kept(row, col, rows, cols, x_ids, y_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS), t, -float("inf"))
+        raised = tl.maximum(top, tl.max(t, 1))
+        shift = tl.where(tl.abs(raised) < float("inf"), raised, 0.0)
+        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(t - shift[:, None]), 1)
+        top = raised
+    return log2_of(total) + shift
+
+
+# How it works: one block per BLOCK_ROWS normalisers. It adds their partial sums in slot order, turns finished ones into
+# natural logarithms, and where the constant offset under- or overflowed recomputes its rows with the online maximum:
+# a branch on device data that nearly every launch skips. Rows come first in the grid, then columns; with TRIANGLE both
+# kinds of partial sums belong to one vector.
+# Bound by memory (at most WORKSPACE bytes), or by the tensor cores where the rescue runs.
+@triton.jit(do_not_specialize=["rows", "cols", "row_begin", "row_end", "last_chunk"])
+def finish_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_lse, col_lse, rows, cols, row_begin,
+                  row_end, side, supers, q_stride, k_stride, headroom, lost_below, last_chunk,
+                  WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr,
+                  UNIT: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, EXCLUDE: tl.constexpr,
+                  TRIANGLE: tl.constexpr, PARTS: tl.constexpr):
+    scale_value = tl.load(scale).to(tl.float32)
+    bound, c = offset(scale_value, norms, headroom, PARTS, TRIANGLE)
+    served = bound <= BOUND_LIMIT
+    s, unit = exponent(scale_value)
+    first = row_begin // side
+    last = tl.cdiv(row_end, side)
+    blocks = tl.cdiv(row_end - row_begin, BLOCK_ROWS)
+    pid = tl.program_id(0)
+    offsets = tl.arange(0, BLOCK_ROWS)
+    is_col = pid >= blocks
+    lse = row_lse
+    start = row_begin + pid * BLOCK_ROWS
+    stop = row_end
+    if TRIANGLE:
+        stop = rows
+    elif is_col:
+        lse = col_lse
+        start = (pid - blocks) * BLOCK_ROWS
+        stop = cols
+    index = start + offsets
+    mask = index < stop
+    total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    if served:
+        if TRIANGLE:
+            # A block never straddles two super-tiles: `side` is a multiple of BLOCK_ROWS.
+            if row_begin > 0:
+                total += tl.load(lse + index, mask=mask, other=0.0)
+            if start < row_end:
+                total += add_slots(row_part, start // side, supers, row_end - row_begin, index - row_begin, mask)
+            total += add_slots(col_part, 0, tl.minimum(start // side + 1, last) - first, cols, index, mask)
+        elif is_col:
+            if row_begin > 0:
+                total += tl.load(lse + index, mask=mask, other=0.0)
+            total += add_slots(col_part, 0, last - first, cols, index, mask)
+        else:
+            total += add_slots(row_part, 0, supers, row_end - row_begin, index - row_begin, mask)
+    complete = last_chunk != 0
+    if TRIANGLE:
+        complete = start < row_end
+    else:
+        complete = complete | (pid < blocks)
+    if complete:
+        lost = mask & ((total < lost_below) | (total == float("inf")))
+        if served == 0:
+            lost = mask
+        result = ((log2_of(total) + c) / unit).to(tl.float32)
+        if tl.max(lost.to(tl.int32), 0) > 0:
+            if is_col & (not TRIANGLE):
+                exact = online(k, q, col_ids, row_ids, start, cols, rows, k_stride, q_stride, s, WIDTH, BLOCK_ROWS,
+                               BLOCK_COLS, DEPTH, UNIT, PRECISION, EXCLUDE)
+            else:
+                exact = online(q, k, row_ids, col_ids, start, rows, cols, q_stride, k_stride, s, WIDTH, BLOCK_ROWS,
+                               BLOCK_COLS, DEPTH, UNIT, PRECISION, EXCLUDE)
+            exact = (exact / unit).to(tl.float32)
+            result = tl.where(lost, exact, result)
+        tl.store(lse + index, result, mask=mask)
+    else:
+        tl.store(lse + index, total, mask=mask)
+
+
+def span(tile: Tile, rows: int, cols: int, processors: int, triangle: bool) -> int:
+    """Tiles on a side of a super-tile: as many as leave four super-tiles a multiprocessor, SPAN at most."""
+    smallest = max(1, tile.cols // tile.rows)
+    tiles = SPAN
+    while tiles > smallest:
+        side = tiles * tile.rows
+        if triton.cdiv(rows, side) * triton.cdiv(cols, side) >= (8 if triangle else 4) * processors:
+            break
+        tiles //= 2
+    return tiles
+
+
+def chunk_rows(rows: int, cols: int, side: int) -> int:
+    """Rows whose partial sums fit in the workspace, in whole super-tiles: both kinds take rows x cols / side floats."""
+    return min(triton.cdiv(rows, side), max(1, config.WORKSPACE // (8 * max(1, cols)))) * side
+
+
+def sums_constants(tile: Tile, width: int, element_unit: int, how: str, parts: int, exclude: int, both: bool,
+                   triangle: bool, span: int) -> dict:
+    """Compile-time constants of sums_kernel."""
+    return tile_constants(width, element_unit, tile, how) | {
+        "EXCLUDE": exclude,
+        "BOTH": both or triangle,
+        "TRIANGLE": triangle,
+        "SPAN": span,
+        "FOLD": tile.fold,
+        "GROUP": tile.group,
+        "PARTS": parts,
+        "SPECIALIZE": tile.specialize,
+    }
+
+
+def finish_constants(tile: Tile, width: int, element_unit: int, how: str, parts: int, exclude: int,
+                     triangle: bool) -> dict:
+    """Compile-time constants of finish_kernel."""
+    return tile_constants(width, element_unit, tile, how) | {
+        "EXCLUDE": exclude,
+        "TRIANGLE": triangle,
+        "PARTS": parts,
+    }
+
+
+def norm_constants(width: int, element_unit: int, parts: int) -> dict:
+    """Compile-time constants of norm_kernel."""
+    return {
+        "WIDTH": width,
+        "DEPTH": min(128, triton.next_power_of_2(width)),
+        "UNIT": element_unit,
+        "BLOCK": NORM_ROWS,
+        "PARTS": parts,
+    }
+
+
+def headroom(rows: int, cols: int) -> tuple[float, float]:
+    """(h, lost): exp2(t - c) <= 2^h keeps sums of rows or cols of them finite; below `lost` they are inaccurate.
+
+    The smallest normal float32 is 2^-126, so a sum of n terms has lost at most n 2^-126 to underflow: nothing that
+    24 bits can show unless it is under n 2^-102.
+    """
+    bits = math.ceil(math.log2(max(rows, cols, 2)))
+    return 126.0 - bits, 2.0 ** (bits - 102)
+
+
+def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
+    triangle = k is None
+    q = rows_of(q)
+    k = q if triangle else rows_of(k)
+    row_ids = ids_of(row_ids)
+    col_ids = row_ids if triangle or col_ids is None else ids_of(col_ids)
+
+    def run() -> tuple[Tensor, Tensor]:
+        return _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, None)
+
+    with on(q):
+        row_lse, col_lse = _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, lambda: measure(run))
+    return row_lse, col_lse, q.new_empty(0, dtype=torch.float32)
+
+
+def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, timing) -> tuple[Tensor, Tensor]:
+    rows, cols, width = q.shape[0], k.shape[0], q.shape[1]
+    how = config.precision(q)
+    tile = config.pick("forward", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
+    slow = config.pick("online", q, k)
+    element_unit = unit(q, k)
+    strides = q.stride(0) // element_unit, k.stride(0) // element_unit
+    span_tiles = span(tile, rows, cols, processors(q), triangle)
+    side = span_tiles * tile.rows
+    supers = triton.cdiv(cols, side)
+    chunk = chunk_rows(rows, cols, side)
+    h, lost = headroom(rows, cols)
+
+    def empty(*shape: int) -> Tensor:
+        return q.new_empty(shape, dtype=torch.float32)
+
+    parts = config.parts(q)
+    norms = empty((1 if triangle else 2) * parts)
+    row_part = empty(supers, min(chunk, rows))
+    col_part = empty(chunk // side, cols) if both or triangle else row_part
+    row_lse = empty(rows)
+    col_lse = empty(cols if both and not triangle else 0)
+    norm_kernel[(parts, 1 if triangle else 2)](
+        q, k, norms, rows, cols, *strides, **norm_constants(width, element_unit, parts)
+    )
+    x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
+    for begin in range(0, rows, chunk):
+        end = min(rows, begin + chunk)
+        heights = triton.cdiv(end, side) - begin // side
+        if triangle:
+            grid = triton.cdiv(heights, 2) * (2 * supers - begin // side - triton.cdiv(end, side) + 1)
+            blocks = triton.cdiv(rows - begin, slow.rows)
+        else:
+            grid = heights * supers
+            blocks = triton.cdiv(end - begin, slow.rows) + triton.cdiv(col_lse.numel(), slow.rows)
+        sums_kernel[(grid,)](
+            x, y, scale, row_ids, col_ids, norms, row_part, col_part, rows, cols, begin, end, *strides,
+            side // tile.cols, supers, h,
+            **sums_constants(tile, width, element_unit, how, parts, exclude, both, triangle, span_tiles),
+            **tile.options,
+        )  # fmt: skip
+        finish_kernel[(blocks,)](
+            q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_lse, col_lse, rows, cols, begin, end, side,
+            supers, *strides, h, lost, int(end == rows),
+            **finish_constants(slow, width, element_unit, how, parts, exclude, triangle), **slow.options,
+        )  # fmt: skip
+    return row_lse, col_lse

@@ -1,0 +1,153 @@
+"""Every goodness kernel that can be launched on a chip, as compilations for :mod:`tools.kernels`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ffcl_fast.backends.triton import config, rows
+from ffcl_fast.backends.triton.goodness import (
+    backward_kernel,
+    constants,
+    goodness_kernel,
+    gradient_kernel,
+    normalize_kernel,
+    partial_kernel,
+)
+from ffcl_fast.backends.triton.goodness_many import cut as many_cut
+from ffcl_fast.backends.triton.goodness_many import many_backward_kernel, many_kernel
+from ffcl_fast.backends.triton.linear_goodness import kernel_constants, linear_goodness_kernel
+from ffcl_fast.backends.triton.pair_cosine import (
+    SCALE_BLOCK,
+    pair_backward_kernel,
+    pair_cosine_kernel,
+    pair_finish_kernel,
+    pair_partial_kernel,
+    scale_kernel,
+)
+from ffcl_fast.backends.triton.pool_goodness import maps, pool_backward_kernel, pool_finish_kernel, pool_kernel
+from ffcl_fast.backends.triton.rows import Cut, add_parts_kernel
+
+from .kernels import Compilation
+
+MULTIPROCESSORS = 132
+BYTES = {"bf16": 2, "fp32": 4}
+ACTIVATIONS = ("h", "h1", "h2", "other", "grad_out", "out", "dh", "d1", "d2", "x", "weight", "bias")
+FLOATS = ("goodness", "grad_goodness", "partials", "target", "loss", "coefficients", "grad", "pooled", "grad_pooled",
+          "sums", "factor")  # fmt: skip
+NUMBERS = ("inverse_width", "inverse_length", "goodness_factor", "eps", "margin", "scale")
+SLOTS = 16  # ResNet-18's eight blocks, positive and negative
+
+
+def _arguments(kernel, c: dict, dtype: str, types: dict | None = None, without: tuple[str, ...] = ()) -> dict:
+    """Argument types of a launch: the names say what they are."""
+    signature: dict = {}
+    for name in kernel.arg_names:
+        if name in c:
+            continue
+        if types and name in types:
+            signature[name] = types[name]
+        elif name in without:
+            signature[name] = None
+        elif name in ACTIVATIONS:
+            signature[name] = f"*{dtype}"
+        elif name in FLOATS:
+            signature[name] = "*fp32"
+        else:
+            signature[name] = "fp32" if name in NUMBERS else "i32"
+    return signature
+
+
+def _item(name, kernel, c: dict, cut, dtype: str, width: int, types: dict | None = None, without=()) -> Compilation:
+    return Compilation(name, kernel, _arguments(kernel, c, dtype, types, without), c, cut, dtype, width, False)
+
+
+def _row_kernels(chip: str, dtype: str) -> Iterator[Compilation]:
+    """Short rows, ragged rows, long rows of many samples, and rows that many programs share."""
+    size = BYTES[dtype]
+    for count, width in ((65536, 96), (65536, 2048), (65536, 4096), (65536, 7001), (65536, 16384), (65536, 30000),
+                         (64, 200704)):  # fmt: skip
+        unit = math.gcd(16 // size, width)
+        common = constants(unit, True)
+        last = {"MEAN": True, "PRECISION": "hardware"}
+        one, two = (rows.cut(count, width, tensors, chip, size, MULTIPROCESSORS) for tensors in (1, 2))
+        if one.parts == 1:
+            yield _item("goodness", goodness_kernel, common | last | one.constants, one, dtype, width)
+        else:
+            c = common | {"BLOCK": one.block}
+            yield _item("partial squares", partial_kernel, c, one, dtype, width, without=("other",))
+            yield _item("normalize", normalize_kernel, common | last | one.part_constants, one, dtype, width)
+            without = ("grad_out", "partials")
+            c = common | last | one.part_constants
+            yield _item("gradient of g", gradient_kernel, c, one, dtype, width, without=without)
+        if two.parts == 1:
+            yield _item("backward", backward_kernel, common | last | two.constants, two, dtype, width)
+        else:
+            yield _item("partial along", partial_kernel, common | {"BLOCK": two.block}, two, dtype, width)
+            yield _item("gradient", gradient_kernel, common | last | two.part_constants, two, dtype, width)
+        yield from _pair_kernels(dtype, width, common, two)
+
+
+def _pair_kernels(dtype: str, width: int, common: dict, cut: Cut) -> Iterator[Compilation]:
+    how = {"PRECISION": "hardware"}
+    if cut.parts == 1:
+        yield _item("pair cosine", pair_cosine_kernel, common | how | cut.constants, cut, dtype, width)
+    else:
+        yield _item("pair partial", pair_partial_kernel, common | {"BLOCK": cut.block}, cut, dtype, width)
+        yield _item("pair finish", pair_finish_kernel, common | how | cut.part_constants, cut, dtype, width)
+    c = common | how | {"ROWS": cut.rows, "BLOCK": cut.block}
+    yield _item("pair backward", pair_backward_kernel, c, cut, dtype, width)
+
+
+def _pool_kernels(chip: str, dtype: str) -> Iterator[Compilation]:
+    size = BYTES[dtype]
+    for channels, length in ((64, 3136), (512, 49)):
+        for last in (False, True):
+            unit = math.gcd(16 // size, channels if last else length)
+            for count in (64, 8192):
+                cut = maps(count, channels, length, last, unit, chip, MULTIPROCESSORS)
+                whole = cut.channel_parts * cut.position_parts == 1
+                c = cut.constants | {"WHOLE": whole, "RELU": True}
+                yield _item(f"pool {'whole' if whole else 'shared'}", pool_kernel, c, cut, dtype, channels * length)
+            c = cut.constants | {"RELU": True, "PRECISION": "hardware"}
+            yield _item("pool backward", pool_backward_kernel, c, cut, dtype, channels * length)
+
+
+def _many_kernels(chip: str, dtype: str) -> Iterator[Compilation]:
+    for widths in ([2000] * SLOTS, [200704, 25088]):
+        side, block, warps = many_cut(widths, [256], chip)
+        cut = Cut(side, block, warps, True)
+        c = {"UNIT": 16 // BYTES[dtype], "SLOTS": SLOTS, "ROWS": side, "BLOCK": block, "MEAN": True, "RELU": True}
+        types = {"pointers": (f"*{dtype}",) * SLOTS, "gradients": (f"*{dtype}",) * SLOTS, "table": "*i64"}
+        yield _item("many", many_kernel, c, cut, dtype, widths[0], types)
+        c = c | {"PRECISION": "hardware"}
+        yield _item("many backward", many_backward_kernel, c, cut, dtype, widths[0], types)
+
+
+def _linear_kernels(chip: str) -> Iterator[Compilation]:
+    for operands, dtype, how in (("half", "bf16", "tf32"), ("tf32", "fp32", "tf32"), ("float", "fp32", "ieee")):
+        for width in (784, 2000):
+            for tile in config.candidates("linear", chip, operands, width):
+                c = kernel_constants(tile, width, 16 // BYTES[dtype], how, True)
+                types = {}
+                if tile.descriptor:
+                    types = {
+                        name: f"tensordesc<{dtype}[{side}, {tile.depth}]>"
+                        for name, side in (("x", tile.rows), ("weight", tile.cols))
+                    }
+                yield Compilation("linear goodness", linear_goodness_kernel,
+                                  _arguments(linear_goodness_kernel, c, dtype, types), c, tile, dtype, width,
+                                  operands == "half")  # fmt: skip
+
+
+def compilations(chip: str) -> Iterator[Compilation]:
+    for dtype in BYTES:
+        yield from _row_kernels(chip, dtype)
+        yield from _pool_kernels(chip, dtype)
+        yield from _many_kernels(chip, dtype)
+        c = {"BLOCK": SCALE_BLOCK, "PRECISION": "hardware"}
+        yield _item("scale", scale_kernel, c, None, dtype, 0, {"x": f"*{dtype}", "size": "i64"})
+    yield from _linear_kernels(chip)
+    yield _item("add parts", add_parts_kernel, {"ROWS": 16, "SLOTS": 64}, None, "fp32", 0,
+                {"out": "*fp32", "row_stride": "i64", "slot_stride": "i64", "factor": "fp32"})  # fmt: skip
+    yield _item("pool finish", pool_finish_kernel, {"CHANNELS": 512}, None, "fp32", 512)

@@ -1,0 +1,183 @@
+"""Compile every Triton kernel configuration that ``auto`` can choose, for every chip, without a GPU.
+
+    python -m tools.kernels [--chips sm90,gfx942] [--only REGEX] [--jobs N] [--json FILE]
+
+Prints a table: registers, spills, shared memory and the matrix instructions in the assembly. Exit status 1 where a
+kernel spills to memory, needs more shared memory than its chip has, does not compile, or multiplies 16-bit tiles on
+sm_90 without wgmma (HGMMA in the machine code).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ffcl_fast.backends.triton.config import SHARED_LIMIT, Tile
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Modules whose compilations(chip) yields what their family can launch there.
+FAMILIES = ("tools.similarity_kernels", "tools.goodness_kernels")
+MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC[A-Z]*MMA|v_mfma_f32|v_mfma)[\w.]*")
+STATIC_SHARED = 1024  # what the driver keeps of a block's shared memory
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One kernel to compile: `arguments` maps a name to its type, a tuple of types, or None where None is passed."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str | tuple[str, ...] | None]
+    constants: dict[str, Any]
+    tile: Any  # what the launch takes its options from: a Tile, another cut with `options`, or None
+    dtype: str
+    width: int
+    matrix: bool  # must use the chip's matrix instructions
+
+
+def describe(tile: Any) -> str:
+    if not isinstance(tile, Tile):
+        return "-" if tile is None else str(tile)
+    text = f"{tile.rows}x{tile.cols}x{tile.depth} w{tile.warps} s{tile.stages}"
+    return text + (" tma" if tile.descriptor else "") + (" ws" if tile.specialize else "")
+
+
+def compile_one(chip: str, item: Compilation) -> dict:
+    """Compile and read the assembly: a row of the table."""
+    names = item.kernel.arg_names
+    signature, constants = {}, {}
+    for name in names:
+        kind = None if name in item.constants else item.arguments[name]
+        signature[name] = kind or "constexpr"
+        if kind is None:
+            constants[(names.index(name),)] = item.constants.get(name)
+    # What the launcher would see: aligned tensors, and strides that `unit` made multiples of 16.
+    attributes = {}
+    for i, name in enumerate(names):
+        kind = signature[name]
+        if isinstance(kind, tuple):
+            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(len(kind))}
+        elif kind.startswith("*") or (name.endswith("_stride") and kind == "i32"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    row: dict[str, Any] = {"chip": chip, "kernel": item.name, "dtype": item.dtype, "width": item.width}
+    row["config"] = describe(item.tile)
+    options = item.tile.options if item.tile else {}
+    try:
+        compiled = triton.compile(
+            ASTSource(item.kernel, signature, constants, attributes), target=TARGETS[chip], options=options
+        )
+    except Exception as error:  # any failure of the compiler is a failed row, not the end of the table
+        last = str(error).strip().splitlines()
+        return row | {"problem": f"does not compile: {last[-1] if last else type(error).__name__}"}
+    row["shared"] = compiled.metadata.shared
+    row |= amd(compiled.asm["amdgcn"]) if chip.startswith("gfx") else nvidia(compiled.asm["cubin"])
+    problems = []
+    if row["spills"]:
+        problems.append(f"{row['spills']} spills")
+    if row["shared"] + (0 if chip.startswith("gfx") else STATIC_SHARED) > SHARED_LIMIT[chip]:
+        problems.append(f"shared memory over {SHARED_LIMIT[chip]}")
+    if item.matrix and not row["matrix"]:
+        problems.append("no matrix instruction")
+    if item.matrix and chip == "sm90" and item.dtype in ("bf16", "fp16") and "HGMMA" not in row["matrix"]:
+        # The rescue path may use the older instructions: it is off the usual way.
+        if not item.name.startswith("finish"):
+            problems.append("no wgmma")
+    return row | ({"problem": ", ".join(problems)} if problems else {})
+
+
+def nvidia(cubin: bytes) -> dict:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "matrix": matrix_instructions(sass),
+    }
+
+
+def amd(assembly: str) -> dict:
+    def read(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    # Scalar registers spill into lanes of vector registers, not into memory; only vector spills count.
+    return {
+        "registers": read("vgpr_count"),
+        "spills": read("vgpr_spill_count"),
+        "matrix": matrix_instructions(assembly),
+    }
+
+
+def matrix_instructions(assembly: str) -> str:
+    found = collections.Counter(match.group(0) for match in MATRIX.finditer(assembly))
+    return " ".join(f"{count} {name}" for name, count in found.most_common(2))
+
+
+def work(task: tuple[str, str, int]) -> dict:
+    """Compile item `index` of a family: kernels do not pickle, their position does."""
+    family, chip, index = task
+    return compile_one(chip, list(importlib.import_module(family).compilations(chip))[index])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--chips", default=",".join(TARGETS), help="comma-separated, of %(default)s")
+    parser.add_argument("--only", default="", help="regular expression on 'kernel dtype width config'")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--json", type=Path, help="write the rows there as well")
+    options = parser.parse_args(arguments)
+    chips = options.chips.split(",")
+    if unknown := set(chips) - set(TARGETS):
+        parser.error(f"--chips: {', '.join(sorted(unknown))} is none of {', '.join(TARGETS)}")
+    tasks = [
+        (family, chip, index)
+        for chip in chips
+        for family in FAMILIES
+        for index, item in enumerate(importlib.import_module(family).compilations(chip))
+        if re.search(options.only, f"{item.name} {item.dtype} {item.width} {describe(item.tile)}")
+    ]
+    columns = ("chip", "kernel", "dtype", "width", "config", "registers", "spills", "shared", "matrix", "problem")
+    sizes = (6, 18, 5, 5, 24, 9, 6, 7, 40, 0)
+    print(" ".join(name.ljust(size) for name, size in zip(columns, sizes, strict=True)))
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        for row in pool.imap(work, tasks):
+            rows.append(row)
+            cells = (str(row.get(name, "")).ljust(size) for name, size in zip(columns, sizes, strict=True))
+            print(" ".join(cells).rstrip(), flush=True)
+    if options.json:
+        partial = options.json.with_suffix(".tmp")
+        partial.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1))
+        partial.replace(options.json)
+    bad = sum("problem" in row for row in rows)
+    print(f"{len(rows)} kernels, {bad} with a problem (Triton {triton.__version__})")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
