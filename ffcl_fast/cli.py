@@ -1,0 +1,189 @@
+"""The ``ffcl`` command: parsing and messages only; each command imports what it needs when it runs.
+
+Exit codes: 0 done; 1 ``doctor`` found a wrong backend; 2 a mistake of the user's, told in one line; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .train.config import FIELDS, base_type, load_config
+from .train.errors import UserError
+
+_EVALUATE = ("data", "data_dir", "workers", "device")  # settings that may differ between training and evaluation
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one line for an error in place of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ffcl", description="Forward-Forward Contrastive Learning.", allow_abbrev=False)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    train = commands.add_parser(
+        "train",
+        help="run the three FFCL stages",
+        description="Run the FFCL stages and write runs/NAME/: config.yaml, metrics.json, TensorBoard events, learning"
+        " curves as PNG, checkpoints. Settings come from flags, over --config, over --preset, over the defaults.",
+        allow_abbrev=False,
+    )
+    train.add_argument("--config", metavar="FILE", help="YAML file of settings, named as the flags with _ for -")
+    train.add_argument("--resume", metavar="RUN", help="go on with an unfinished run: its folder, or its name in --out")
+    for name in FIELDS:
+        _add_setting(train, name)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="test metrics of a finished run, with a confusion matrix and a ROC curve as PNG",
+        description="Test metrics of a finished run; writes evaluation.json, confusion_matrix.png and roc.png into it.",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("run", metavar="RUN", help="folder of a finished run, as runs/NAME")
+    for name in _EVALUATE:
+        _add_setting(evaluate, name)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine has, and every backend checked and timed",
+        description="What this machine has, which backend 'auto' picks and why, and every backend checked against the"
+        " float64 reference, with its error and a quick timing.",
+        allow_abbrev=False,
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _add_setting(parser: argparse.ArgumentParser, name: str) -> None:
+    """A flag for a setting. Values stay text: the config's own checks know types and limits, from any source."""
+    field = FIELDS[name]
+    default = "" if field.default is None else f" (default: {_shown(field.default)})"
+    parser.add_argument(
+        "--" + name.replace("_", "-"),
+        dest=name,
+        default=argparse.SUPPRESS,
+        metavar=_metavar(name),
+        help=(field.metadata["help"] + default).replace("%", "%%"),
+    )
+
+
+def _metavar(name: str) -> str:
+    choices = FIELDS[name].metadata.get("choices")
+    if choices:
+        return ",".join(choices) if base_type(name)[0] is tuple else "|".join(choices)
+    return {int: "N", float: "X"}.get(base_type(name)[0], name.rpartition("_")[2].upper())
+
+
+def _shown(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: this process's own) and return the exit code."""
+    parser = _parser()
+    try:
+        arguments = vars(parser.parse_args(argv))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    command = arguments.pop("command")
+    if arguments.pop("version"):
+        from . import __version__
+
+        print(f"ffcl {__version__}")
+        return 0
+    if command is None:
+        parser.print_help()
+        return 2
+    try:
+        return _COMMANDS[command](arguments)
+    except UserError as error:
+        problem = str(error)
+    except KeyboardInterrupt as stop:
+        print(f"\nffcl {command}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        problem = "out of memory; try a smaller --batch-size or --image-size"
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, a folder without permission
+        problem = " ".join(filter(None, [str(error.filename or ""), error.strerror or str(error)]))
+    print(f"ffcl {command}: {problem}", file=sys.stderr)
+    return 2
+
+
+def _train(flags: dict[str, Any]) -> int:
+    file, resume = flags.pop("config"), flags.pop("resume")
+    if resume is None:
+        config = load_config(flags, file)
+    elif file is not None:
+        raise UserError("config: cannot be given with --resume, which keeps the run's own settings")
+    from .train.run import CURVES, is_finished, resumed_config, train
+
+    directory = None
+    if resume is not None:
+        directory = Path(resume)
+        if not directory.is_dir() and (Path(flags.get("out", "runs")) / resume).is_dir():
+            directory = Path(flags.get("out", "runs")) / resume
+        config = resumed_config(directory, flags)
+        if is_finished(directory):
+            print(f"{directory} is finished already")
+            return 0
+    run = train(config, resume=directory, log=_say, bars=True)
+    test = run.metrics.get("test")
+    if test is None:
+        print(f"no downstream stage, so nothing to test; weights in {run.directory / 'checkpoints'}")
+    else:
+        print(f"test accuracy {100 * test['accuracy']:.2f} %, {_rest(test)}")
+    print(f"learning curves: {run.directory / CURVES}")
+    return 0
+
+
+def _evaluate(flags: dict[str, Any]) -> int:
+    from .train.scoring import evaluate
+
+    run = flags.pop("run")
+    result = evaluate(run, flags)
+    test = result["test"]
+    print(f"{run}: accuracy {100 * test['accuracy']:.2f} % on {result['images']} test images, {_rest(test)}")
+    for picture in result["pictures"]:
+        print(picture)
+    return 0
+
+
+def _doctor(flags: dict[str, Any]) -> int:
+    from . import doctor
+
+    findings = doctor.examine()
+    print(json.dumps(findings, indent=1) if flags["json"] else doctor.as_text(findings))
+    return 1 if any(check["verdict"] == "WRONG" for check in findings["checks"]) else 0
+
+
+def _rest(test: dict[str, float]) -> str:
+    names = {"auc": "AUC", "macro_f1": "macro F1", "precision": "precision", "recall": "recall"}
+    return ", ".join(f"{label} {test[name]:.4f}" for name, label in names.items())
+
+
+def _say(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line)  # above a progress bar, where there is one
+    sys.stdout.flush()
+
+
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "doctor": _doctor}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Checkpoints that survive a kill at any moment: whole folders that appear by one rename, each with its checksums.
+
+    checkpoints/global-0003/weights.safetensors   the network
+                            state.pt              optimiser and schedule (loaded with weights_only=True)
+                            manifest.json         stage, epoch, history, best epoch; size and crc32 of the other two
+
+               global.safetensors             what the stage handed on, once it is finished
+
+Kept are the newest, the one before it (should the newest be damaged) and the best of their stages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import UserError
+
+_WEIGHTS, _STATE, _MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands. ``history``: stage -> one dict an epoch; ``best``: stage -> epoch of the best validation."""
+
+    stage: str
+    epoch: int = 0
+    history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    best: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        return f"{self.stage}-{self.epoch:04d}"
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, flush it to the disk, rename it to ``path``.
+
+    Whatever goes wrong, ``path`` is either as it was or complete.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(scratch)
+        with open(scratch, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """``text`` to ``path``, atomically."""
+    write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def save_weights(path: Path, network: nn.Module) -> None:
+    """The network's tensors as safetensors, atomically."""
+    from safetensors.torch import save_model
+
+    write_atomically(path, lambda scratch: save_model(network, str(scratch)))
+
+
+def load_weights(path: Path, network: nn.Module) -> None:
+    """Fill ``network`` from :func:`save_weights`'s file. Raises UserError where it does not fit or is damaged."""
+    from safetensors.torch import load_model
+
+    try:
+        load_model(network, path)
+    except Exception as error:  # safetensors, OS and shape errors alike
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"checkpoint {path}: cannot be read into this network ({reason})") from None
+
+
+class Checkpoints:
+    """The checkpoints of one run, in ``directory``."""
+
+    def __init__(self, directory: Path, log: Callable[[str], None]) -> None:
+        self.directory = directory
+        self.log = log
+
+    def save(self, progress: Progress, network: nn.Module, state: dict[str, Any]) -> None:
+        """Write the checkpoint of ``progress`` and prune those that nothing needs any more."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        scratch = self.directory / f".{progress.folder}.tmp"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            save_weights(scratch / _WEIGHTS, network)
+            write_atomically(scratch / _STATE, lambda path: torch.save(state, path))
+            files = {name: _fingerprint(scratch / name) for name in (_WEIGHTS, _STATE)}
+            write_text(scratch / _MANIFEST, json.dumps({**asdict(progress), "files": files}, indent=1))
+            target = self.directory / progress.folder
+            shutil.rmtree(target, ignore_errors=True)  # left by an earlier try at the same epoch that proved damaged
+            os.replace(scratch, target)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        self._prune(progress)
+
+    def latest(self) -> Progress | None:
+        """The newest undamaged checkpoint, or None where there is none at all; each damaged one is reported.
+
+        Raises UserError where there are checkpoints but all are damaged.
+        """
+        found = self._all()
+        for folder in reversed(found):
+            problem = _damage(folder)
+            if problem is None:
+                return _read_manifest(folder)[0]
+            self.log(f"checkpoint {folder}: damaged ({problem}); trying the one before it")
+        if found:
+            raise UserError(f"checkpoints {self.directory}: all {len(found)} are damaged; start anew, with a new name")
+        return None
+
+    def load(self, stage: str, epoch: int, network: nn.Module) -> dict[str, Any]:
+        """Fill ``network`` from that epoch's checkpoint and return the optimiser and schedule state."""
+        folder = self.directory / Progress(stage, epoch).folder
+        problem = _damage(folder)
+        if problem is not None:
+            raise UserError(f"checkpoint {folder}: damaged ({problem})")
+        load_weights(folder / _WEIGHTS, network)
+        try:
+            return torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a forged file makes the restricted unpickler say
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"checkpoint {folder / _STATE}: not readable ({reason})") from None
+
+    def clear(self) -> None:
+        """Delete all: the run is finished, and :meth:`finish_stage` has stored each stage's weights."""
+        for folder in self._all():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def stage_weights(self, stage: str) -> Path:
+        """The file with the weights that a finished stage ended with."""
+        return self.directory / f"{stage}.safetensors"
+
+    def finish_stage(self, stage: str, network: nn.Module) -> None:
+        """Store the weights that ``stage`` hands on."""
+        save_weights(self.stage_weights(stage), network)
+
+    def _all(self) -> list[Path]:
+        from .config import STAGES
+
+        folders = [p for p in self.directory.glob("*-*") if p.is_dir() and p.name.partition("-")[0] in STAGES]
+        return sorted(folders, key=lambda p: (STAGES.index(p.name.partition("-")[0]), p.name))
+
+    def _prune(self, progress: Progress) -> None:
+        # each of the newest two needs its own stage's best: that is what its stage hands on
+        found = self._all()
+        keep = {folder.name for folder in found[-2:]}
+        stages = {name.partition("-")[0] for name in keep}
+        keep |= {Progress(stage, best).folder for stage, best in progress.best.items() if stage in stages}
+        for folder in found:
+            if folder.name not in keep:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return {"bytes": path.stat().st_size, "crc32": crc}
+
+
+def _read_manifest(folder: Path) -> tuple[Progress, dict[str, dict[str, int]]]:
+    values = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    files = values.pop("files")
+    return Progress(**values), files
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        progress, files = _read_manifest(folder)
+        if progress.folder != folder.name:
+            return f"{_MANIFEST} is of {progress.folder}"
+        for name in (_WEIGHTS, _STATE):
+            if _fingerprint(folder / name) != files[name]:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None

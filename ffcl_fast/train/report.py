@@ -1,0 +1,218 @@
+"""What a run leaves behind for people: metrics, TensorBoard events and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .checkpoint import Progress, write_atomically, write_text
+from .config import Config
+
+# Okabe and Ito's palette: told apart with any kind of colour vision
+_TRAIN, _VAL, _BEST, _TEST = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+_STYLE = {
+    "figure.dpi": 150,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "legend.frameon": False,
+}
+_TITLES = {"local": "1 local: each layer by itself", "global": "2 global: final output", "downstream": "3 downstream"}
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    """``values`` as YAML in their own order."""
+    import yaml
+
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def epoch_line(stage: str, record: dict[str, Any], config: Config) -> str:
+    """One line on a finished epoch."""
+    accuracy = f", accuracy {record['val']['accuracy']:.4f}" if "accuracy" in record["val"] else ""
+    return (
+        f"{stage} {record['epoch']}/{config.epochs(stage)}: loss {record['train']['loss']:.4f},"
+        f" validation {record['val']['loss']:.4f}{accuracy}, {record['images_per_second']:.0f} images/s"
+    )
+
+
+def write_metrics(path: Path, base: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Write and return ``metrics.json``: ``base`` and every epoch of every stage."""
+    stages = {
+        name: {"best_epoch": progress.best.get(name), "epochs": epochs} for name, epochs in progress.history.items()
+    }
+    metrics = {**base, "stages": stages}
+    write_text(path, json.dumps(metrics, indent=1))
+    return metrics
+
+
+class Board:
+    """TensorBoard events of a run, in its own folder; steps are epochs counted over all stages."""
+
+    def __init__(self, directory: Path, progress: Progress) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.step = sum(len(epochs) for epochs in progress.history.values())
+        # events of epochs that were not stored before a kill are dropped on display
+        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=self.step + 1)
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.close()
+
+    def epoch(self, stage: str, record: dict[str, Any]) -> None:
+        self.step += 1
+        for part in ("train", "val"):
+            for name, value in record[part].items():
+                self.writer.add_scalar(f"{stage}/{name}/{part}", value, self.step)
+        self.writer.add_scalar(f"{stage}/images_per_second", record["images_per_second"], self.step)
+        self.writer.add_scalar(f"{stage}/lr", record["lr"], self.step)
+        self.writer.flush()
+
+    def test(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"test/{name}", value, self.step)
+
+
+def _draw(path: Path, size: tuple[float, float], columns: int, fill: Callable[[Any, Sequence[Any]], None]) -> None:
+    """A figure with a row of ``columns`` axes, filled by ``fill(figure, axes)`` and written atomically."""
+    import matplotlib
+
+    matplotlib.use("agg")  # no display needed, and no window left open
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+        try:
+            fill(figure, axes[0])
+            write_atomically(path, lambda scratch: figure.savefig(scratch))
+        finally:
+            plt.close(figure)
+
+
+def learning_curves(path: Path, metrics: dict[str, Any], progress: Progress) -> None:
+    """Losses of every stage against its epochs and the downstream accuracy, test accuracy in the title."""
+    stages = list(progress.history)
+    columns = len(stages) + ("downstream" in stages)
+
+    def fill(figure: Any, axes: Sequence[Any]) -> None:
+        for axis, stage in zip(axes, stages, strict=False):
+            _losses(axis, stage, progress.history[stage], progress.best[stage])
+        if "downstream" in stages:
+            _accuracy(axes[-1], progress.history["downstream"], metrics["test"]["accuracy"])
+        title = f"FFCL on {metrics['data']['name']}, {metrics['backbone']}, seed {metrics['config']['seed']}"
+        if "test" in metrics:
+            title += f": test accuracy {100 * metrics['test']['accuracy']:.1f} %, AUC {metrics['test']['auc']:.3f}"
+        figure.suptitle(title, fontsize=12)
+
+    _draw(path, (3.5 * columns, 3.4), columns, fill)
+
+
+def _losses(axis: Any, stage: str, history: list[dict[str, Any]], best: int) -> None:
+    import matplotlib
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [record["epoch"] for record in history]
+    layers = [name for name in history[0]["val"] if name not in ("loss", "accuracy")]
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(layers), 1)))
+    for name, shade in zip(layers, shades, strict=False):
+        axis.plot(epochs, [r["val"][name] for r in history], color=shade, lw=0.8, alpha=0.6, marker=".", ms=3)
+    # the training loss is known several times an epoch, each value the mean since the last
+    steps = [r["epoch"] - 1 + (i + 0.5) / len(r["trace"]) for r in history for i in range(len(r["trace"]))]
+    axis.plot(steps, [value for r in history for value in r["trace"]], color=_TRAIN, lw=1.5, label="train")
+    axis.plot(epochs, [r["val"]["loss"] for r in history], color=_VAL, lw=2, marker="o", ms=4, label="validation")
+    axis.plot(best, history[best - 1]["val"]["loss"], "*", color=_BEST, ms=11, label=f"best: epoch {best}")
+    if layers:
+        axis.plot([], [], color=shades[0], lw=0.8, label=f"{layers[0]} ...")
+        axis.plot([], [], color=shades[-1], lw=0.8, label=f"... {layers[-1]} (validation)")
+    axis.set_title(_TITLES[stage])
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("classification loss" if stage == "downstream" else "pair cosine loss")
+    axis.set_xlim(left=0)
+    low, high = axis.dataLim.y0, axis.dataLim.y1
+    if 0 < 30 * low < high:  # the focal loss falls through decades
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(0, 1.08 * high)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(fontsize=7)
+
+
+def _accuracy(axis: Any, history: list[dict[str, Any]], test: float) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    epochs = [record["epoch"] for record in history]
+    for part, colour, label in (("train", _TRAIN, "train (augmented)"), ("val", _VAL, "validation")):
+        axis.plot(epochs, [r[part]["accuracy"] for r in history], color=colour, lw=2, marker="o", ms=4, label=label)
+    axis.axhline(test, color=_TEST, ls="--", lw=1.5, label=f"test, once at the end: {100 * test:.1f} %")
+    axis.set_title("3 downstream: accuracy")
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("accuracy")
+    axis.set_xlim(left=0)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(fontsize=7)
+
+
+def confusion_matrix(path: Path, probability: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    """Counts of true against predicted class, shaded by the share of the true class."""
+    from torchmetrics import functional as metric
+
+    count = metric.confusion_matrix(probability, labels, task="multiclass", num_classes=len(classes)).numpy()
+    share = count / np.maximum(count.sum(1, keepdims=True), 1)
+
+    def fill(figure: Any, axes: Sequence[Any]) -> None:
+        axis = axes[0]
+        axis.grid(False)
+        image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        if len(classes) <= 20:
+            for (row, column), value in np.ndenumerate(count):
+                ink = "white" if share[row, column] > 0.5 else "black"
+                axis.text(column, row, str(value), ha="center", va="center", color=ink)
+        axis.set_xticks(range(len(classes)), classes, rotation=45 if len(classes) > 4 else 0)
+        axis.set_yticks(range(len(classes)), classes)
+        axis.set_xlabel("predicted")
+        axis.set_ylabel("true")
+        axis.set_title(f"{len(labels)} test images, accuracy {100 * np.trace(count) / len(labels):.1f} %")
+        figure.colorbar(image, label="share of the true class", shrink=0.8)
+
+    side = min(12.0, 3.2 + 0.35 * len(classes))
+    _draw(path, (side + 1.0, side), 1, fill)
+
+
+def roc(path: Path, probability: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    """True against false positive rate: of class 1 for two classes, else of each class against the rest."""
+    from torchmetrics import functional as metric
+
+    def fill(figure: Any, axes: Sequence[Any]) -> None:
+        import matplotlib
+
+        axis = axes[0]
+        shown = [1] if len(classes) == 2 else range(len(classes))
+        shades = [_TRAIN] if len(classes) == 2 else matplotlib.colormaps["tab20"](np.linspace(0, 1, len(classes)))
+        for index, shade in zip(shown, shades, strict=True):
+            target = (labels == index).int()
+            false, true, _ = metric.roc(probability[:, index], target, task="binary")
+            area = float(metric.auroc(probability[:, index], target, task="binary"))
+            axis.plot(false, true, color=shade, lw=2, label=f"{classes[index]}: AUC {area:.3f}")
+        axis.plot([0, 1], [0, 1], color="grey", ls=":", lw=1, label="chance")
+        axis.set_xlabel("false positive rate")
+        axis.set_ylabel("true positive rate")
+        axis.set_title(f"ROC on {len(labels)} test images")
+        axis.set_aspect("equal")
+        axis.set_xlim(-0.01, 1.01)
+        axis.set_ylim(-0.01, 1.01)
+        axis.legend(fontsize=7, loc="lower right")
+
+    _draw(path, (4.4, 4.2), 1, fill)

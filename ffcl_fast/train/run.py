@@ -1,0 +1,211 @@
+"""One training run from a :class:`Config` to a finished folder under ``runs/``."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import ffcl_fast
+
+from . import report
+from .batches import derive_seed
+from .checkpoint import Checkpoints, Progress, write_text
+from .config import Config, load_config
+from .data import Data, prepare
+from .errors import Interrupted, UserError
+from .model import Classifier, build
+from .scoring import CHECKPOINTS, CONFIG, METRICS, device_for, probabilities, scores
+from .stages import DownstreamStage, GlobalStage, LocalStage, Stage, Trainer
+
+CURVES = "learning_curves.png"
+_MOVABLE = ("workers", "data_dir", "device", "out", "name")  # settings that a resumed run may change
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and what ``metrics.json`` in it says."""
+
+    directory: Path
+    metrics: dict[str, Any]
+
+
+def train(
+    config: Config,
+    *,
+    backbone: nn.Module | None = None,
+    layers: Sequence[str] | None = None,
+    resume: str | Path | None = None,
+    log: Callable[[str], None] = print,
+    bars: bool = False,
+) -> Run:
+    """Run the stages of ``config`` and write ``<out>/<name>/``; draws from PyTorch's global generator.
+
+    backbone: a module of the caller's own, float32 (N, 1, S, S) in [0, 1] to (N, F), in place of ``config.backbone``.
+    layers: names of its modules that the local stage trains, in order of depth; by default its blocks.
+    resume: folder of an unfinished run to go on with, from its last stored epoch to bit-identical weights (on a CPU);
+        ``config`` is then that run's own, see :func:`resumed_config`.
+    log: called with each line for the user. bars: show progress bars on a terminal.
+
+    Raises UserError for wrong data, options, names or checkpoints; earlier runs are never written to.
+    """
+    if resume is not None and is_finished(Path(resume)):
+        raise UserError(f"run {resume}: is finished already")
+    device = device_for(config)
+    began = time.time()
+    data = prepare(config, _decode_bar(bars))
+    _greet(config, data, device, log)
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    network = build(config, data.image_size, len(data.classes), backbone).to(device)
+    with ExitStack() as stack:
+        directory = Path(resume) if resume is not None else _new_directory(config, data)
+        stack.callback(lock(directory))
+        if resume is None:
+            write_text(directory / CONFIG, report.yaml_text(config.as_dict()))
+        checkpoints = Checkpoints(directory / CHECKPOINTS, log)
+        progress = checkpoints.latest() or Progress(config.stages[0])
+        board = stack.enter_context(report.Board(directory, progress))
+        base = {
+            "status": "running",
+            "name": directory.name,
+            "data": data.summary(),
+            "backbone": config.backbone if backbone is None else type(backbone).__name__,
+            "own_backbone": backbone is not None,
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "config": config.as_dict(),
+            "versions": {
+                "ffcl_fast": ffcl_fast.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "machine": {"device": str(device), "threads": torch.get_num_threads()},
+        }
+
+        def on_epoch(progress: Progress, record: dict[str, Any]) -> None:
+            board.epoch(progress.stage, record)
+            report.write_metrics(directory / METRICS, base, progress)
+            log(report.epoch_line(progress.stage, record, config))
+
+        trainer = Trainer(config, data, network, device, checkpoints, on_epoch, _epoch_bar(bars))
+        try:
+            for name in config.stages[config.stages.index(progress.stage) :]:
+                if name != progress.stage:
+                    progress.stage, progress.epoch = name, 0
+                trainer.fit(_stage(name, network, config, data, layers), progress)
+                checkpoints.finish_stage(name, network)
+        except KeyboardInterrupt:
+            raise Interrupted(directory) from None
+        base["status"] = "finished"
+        base["seconds"] = time.time() - began
+        if "downstream" in config.stages:
+            probability = probabilities(network, data.test, config.batch_size)
+            base["test"] = scores(probability, data.test.labels)
+            board.test(base["test"])
+        report.learning_curves(directory / CURVES, base, progress)
+        metrics = report.write_metrics(directory / METRICS, base, progress)
+        checkpoints.clear()
+    return Run(directory, metrics)
+
+
+def resumed_config(directory: Path, flags: dict[str, Any]) -> Config:
+    """The config of the run in ``directory``, with flags that only move it to another machine or place.
+
+    Raises UserError for a folder that is no run, and for flags that would make it another run.
+    """
+    if not (directory / CONFIG).is_file():
+        raise UserError(f"resume {directory}: no run of ffcl train is there (it has no {CONFIG})")
+    stored = load_config({}, directory / CONFIG)
+    config = load_config(flags, directory / CONFIG)
+    changed = [key for key, value in config.as_dict().items() if key not in _MOVABLE and value != stored.as_dict()[key]]
+    if changed:
+        raise UserError(
+            f"{changed[0]}: a resumed run keeps its own, {getattr(stored, changed[0])!r}; leave the flag out"
+        )
+    return config
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether ``metrics.json`` there says so."""
+    try:
+        return json.loads((directory / METRICS).read_text(encoding="utf-8"))["status"] == "finished"
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def lock(directory: Path) -> Callable[[], None]:
+    """Keep other processes out of a run's folder until the returned function is called (or this process ends)."""
+    handle = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise UserError(f"run {directory}: another process is training it") from None
+    return lambda: os.close(handle)
+
+
+def _stage(name: str, network: Classifier, config: Config, data: Data, layers: Sequence[str] | None) -> Stage:
+    if name == "local":
+        return LocalStage(network, config, layers)
+    if name == "global":
+        return GlobalStage(network, config)
+    return DownstreamStage(network, config, data.train)
+
+
+def _new_directory(config: Config, data: Data) -> Path:
+    """A folder that did not exist before: runs are never written over."""
+    out = Path(config.out)
+    name = config.name
+    if name is None:
+        name = f"{data.name}-{config.backbone}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = re.sub(r"[^\w.-]+", "-", name).lstrip(".")
+        taken, base = 1, name
+        while (out / name).exists():
+            taken += 1
+            name = f"{base}-{taken}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name).mkdir()
+    except FileExistsError:
+        if not out.is_dir():
+            raise UserError(f"out {out}: is not a folder") from None
+        hint = "" if is_finished(out / name) else f", or go on with it: --resume {out / name}"
+        raise UserError(f"run {out / name}: exists already and is left as it is; choose another --name{hint}") from None
+    except OSError as error:
+        raise UserError(f"out {out}: cannot be written ({error.strerror})") from None
+    return out / name
+
+
+def _greet(config: Config, data: Data, device: torch.device, log: Callable[[str], None]) -> None:
+    for note in data.notes:
+        log(note)
+    sizes = f"{len(data.train)} train, {len(data.val)} validation, {len(data.test)} test"
+    log(f"{data.name}: {sizes} images of {data.image_size} x {data.image_size}, {len(data.classes)} classes")
+    log(f"{config.backbone} on {device}, stages {', '.join(config.stages)}, seed {config.seed}")
+
+
+def _epoch_bar(shown: bool) -> Callable[[int, str], Any]:
+    from tqdm import tqdm
+
+    # None: only on a terminal; log files get one line an epoch instead
+    return lambda total, text: tqdm(
+        total=total, desc=text, unit="img", leave=False, dynamic_ncols=True, disable=None if shown else True
+    )
+
+
+def _decode_bar(shown: bool) -> Callable:
+    from tqdm import tqdm
+
+    return lambda batches, total, text: tqdm(
+        batches, total=total, desc=text, unit="batch", leave=False, dynamic_ncols=True, disable=None if shown else True
+    )

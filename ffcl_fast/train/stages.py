@@ -1,0 +1,249 @@
+"""The three stages as objects with one method each, and the loop that runs any of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from ffcl_fast.losses import PairCosineLoss
+
+from .batches import EpochSampler, Views, augmentation, derive_seed, loader, scaled
+from .checkpoint import Checkpoints, Progress
+from .config import Config
+from .data import Data, Split
+from .errors import UserError
+from .local import walk
+from .model import Classifier
+
+EVALUATION_BATCH = 64  # at least: without gradients there is room for more than a training batch
+TRACE_POINTS = 8  # training losses kept an epoch, for the learning curve
+
+
+class Stage(Protocol):
+    """``step`` takes a batch on the device and returns named scalars, ``loss`` among them, averaged over its samples;
+    with ``train`` it also leaves gradients in the parameters."""
+
+    name: str
+    pairs: bool
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+
+    def step(self, batch: Sequence[Tensor], train: bool) -> dict[str, Tensor]: ...
+
+
+class LocalStage:
+    """Pair cosine on the flattened activation of each layer, every layer from detached input.
+
+    Both images of a pair share one pass, so BatchNorm sees the statistics of both.
+    """
+
+    name = "local"
+    pairs = True
+
+    def __init__(self, network: Classifier, config: Config, layers: Sequence[str] | None = None) -> None:
+        self.network = network
+        self.walk = walk(network.backbone, config.local_layers, layers)
+        self.loss = PairCosineLoss(margin=config.margin)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.network.backbone.parameters()
+
+    def step(self, batch: Sequence[Tensor], train: bool) -> dict[str, Tensor]:
+        first, second, target = batch
+        losses: dict[str, Tensor] = {}
+
+        def visit(name: str, activation: Tensor) -> None:
+            h1, h2 = activation.chunk(2)
+            loss = self.loss(h1, h2, target)
+            if train:
+                loss.backward()
+            losses[name] = loss.detach()
+
+        self.walk(torch.cat([scaled(first), scaled(second)]), visit)
+        return {"loss": torch.stack(list(losses.values())).mean(), **losses}
+
+
+class GlobalStage:
+    """Pair cosine on the backbone's output, back-propagated through all of it."""
+
+    name = "global"
+    pairs = True
+
+    def __init__(self, network: Classifier, config: Config) -> None:
+        self.network = network
+        self.loss = PairCosineLoss(margin=config.margin)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.network.backbone.parameters()
+
+    def step(self, batch: Sequence[Tensor], train: bool) -> dict[str, Tensor]:
+        first, second, target = batch
+        z1, z2 = self.network.backbone(torch.cat([scaled(first), scaled(second)])).chunk(2)
+        loss = self.loss(z1, z2, target)
+        if train:
+            loss.backward()
+        return {"loss": loss.detach()}
+
+
+class DownstreamStage:
+    """Classification with a new head, everything fine-tuned.
+
+    Two classes: one logit and binary cross-entropy. More: one logit a class and cross-entropy, since FFCL's single
+    logit cannot tell them apart. ``focal`` is FFCL's form, alpha (1 - exp(-L))^gamma L of the batch's mean L.
+    """
+
+    name = "downstream"
+    pairs = False
+
+    def __init__(self, network: Classifier, config: Config, train: Split) -> None:
+        self.network = network
+        self.binary = network.outputs == 1
+        kind = config.downstream_loss
+        self.kind = ("focal" if self.binary else "plain") if kind == "auto" else kind
+        self.alpha, self.gamma = config.focal_alpha, config.focal_gamma
+        counts = torch.bincount(train.labels, minlength=2).float()
+        # inverse frequency: both classes weigh the same in sum
+        weights = counts[0] / counts[1] if self.binary else counts.sum() / (len(counts) * counts)
+        self.weights = weights.to(network.head.weight.device) if self.kind == "weighted" else None
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.network.parameters()
+
+    def step(self, batch: Sequence[Tensor], train: bool) -> dict[str, Tensor]:
+        images, labels = batch
+        logits = self.network(scaled(images)).float()
+        if self.binary:
+            logits = logits.squeeze(1)
+            loss = F.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=self.weights)
+            right = (logits > 0) == (labels == 1)
+        else:
+            loss = F.cross_entropy(logits, labels, weight=self.weights)
+            right = logits.argmax(1) == labels
+        if self.kind == "focal":
+            loss = self.alpha * (1 - torch.exp(-loss)) ** self.gamma * loss
+        if train:
+            loss.backward()
+        return {"loss": loss.detach(), "accuracy": right.float().mean()}
+
+
+@dataclass
+class Trainer:
+    """Runs stages on one data set. ``on_epoch(progress, record)`` hears of every finished, stored epoch;
+    ``bar(total, text)`` makes a tqdm-like progress bar of that many images."""
+
+    config: Config
+    data: Data
+    network: Classifier
+    device: torch.device
+    checkpoints: Checkpoints
+    on_epoch: Callable[[Progress, dict[str, Any]], None]
+    bar: Callable[[int, str], Any]
+
+    def fit(self, stage: Stage, progress: Progress) -> None:
+        """Train from ``progress`` (epoch 0: from the start) to the end, then put the best epoch's weights back."""
+        config = self.config
+        epochs = config.epochs(stage.name)
+        parameters = [p for p in stage.parameters() if p.requires_grad]
+        optimizer = Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        schedule = CosineAnnealingLR(optimizer, T_max=epochs)
+        history = progress.history.setdefault(stage.name, [])
+        if progress.epoch:
+            state = self.checkpoints.load(stage.name, progress.epoch, self.network)
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+        while progress.epoch < epochs and progress.epoch - progress.best.get(stage.name, 0) < config.patience:
+            epoch = progress.epoch + 1
+            record = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+            record |= self._train_epoch(stage, optimizer, epoch, epochs)
+            schedule.step()
+            record["val"] = self._validate(stage, epoch)
+            history.append(record)
+            best = progress.best.get(stage.name)
+            if best is None or record["val"]["loss"] < history[best - 1]["val"]["loss"]:
+                progress.best[stage.name] = epoch
+            progress.epoch = epoch
+            state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            self.checkpoints.save(progress, self.network, state)
+            self.on_epoch(progress, record)
+        if progress.best[stage.name] != progress.epoch:
+            self.checkpoints.load(stage.name, progress.best[stage.name], self.network)
+
+    def _train_epoch(self, stage: Stage, optimizer: Adam, epoch: int, epochs: int) -> dict[str, Any]:
+        config, seed = self.config, (self.config.seed, stage.name, epoch)
+        kind = self.data.augment if config.augment == "auto" else config.augment
+        augment = augmentation(kind, self.data.image_size)
+        views = Views(self.data.train, augment, stage.pairs, derive_seed(*seed, "views"))
+        sampler = EpochSampler(len(views), config.batch_size, config.epoch_samples, derive_seed(*seed, "order"))
+        self.network.train()
+        images = sum(map(len, sampler)) * (2 if stage.pairs else 1)
+        every = max(1, math.ceil(len(sampler) / TRACE_POINTS))
+        total, trace = _Mean(), []
+        window = _Mean()
+        began = time.perf_counter()
+        with self.bar(images, f"{stage.name} {epoch}/{epochs}") as bar:
+            for index, batch in enumerate(self._batches(views, sampler)):
+                torch.manual_seed(derive_seed(*seed, "step", index))  # for dropout and the like
+                optimizer.zero_grad(set_to_none=True)
+                scalars = stage.step(batch, train=True)
+                optimizer.step()
+                size = len(batch[0])
+                total.add(scalars, size)
+                window.add({"loss": scalars["loss"]}, size)
+                if (index + 1) % every == 0 or index + 1 == len(sampler):
+                    trace.append(window.take()["loss"])
+                    bar.set_postfix_str(f"loss {trace[-1]:.4f}", refresh=False)
+                bar.update(size * (2 if stage.pairs else 1))
+        seconds = time.perf_counter() - began
+        mean = self._finite(stage, epoch, total.take())
+        return {"train": mean, "trace": trace, "seconds": seconds, "images_per_second": images / seconds}
+
+    @torch.no_grad()
+    def _validate(self, stage: Stage, epoch: int) -> dict[str, float]:
+        # the same pairs, without augmentation, after every epoch: so that epochs can be compared
+        views = Views(self.data.val, None, stage.pairs, derive_seed(self.config.seed, stage.name, "validation"))
+        self.network.eval()
+        total = _Mean()
+        for batch in self._batches(views, EpochSampler(len(views), max(self.config.batch_size, EVALUATION_BATCH))):
+            total.add(stage.step(batch, train=False), len(batch[0]))
+        return self._finite(stage, epoch, total.take())
+
+    def _batches(self, views: Views, sampler: EpochSampler) -> Iterable[list[Tensor]]:
+        cuda = self.device.type == "cuda"
+        workers = self.config.workers
+        if workers is None:  # images lie decoded in memory: on a CPU, workers would only take cores from the network
+            workers = 8 if cuda else 0
+        for batch in loader(views, sampler, workers, pin=cuda):
+            yield [part.to(self.device, non_blocking=True) for part in batch]
+
+    def _finite(self, stage: Stage, epoch: int, scalars: dict[str, float]) -> dict[str, float]:
+        if not math.isfinite(scalars["loss"]):
+            raise UserError(f"stage {stage.name}, epoch {epoch}: the loss is {scalars['loss']}; try a smaller --lr")
+        return scalars
+
+
+class _Mean:
+    """Means of named scalars over samples, kept on the device until they are taken."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, scalars: dict[str, Tensor], size: int) -> None:
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + value.double() * size
+        self.count += size
+
+    def take(self) -> dict[str, float]:
+        """The means so far; starts afresh."""
+        means = {name: float(value) / self.count for name, value in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means

@@ -1,0 +1,57 @@
+"""Weight files of any origin into a backbone, without ever unpickling code."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+_log = logging.getLogger("ffcl_fast.train")
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The tensors in a .safetensors file, or in a PyTorch file that holds nothing but tensors.
+
+    Raises UserError for a file that is missing, damaged or would need unpickling of code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"init {path}: no such file (expected random, imagenet or a weight file)")
+    state: Any
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader raises its own family of errors on damaged bytes
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"init {path}: not a readable weight file ({reason})") from None
+    for key in ("state_dict", "model"):  # how training scripts commonly wrap them
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"init {path}: expected named tensors, got {type(state).__name__}")
+    return state
+
+
+def load_into(backbone: nn.Module, path: str | Path) -> None:
+    """Copy every tensor that fits by name and shape; a first convolution for colour and a head do not.
+
+    Raises UserError where less than half of the backbone's tensors find a match: then it is the wrong file.
+    """
+    own = backbone.state_dict()
+    given = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in read(path).items()}
+    fits = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
+    if 2 * len(fits) < len(own):
+        raise UserError(f"init {path}: only {len(fits)} of the backbone's {len(own)} tensors are in it")
+    left = sorted(set(own) - set(fits))
+    if left:
+        _log.info("init %s: kept fresh: %s", path, ", ".join(left))
+    backbone.load_state_dict(fits, strict=False)
