@@ -1,0 +1,32 @@
+"""What the goodness tests share: the backends under test and random activations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ffcl_fast.backends import native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (N, D): ragged, no multiple of a vector or a block, with every 1, and rows longer than a block of the sums.
+SHAPES = ((1, 1), (1, 3), (7, 1), (5, 31), (33, 96), (4, 1152), (3, 4096), (2, 20011))
+ODD_VALUES = (float("nan"), float("inf"))
+
+NATIVE = pytest.mark.skipif(native.module is None, reason=f"no compiled part: {native.problem}")
+BACKENDS = ("reference", "panels", pytest.param("cpu", marks=NATIVE))
+
+
+def activations(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """Random activations with a mean, so that sums and cosines are far from zero."""
+    return (scale * (torch.randn(shape, dtype=torch.float64) + 0.3)).to(dtype)
+
+
+def unchanged(args) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of ``args`` with copies, for :func:`assert_unchanged`."""
+    return [(a, a.clone()) for a in args if isinstance(a, Tensor)]
+
+
+def assert_unchanged(before: list[tuple[Tensor, Tensor]]) -> None:
+    for now, then in before:
+        assert torch.equal(now.nan_to_num(), then.nan_to_num()), "an input was changed"

@@ -1,0 +1,313 @@
+"""Triton similarity kernels against the float64 reference, under the interpreter: see tests/test_triton_similarity.py.
+
+Every buffer that a backend asks for lies between guards, and every input inside a buffer of NaN, so that a read or
+write outside a tensor shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ffcl_fast import backends, ops, reference
+from ffcl_fast.backends.triton import config
+from ffcl_fast.backends.triton.config import Tile
+from ffcl_fast.backends.triton.launch import rows_of
+from helpers import assert_close_to_reference
+
+forward_module = importlib.import_module("ffcl_fast.backends.triton.similarity_forward")
+OPS = torch.ops.ffcl_fast
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GUARD = 64
+POISON = 12288.0  # exact in every dtype, and no value of a test
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch):
+    """new_empty returns poison between guards; whoever wrote to a guard fails the test."""
+    plain = torch.Tensor.new_empty
+    buffers = []
+
+    def new_empty(self, *size, **options):
+        size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        count = torch.Size(size).numel()
+        buffer = plain(self, count + 2 * GUARD, **options).fill_(POISON)
+        buffers.append(buffer)
+        return buffer[GUARD : GUARD + count].view(size)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(config, "PANEL_SIDE", {2: 32, 4: 32})
+    yield
+    for buffer in buffers:
+        assert bool((buffer[:GUARD] == POISON).all() and (buffer[-GUARD:] == POISON).all()), "written outside a buffer"
+
+
+def inside_nan(x, pad=0):
+    """x as a strided view into a buffer that is NaN elsewhere."""
+    buffer = torch.full((x.shape[0] + 4, x.shape[1] + pad + 8), torch.nan, dtype=x.dtype)
+    view = buffer[2:-2, 8 : 8 + x.shape[1]]
+    view.copy_(x)
+    return view
+
+
+def embeddings(n, d, dtype, unit=True):
+    x = torch.randn(n, d)
+    return inside_nan((F.normalize(x, dim=1) if unit else x).to(dtype))
+
+
+def ids(n):
+    return torch.randint(0, 5, (n,)) + (torch.randint(0, 2, (n,)) << 40)  # the high words matter too
+
+
+def problem(n, m, d, dtype, exclude, alone):
+    """(q, k, row_ids, col_ids); k is None where `alone`."""
+    q, k = embeddings(n, d, dtype), None if alone else embeddings(m, d, dtype)
+    if exclude <= ops.EXCLUDE_DIAGONAL:
+        return q, k, None, None
+    row_ids = ids(n)
+    return q, k, row_ids, row_ids if alone else ids(m)
+
+
+def double(x):
+    return None if x is None else x.double()
+
+
+def check_forward(q, k, scale, row_ids=None, col_ids=None, exclude=0, both=True):
+    scale = torch.tensor(float(scale))
+    arguments = scale, row_ids, col_ids, exclude, both, False
+    ours = OPS.similarity_forward(q, k, *arguments, "triton")
+    truth = reference.similarity_forward(q.double(), double(k), *arguments)
+    eager = reference.similarity_forward(q, k, *arguments)
+    for name, x, y, z in zip(("row_lse", "col_lse"), ours, eager, truth, strict=False):
+        assert x.dtype == torch.float32
+        assert_close_to_reference(x, y, z, name=name)
+    return ours
+
+
+def check_gradient(q, k, scale, row_ids=None, col_ids=None, exclude=0, both=True, need=(True, True)):
+    scale = torch.tensor(float(scale))
+    lse = reference.similarity_forward(q.double(), double(k), scale, row_ids, col_ids, exclude, both, False)
+    weights = [torch.randn(x.numel()) / max(1, x.numel()) for x in lse[:2]]
+
+    def vectors(dtype):
+        return [x.to(dtype) for x in (*lse[:2], *weights)]
+
+    head, tail = (row_ids, col_ids, exclude), (torch.empty(0), *need)
+    ours = OPS.similarity_backward(q, k, scale, *head, *vectors(torch.float32), *tail, "triton")
+    truth = reference.similarity_backward(
+        q.double(), double(k), scale.double(), *head, *vectors(torch.float64), *tail
+    )
+    eager = reference.similarity_backward(q, k, scale, *head, *vectors(torch.float32), *tail)
+    for name, x, y, z in zip(("dq", "dk"), ours, eager, truth, strict=True):
+        assert x.dtype == q.dtype
+        assert_close_to_reference(x, y, z, factor=3.0, name=name)
+    return ours
+
+
+EXCLUSIONS = range(5)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["pair", "self"])
+@pytest.mark.parametrize("exclude", EXCLUSIONS)
+def test_forward(exclude, alone):
+    for dtype, (n, m, d) in zip(DTYPES, [(37, 53, 40), (70, 20, 17), (3, 90, 72)], strict=True):
+        q, k, row_ids, col_ids = problem(n, m, d, dtype, exclude, alone)
+        check_forward(q, k, 14.3, row_ids, col_ids, exclude, both=exclude % 2 == 0)
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["both", "rows"])
+@pytest.mark.parametrize("alone", [False, True], ids=["pair", "self"])
+@pytest.mark.parametrize("exclude", EXCLUSIONS)
+def test_gradient(exclude, alone, both):
+    # 16-bit embeddings up to 128 wide keep the gradient in registers; 130 goes through panels, as all of float32 does.
+    cases = itertools.product(DTYPES, [(37, 53, 40), (40, 33, 130)])
+    for dtype, (n, m, d) in itertools.islice(cases, exclude % 2, None, 2):
+        q, k, row_ids, col_ids = problem(n, m, d, dtype, exclude, alone)
+        check_gradient(q, k, 14.3, row_ids, col_ids, exclude, both)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_few_rows_is_split_over_pair_columns(dtype):
+    q, k = embeddings(5, 24, dtype), embeddings(150, 24, dtype)
+    check_gradient(q, k, 10.0)
+
+
+@pytest.mark.parametrize("need", [(True, False), (False, True)])
+def test_gradient_of_one_side_pair(need):
+    for d in (24, 130):
+        q, k = embeddings(40, d, torch.bfloat16), embeddings(35, d, torch.bfloat16)
+        scale = torch.tensor(10.0)
+        lse = reference.similarity_forward(q, k, scale, None, None, 0, True, False)
+        one, two = (
+            OPS.similarity_backward(
+                q, k, scale, None, None, 0, *lse[:2], lse[0] * 0 + 1, lse[1] * 0 + 1, torch.empty(0), *n, "triton"
+            )
+            for n in (need, (True, True))
+        )
+        for x, y, wanted in zip(one, two, need, strict=True):
+            assert torch.equal(x, y) if wanted else x.shape == (0, d)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["pair", "self"])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_forward_in_super_tiles_and_chunks(monkeypatch, chunk, alone):
+    n, m, d = 150, 100, 20
+    monkeypatch.setattr(forward_module, "SPAN", 2)
+    monkeypatch.setattr(forward_module, "processors", lambda x: 1)
+    monkeypatch.setattr(config, "WORKSPACE", 8 * chunk * (n if alone else m))
+    with config.override(forward=Tile(16, 32, 32, 4, 1, fold=2), online=Tile(32, 16, 16, 4, 1)):
+        q, k, *_ = problem(n, m, d, torch.float32, 0, alone)
+        check_forward(q, k, 14.3, exclude=ops.EXCLUDE_DIAGONAL)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["pair", "self"])
+@pytest.mark.parametrize("scale", [300.0, -300.0, 2000.0])
+def test_forward_rescues_what_the_offset_loses(scale, alone):
+    # Rows opposite to everything: their largest exponent is 2 * 300 log2 e below the bound. 2000 is past any offset.
+    q = F.normalize(torch.randn(40, 20) * 0.02 + torch.eye(20)[0], dim=1)
+    q[:7] *= -1
+    k = None if alone else -F.normalize(q[:30] + 0.02 * torch.randn(30, 20), dim=1).abs()
+    exclude = ops.EXCLUDE_DIAGONAL if alone else 0
+    check_forward(inside_nan(q), None if alone else inside_nan(k), scale, exclude=exclude)
+
+
+def test_forward_of_rows_of_any_length():
+    q, k = embeddings(30, 24, torch.float32, unit=False), embeddings(40, 24, torch.float32, unit=False)
+    q[3] *= 40
+    k[5] *= 1e-3
+    check_forward(q, k, 1.0)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["pair", "self"])
+def test_gradient_where_normalisers_spread_too_far_for_one_exponential(alone):
+    q = F.normalize(torch.randn(40, 130) * 0.02 + torch.eye(130)[0], dim=1)
+    q[:7] *= -1
+    k = None if alone else embeddings(33, 130, torch.float32)
+    for d in (24, 130):
+        half = None if alone else k[:, :d].bfloat16()
+        check_gradient(inside_nan(q[:, :d].bfloat16()), half, 200.0)
+    check_gradient(inside_nan(q), k, 200.0)
+
+
+def test_forward_keeps_nan_where_it_belongs():
+    for alone in (False, True):
+        q, k, *_ = problem(37, 40, 24, torch.float32, 0, alone)
+        q[5, 3] = torch.nan
+        row_lse, col_lse = check_forward(q, k, 10.0)[:2]
+        assert bool(row_lse[5].isnan()) and int(row_lse.isnan().sum()) == (37 if alone else 1)
+
+
+def test_empty_rows_are_minus_infinity_and_give_nothing():
+    q, k = embeddings(20, 24, torch.bfloat16), embeddings(33, 24, torch.bfloat16)
+    row_ids, col_ids = torch.zeros(20, dtype=torch.int64), torch.zeros(33, dtype=torch.int64)
+    row_ids[4:], col_ids[:3] = 1, 1
+    for exclude in (ops.EXCLUDE_SAME_ID, ops.EXCLUDE_DIFFERENT_ID):
+        check_forward(q, k, 10.0, row_ids, col_ids * 0, exclude)
+        check_gradient(q, k, 10.0, row_ids, col_ids * 0, exclude)
+    # Normalisers near 2^290 beside one of 0: the empty rows' own must not enter what the others share.
+    close = F.normalize(torch.randn(33, 24) * 0.02 + 1, dim=1).bfloat16()
+    check_gradient(close[:20], close, 200.0, row_ids, col_ids * 0, ops.EXCLUDE_SAME_ID)
+    check_gradient(close, None, 200.0, col_ids, col_ids, ops.EXCLUDE_DIFFERENT_ID)
+    one = q[:1]
+    assert check_forward(one, None, 10.0, exclude=ops.EXCLUDE_DIAGONAL)[0].item() == -torch.inf
+    assert not bool(check_gradient(one, None, 10.0, exclude=ops.EXCLUDE_DIAGONAL)[0].any())
+
+
+@pytest.mark.parametrize("n, m, d", [(1, 1, 1), (1, 40, 3), (33, 1, 200), (32, 64, 32)])
+def test_smallest_and_exact_sizes(n, m, d):
+    for dtype in DTYPES[:2]:
+        q, k = embeddings(n, d, dtype), embeddings(m, d, dtype)
+        check_forward(q, k, 5.0)
+        check_gradient(q, k, 5.0)
+
+
+def test_descriptors_load_what_pointers_load():
+    scale = torch.tensor(10.0)
+    with config.override(
+        forward=Tile(16, 16, 32, 4, 1, True), rows=Tile(16, 16, 64, 4, 1, True), panel=Tile(16, 16, 32, 4, 1, True)
+    ):
+        for d in (40, 136):
+            base = torch.randn(50, d).bfloat16()
+            aligned = [base[:30], base[30:47], base[:30] * 1]
+            with_descriptors = _both_passes(*aligned[:2], scale)
+            shifted = [inside_nan(x, pad=1)[:, :] for x in aligned[:2]]
+            for x in shifted:
+                assert not config.descriptors_work(x)
+            for a, b in zip(with_descriptors, _both_passes(*shifted, scale), strict=True):
+                assert torch.equal(a, b)
+
+
+def _both_passes(q, k, scale):
+    row_lse, col_lse, cache = OPS.similarity_forward(q, k, scale, None, None, 0, True, True, "triton")
+    u, v = torch.ones_like(row_lse), torch.ones_like(col_lse)
+    grads = OPS.similarity_backward(
+        q, k, scale, None, None, 0, row_lse, col_lse, u, v, cache, True, True, "triton"
+    )
+    return row_lse, col_lse, *grads
+
+
+def test_equal_bits_and_no_copy_of_strided_rows():
+    x = torch.randn(60, 2, 24)[:, 1].bfloat16()
+    strided = torch.randn(60, 2, 24).bfloat16()[:, 1]
+    assert rows_of(strided) is strided and rows_of(x.T[:24]).is_contiguous()
+    strided.copy_(x)
+    scale = torch.tensor(10.0)
+    first = _both_passes(strided[:30], strided[30:], scale)
+    for again in (_both_passes(strided[:30], strided[30:], scale), _both_passes(x[:30], x[30:], scale)):
+        for a, b in zip(first, again, strict=True):
+            assert torch.equal(a, b)
+    across = torch.randn(24, 30).bfloat16().T
+    for a, b in zip(_both_passes(across, x, scale), _both_passes(across.contiguous(), x, scale), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("positives", [True, False])
+def test_siglip(positives, dtype):
+    for n, m, d in [(37, 53, 40), (50, 30, 17)]:
+        q, k = embeddings(n, d, dtype), embeddings(m, d, dtype)
+        scale, bias = torch.tensor(10.0), torch.tensor(-10.0)
+        for need in (True, False):
+            ours = OPS.siglip(q, k, scale, bias, positives, need, "triton")
+            truth = reference.siglip(q.double(), k.double(), scale.double(), bias.double(), positives, need)
+            eager = reference.siglip(q, k, scale, bias, positives, need)
+            for name, x, y, z in zip(("loss", "dq", "dk", "dbias"), ours, eager, truth, strict=True):
+                if need or name == "loss":
+                    assert_close_to_reference(x, y, z, factor=2.0 if name == "loss" else 3.0, name=name)
+
+
+def test_siglip_of_certain_pairs_and_nan():
+    q, k = embeddings(20, 24, torch.float32), embeddings(20, 24, torch.float32)
+    loss = OPS.siglip(q, k, torch.tensor(0.0), torch.tensor(-60.0), False, False, "triton")[0]
+    torch.testing.assert_close(loss.double(), 400 * torch.exp(torch.tensor(-60.0).double()), rtol=1e-5, atol=0)
+    q[3, 3] = torch.nan
+    assert bool(OPS.siglip(q, k, torch.tensor(1.0), torch.tensor(-1.0), True, True, "triton")[0].isnan())
+
+
+@pytest.mark.parametrize(
+    "x, reason",
+    [(torch.zeros(4, 8, dtype=torch.float64), "float32, float16 and bfloat16"), (torch.zeros(2, 5000), "4096 wide")],
+)
+def test_what_it_cannot_run_says_why(x, reason):
+    with pytest.raises(RuntimeError, match=reason):
+        backends.get("triton", "similarity_forward", x)
+
+
+def test_candidates_fit_their_chip_and_tiles_divide_super_tiles():
+    for chip, operands, width, exclude in itertools.product(
+        ("sm80", "sm90", "sm100", "gfx942"), ("half", "tf32", "float"), (1, 64, 96, 128, 200, 512, 4096), (False, True)
+    ):
+        for op in ("forward", "panel", "siglip", "rows", "online"):
+            if op == "rows" and (operands != "half" or width > config.REGISTER_WIDTH):
+                continue
+            for tile in config.candidates(op, chip, operands, width, exclude):
+                assert tile.rows & (tile.rows - 1) == 0 and tile.cols & (tile.cols - 1) == 0
+                assert forward_module.SPAN * tile.rows % tile.cols == 0
+                assert tile.depth >= 16
+                size = 2 if operands == "half" else 4
+                stages = max(1, tile.stages - 1)
+                assert (tile.rows + tile.cols) * tile.depth * size * stages <= config.SHARED_LIMIT[chip]

@@ -1,0 +1,53 @@
+"""The choice of a backend and its errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ffcl_fast import backends, ops
+
+
+@pytest.mark.parametrize("op", ("similarity_forward", "similarity_backward", "siglip"))
+@pytest.mark.parametrize("name", ("reference", "panels", "cpu"))
+def test_every_cpu_backend_has_the_similarity_operators(op, name):
+    module = backends.load(name)
+    assert module.unavailable(op, torch.zeros(1)) is None
+    assert callable(getattr(module, op)) and callable(module.cache_size)
+    assert backends.get(name, op, torch.zeros(1)) is module
+
+
+def test_auto_on_the_cpu():
+    assert backends.get("auto", "siglip", torch.zeros(1)) is backends.load("cpu")
+    assert backends.get("auto", "siglip", torch.zeros(1, dtype=torch.float64)) is backends.load("reference")
+    for dtype in (torch.float32, torch.float64):
+        name, reason = backends.choose("siglip", "cpu", dtype)
+        assert name in backends.BACKENDS and reason
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="'reference'.*got 'tpu'"):
+        backends.get("tpu", "siglip", torch.zeros(1))
+    with pytest.raises(RuntimeError, match="backend='panels' cannot run no_such_operator on cpu"):
+        backends.get("panels", "no_such_operator", torch.zeros(1))
+
+
+def test_cache_sizes_are_what_is_returned():
+    for name in ("reference", "panels", "cpu"):
+        for q, k in ((torch.randn(40, 8), torch.randn(30, 8)), (torch.randn(40, 8), None)):
+            arguments = (q, k, torch.tensor(3.0), None, None, ops.EXCLUDE_NONE, True)
+            module = backends.load(name)
+            assert module.similarity_forward(*arguments, True)[2].numel() == module.cache_size(q, k)
+            assert module.similarity_forward(*arguments, False)[2].numel() == 0
+
+
+def test_the_cpu_backend_without_its_compiled_part(monkeypatch):
+    """It falls back to the row panels, which need nothing but PyTorch."""
+    from ffcl_fast.backends import native, panels
+
+    monkeypatch.setattr(native, "module", None)
+    q, k = torch.randn(20, 8), torch.randn(30, 8)
+    arguments = (q, k, torch.tensor(3.0), None, None, ops.EXCLUDE_NONE, True, False)
+    for a, b in zip(backends.load("cpu").similarity_forward(*arguments), panels.similarity_forward(*arguments),
+                    strict=True):  # fmt: skip
+        assert torch.equal(a, b)

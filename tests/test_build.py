@@ -1,0 +1,185 @@
+"""The native module: what it reports, how it chooses an instruction set, and how the build finds its tools."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ffcl_fast
+from ffcl_fast import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+
+@pytest.fixture(scope="module")
+def build():
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("ffcl_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def fake_nvcc(path: Path, root: Path, version: str = "12.8") -> Path:
+    """A program that answers as the nvcc of the toolkit in `root` does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        f"  *--dryrun*) echo '#$ TOP={root}/bin/..' >&2 ;;\n"
+        f"  *--version*) echo 'Cuda compilation tools, release {version}, V{version}.1' ;;\n"
+        "  *--list-gpu-code*) printf 'sm_80\\nsm_90\\n' ;;\n"
+        "esac\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def fake_toolkit(root: Path) -> Path:
+    (root / "include").mkdir(parents=True)
+    (root / "include" / "cuda_runtime.h").touch()
+    return fake_nvcc(root / "bin" / "nvcc", root)
+
+
+def test_version_is_the_package_s():
+    assert _native.version() == ffcl_fast.__version__
+
+
+def test_build_info():
+    info = _native.build_info()
+    assert info["version"] == ffcl_fast.__version__
+    assert info["isas"][0] == "portable"
+    assert (info["cuda"] is not None) == _native.cuda_built() == bool(info["cuda_archs"])
+    assert _native.isa() in info["isas"]
+
+
+def run_isa(value: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from ffcl_fast import _native; print(_native.isa())"],
+        env={**os.environ, "FFCL_ISA": value},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_isa_override():
+    best = run_isa("")
+    assert best.returncode == 0, best.stderr
+    order = _native.build_info()["isas"]
+    for isa in order:
+        result = run_isa(isa)
+        if order.index(isa) <= order.index(best.stdout.strip()):
+            assert result.stdout.strip() == isa
+        else:
+            assert result.returncode and f"this processor has {best.stdout.strip()} at best" in result.stderr
+
+
+def test_unknown_isa_is_named():
+    result = run_isa("sse9")
+    assert result.returncode and "FFCL_ISA must be portable, avx2 or avx512; got 'sse9'" in result.stderr
+
+
+def test_csrc_knows_nothing_of_torch():
+    includes = re.compile(r"^\s*#\s*include\s*[<\"]((torch|ATen|c10|caffe2)/|[^>\"]*torch[^>\"]*)", re.MULTILINE)
+    for path in CSRC.iterdir():
+        assert not includes.search(path.read_text()), f"{path.name} includes a PyTorch header"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("header", sorted(p.name for p in CSRC.glob("*.h") if "#pragma once" in p.read_text()))
+def test_header_compiles_alone(header):
+    source = f'#include "{header}"\n#include "{header}"\n'
+    command = [COMPILER, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-I", CSRC, "-x", "c++", "-"]
+    result = subprocess.run([str(part) for part in command], input=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+@pytest.mark.skipif("avx2" not in _native.build_info()["isas"], reason="not an x86-64 build")
+def test_wide_registers_stay_in_their_instruction_set():
+    """No function outside avx2:: and avx512:: may touch AVX registers: it could run where there are none."""
+    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", _native.__file__], capture_output=True, text=True)
+    function, wide = "", set()
+    for line in listing.stdout.splitlines():
+        named = re.match(r"[0-9a-f]+ <(.+)>:$", line)
+        if named:
+            function = named[1]
+        elif "%ymm" in line or "%zmm" in line:
+            wide.add(function)
+    # Mangled names carry the namespace as its length and its name.
+    assert {f for f in wide if "4avx2" in f}, "the listing shows no AVX2 code at all"
+    assert not {f for f in wide if "4avx2" not in f and "6avx512" not in f}
+    assert not {f for f in wide if "8portable" in f}
+
+
+def test_asking_for_cuda_without_nvcc(build, tmp_path):
+    env = {"FFCL_CUDA": "1", "PATH": str(tmp_path)}
+    assert build.candidates(env, tmp_path) == []
+    with pytest.raises(build.BuildError, match="FFCL_CUDA=1 asks for the CUDA kernels, but no working nvcc"):
+        build.find_toolkit(env, build.candidates(env, tmp_path))
+
+
+def test_without_nvcc_the_cpu_kernels_are_built(build, tmp_path):
+    env = {"PATH": str(tmp_path)}
+    toolkit, message = build.find_toolkit(env, build.candidates(env, tmp_path))
+    assert toolkit is None
+    assert "CUDA kernels left out: no working nvcc" in message
+
+
+def test_cuda_can_be_left_out(build, tmp_path):
+    fake_toolkit(tmp_path / "cuda-12.8")
+    env = {"FFCL_CUDA": "0", "CUDA_HOME": str(tmp_path / "cuda-12.8"), "PATH": ""}
+    assert build.find_toolkit(env)[0] is None
+
+
+def test_cuda_setting_is_checked(build):
+    with pytest.raises(build.BuildError, match="FFCL_CUDA must be 0, 1 or unset; got 'yes'"):
+        build.find_toolkit({"FFCL_CUDA": "yes"})
+
+
+def test_a_wrapper_on_the_path_leads_to_the_toolkit(build, tmp_path):
+    root = tmp_path / "somewhere" / "cuda"
+    own = fake_toolkit(root)
+    wrapper = tmp_path / "bin" / "nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {own} "$@"\n')
+    wrapper.chmod(0o755)
+    env = {"PATH": str(wrapper.parent)}
+    toolkit, message = build.find_toolkit(env, build.candidates(env, tmp_path))
+    assert toolkit.nvcc == own.resolve()
+    assert toolkit.version == "12.8"
+    assert str(own) in message
+
+
+def test_newest_toolkit_folder_wins(build, tmp_path):
+    for version in ("9.2", "12.8", "13.0"):
+        fake_toolkit(tmp_path / f"cuda-{version}")
+    env = {"PATH": ""}
+    toolkit, _ = build.find_toolkit(env, build.candidates(env, tmp_path))
+    assert toolkit.nvcc == tmp_path / "cuda-13.0" / "bin" / "nvcc"
+
+
+def test_an_nvcc_without_headers_is_passed_over(build, tmp_path):
+    fake_nvcc(tmp_path / "broken" / "bin" / "nvcc", tmp_path / "broken")
+    whole = fake_toolkit(tmp_path / "cuda-12.8")
+    env = {"CUDA_HOME": str(tmp_path / "broken"), "PATH": ""}
+    assert build.find_toolkit(env, build.candidates(env, tmp_path))[0].nvcc == whole
+
+
+def test_architectures(build, tmp_path):
+    toolkit = build.inspect(fake_toolkit(tmp_path / "cuda"))
+    assert build.choose_archs({}, toolkit) == "80;90a"  # this nvcc does not know sm_100
+    assert build.choose_archs({"FFCL_CUDA_ARCHS": "86, 90a-real"}, toolkit) == "86;90a-real"
+    with pytest.raises(build.BuildError, match="FFCL_CUDA_ARCHS must be like '80;90a;100'; got 'hopper'"):
+        build.choose_archs({"FFCL_CUDA_ARCHS": "hopper"}, toolkit)

@@ -1,0 +1,189 @@
+"""The command line: exit codes, one line for a mistake, and what users see."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from train_cases import write_image_folder
+
+from ffcl_fast import cli
+
+# a real run through the command line, in a few seconds: timm's smallest ResNet
+SMALL = ["--data", "digits", "--backbone", "timm/test_resnet", "--image-size", "16", "--epoch-samples", "64",
+         "--epochs-local", "1", "--epochs-global", "1", "--epochs-downstream", "1", "--device", "cpu"]  # fmt: skip
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(arguments)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    assert cli.main(["train", *SMALL, "--out", str(out), "--name", "small"]) == 0
+    return out / "small"
+
+
+def test_train_says_how_well_and_where(tmp_path, capsys):
+    code, out, err = run(capsys, "train", *SMALL, "--stages", "downstream", "--out", str(tmp_path), "--name", "r")
+    assert code == 0
+    assert "test accuracy " in out and "AUC" in out
+    assert out.splitlines()[-1] == f"learning curves: {tmp_path / 'r' / 'learning_curves.png'}"
+    assert "images/s" in out and "loss" in out
+
+
+def test_evaluate_repeats_the_test_metrics_and_draws(trained, capsys):
+    code, out, _ = run(capsys, "evaluate", str(trained))
+    assert code == 0
+    for name in ("confusion_matrix.png", "roc.png"):
+        assert str(trained / name) in out and (trained / name).read_bytes().startswith(b"\x89PNG")
+    stored = json.loads((trained / "metrics.json").read_text())["test"]
+    assert json.loads((trained / "evaluation.json").read_text())["test"] == pytest.approx(stored, abs=1e-6)
+
+
+def test_a_config_file_and_flags_over_it(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("batch_size: 16\nseed: 3\nstages: downstream\n")
+    code, _, err = run(capsys, "train", *SMALL, "--config", str(tmp_path / "c.yaml"), "--seed", "4",
+                       "--out", str(tmp_path), "--name", "r")  # fmt: skip
+    assert code == 0, err
+    config = json.loads((tmp_path / "r" / "metrics.json").read_text())["config"]
+    assert (config["batch_size"], config["seed"], config["stages"]) == (16, 4, ["downstream"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "--data", "/no/such/place"], "/no/such/place"),
+        (["train", "--data", "digits", "--lr", "-1"], "lr"),
+        (["train", "--batch-size", "many"], "batch_size"),
+        (["train", "--stages", "local,nothing"], "stages"),
+        (["train", "--backbone", "resnet19", "--data", "digits"], "resnet19"),
+        (["train", "--data", "digits", "--init", "/no/weights.pth"], "/no/weights.pth"),
+        (["train", "--config", "/no/config.yaml"], "/no/config.yaml"),
+        (["train", "--data", "digits", "--out", "/dev/null/x"], "/dev/null/x"),
+        (["train", "--learning-rate", "1"], "--learning-rate"),
+        (["train", "--resume", "/no/run"], "/no/run"),
+        (["train", "--resume", "/no/run", "--config", "x.yaml"], "--resume"),
+        (["evaluate", "/no/run"], "/no/run"),
+        (["evaluate"], "RUN"),
+        (["fly"], "fly"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert named in err and len(err.strip().splitlines()) == 1 and err.startswith("ffcl")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_corrupt_image_ends_in_one_line_and_writes_nothing(tmp_path, capsys, seed):
+    root = write_image_folder(tmp_path / "xrays", np.random.default_rng(seed))
+    victim = root / "test" / "PNEUMONIA" / "person1_virus_0.jpeg"
+    victim.write_bytes(victim.read_bytes()[:200])
+    code, _, err = run(capsys, "train", "--data", str(root), "--out", str(tmp_path / "runs"), "--workers", "2")
+    assert code == 2 and str(victim) in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_of_that_name_is_left_alone(trained, capsys):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    code, _, err = run(capsys, "train", *SMALL, "--out", str(trained.parent), "--name", "small")
+    assert code == 2 and "exists already" in err
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_resuming_a_finished_run_does_nothing(trained, capsys):
+    code, out, _ = run(capsys, "train", "--resume", "small", "--out", str(trained.parent))
+    assert code == 0 and "finished already" in out
+
+
+@pytest.mark.parametrize("damage", ["weights", "metrics", "unfinished", "no downstream"])
+def test_evaluate_names_what_is_wrong_with_a_run(trained, tmp_path, capsys, damage):
+    import shutil
+
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    if damage == "weights":
+        (folder / "checkpoints" / "downstream.safetensors").write_bytes(b"nonsense")
+    elif damage == "metrics":
+        (folder / "metrics.json").write_text("{")
+    elif damage == "unfinished":
+        (folder / "metrics.json").write_text(json.dumps({**metrics, "status": "running"}))
+    else:
+        del metrics["test"]
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    code, _, err = run(capsys, "evaluate", str(folder))
+    assert code == 2 and str(folder) in err and len(err.strip().splitlines()) == 1
+
+
+def test_help_does_not_import_torch_and_version_is_told(capsys):
+    script = "import sys; from ffcl_fast.cli import main; code = main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script + "; sys.exit(code)"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+    assert run(capsys, "--version")[:2] == (0, "ffcl 0.1.0\n")
+    assert run(capsys)[0] == 2
+    assert "--epochs-local" in run(capsys, "train", "--help")[1]
+
+
+def test_ctrl_c_ends_with_a_line_and_130(tmp_path):
+    # many epochs, so that it is certainly still running when the signal comes
+    command = [sys.executable, "-m", "ffcl_fast.train", *SMALL, "--epochs-local", "500", "--patience", "500",
+               "--out", str(tmp_path), "--name", "r"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = next(line for line in process.stdout if line.startswith("local 1/"))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, (first, err)
+    assert f"--resume {tmp_path / 'r'}" in err and "Traceback" not in err
+    assert json.loads((tmp_path / "r" / "metrics.json").read_text())["status"] == "running"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_running_out_of_memory_is_one_line(monkeypatch, capsys, error):
+    def full(flags):
+        raise error
+
+    monkeypatch.setitem(cli._COMMANDS, "train", full)
+    code, _, err = run(capsys, "train")
+    assert code == 2 and "--batch-size" in err
+
+
+def test_ctrl_c_before_a_run_exists(monkeypatch, capsys):
+    def stopped(flags):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, "train", stopped)
+    assert run(capsys, "train")[::2] == (130, "\nffcl train: interrupted\n")
+
+
+def test_doctor_checks_every_backend(capsys):
+    code, out, _ = run(capsys, "doctor", "--json")
+    findings = json.loads(out)
+    wrong = [check for check in findings["checks"] if check["verdict"] == "WRONG"]
+    assert code == 0 and not wrong
+    from ffcl_fast import backends
+
+    assert {check["backend"] for check in findings["checks"]} == set(backends.BACKENDS)
+    assert findings["machine"]["torch"] and all(choice["reason"] for choice in findings["choices"])
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0 and "auto picks" in out and "pair_cosine" in out
+
+
+def test_doctor_reports_a_wrong_backend(capsys, monkeypatch):
+    from ffcl_fast.backends import panels
+
+    real = panels.goodness_forward
+    monkeypatch.setattr(panels, "goodness_forward", lambda *a: (real(*a)[0] * 1.001, real(*a)[1]))
+    code, out, _ = run(capsys, "doctor", "--json")
+    wrong = {(c["operator"], c["backend"]) for c in json.loads(out)["checks"] if c["verdict"] == "WRONG"}
+    assert code == 1 and wrong == {("goodness", "panels")}

@@ -1,0 +1,91 @@
+"""Goodness of many layers at once: every backend against one layer at a time, and the function on top."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from goodness_cases import BACKENDS, DTYPES, activations
+
+from ffcl_fast import GoodnessLoss, functional
+from ffcl_fast import functional as ff
+
+_ops = torch.ops.ffcl_fast
+SHAPES = ((5, 31), (17, 8), (3, 5000), (1, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("mean", "relu"), ((False, False), (True, True)), ids=("sum-linear", "mean-relu"))
+def test_many_is_one_after_the_other(backend, dtype, mean, relu):
+    h = [activations(*shape, dtype=dtype) for shape in SHAPES]
+    h.append(activations(9, 40, dtype=dtype)[::2, 3:30])
+    together = _ops.goodness_many(h, mean, relu, backend)
+    each = [_ops.goodness_forward(x, mean, relu, False, 0.0, backend)[0] for x in h]
+    assert together.dtype == torch.float32 and torch.equal(together, torch.cat(each))
+    grad = torch.randn(together.shape[0])
+    dh = _ops.goodness_many_backward(h, grad, mean, relu, backend)
+    for x, d, g in zip(h, dh, grad.split([x.shape[0] for x in h]), strict=True):
+        assert d.is_contiguous()
+        assert torch.equal(d, _ops.goodness_backward(x, g, g, None, mean, relu, 0.0, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    h = [activations(3, 7), activations(2, 5)]
+    torch.library.opcheck(_ops.goodness_many.default, (h, True, True, backend))
+    torch.library.opcheck(_ops.goodness_many_backward.default, (h, torch.randn(5), True, True, backend))
+
+
+def test_function_and_its_gradient():
+    h = [activations(3, 4, 2, 2).to(memory_format=torch.channels_last), activations(2, 7), activations(3, 1, 5)]
+    h = [x.double().requires_grad_(i != 1) for i, x in enumerate(h)]  # the second needs no gradient
+    for kind, relu in (("sum_squares", False), ("mean_squares", True)):
+        got = ff.goodness_many(h, kind, relu=relu)
+        for ours, x in zip(got, h, strict=True):
+            torch.testing.assert_close(ours, ff.goodness(x, kind, relu=relu))
+        assert torch.autograd.gradcheck(
+            lambda a, c, kind=kind, relu=relu: torch.cat(ff.goodness_many([a, h[1], c], kind, relu=relu)), (h[0], h[2])
+        )
+
+
+def test_layerwise_groups_the_goodness_losses(monkeypatch):
+    pos, neg = ([activations(n, *s).requires_grad_() for s in ((6, 4, 4), (40,))] for n in (3, 5))
+    loss = GoodnessLoss("mean_squares", relu=True)
+    calls, run = [], GoodnessLoss.of_layers
+    monkeypatch.setattr(GoodnessLoss, "of_layers", lambda *arguments: calls.append(1) or run(*arguments))
+    total, layers = functional.layerwise(loss, pos, neg, weights=[1.0, 0.5], return_layers=True)
+    each = [loss(p, q) * w for p, q, w in zip(pos, neg, (1.0, 0.5), strict=True)]
+    assert calls == [1]
+    torch.testing.assert_close(layers, [x.detach() for x in each])
+    grads = torch.autograd.grad(total, pos + neg)
+    torch.testing.assert_close(grads, torch.autograd.grad(sum(each), pos + neg))
+
+
+def test_layers_of_several_dtypes_and_losses_of_ones_own_go_one_by_one():
+    class Doubled(GoodnessLoss):
+        def forward(self, h_pos, h_neg):
+            return 2 * super().forward(h_pos, h_neg)
+
+    pos = [activations(3, 8), activations(3, 9, dtype=torch.bfloat16)]
+    neg = [activations(4, 8), activations(4, 9, dtype=torch.bfloat16)]
+    one = GoodnessLoss()
+    torch.testing.assert_close(functional.layerwise(one, pos, neg), one(pos[0], neg[0]) + one(pos[1], neg[1]))
+    alone = functional.layerwise(one, pos[:1], neg[:1])
+    torch.testing.assert_close(functional.layerwise(Doubled(), pos[:1], neg[:1]), 2 * alone)
+
+
+def test_bad_arguments():
+    h = activations(3, 4)
+    for call, error, words in (
+        (lambda: ff.goodness_many(h), TypeError, "activations must be a list of tensors; got Tensor"),
+        (lambda: ff.goodness_many([]), ValueError, "at least one tensor"),
+        (lambda: ff.goodness_many([h, 3]), TypeError, r"activations\[1\] must be a tensor; got int"),
+        (lambda: ff.goodness_many([h, h[0]]), ValueError, r"activations\[1\] must have a batch"),
+        (lambda: ff.goodness_many([h, h.double()]), TypeError, "one dtype; got torch.float32 and, at 1, torch.float64"),
+        (lambda: ff.goodness_many([h], "cubes"), ValueError, "kind must be"),
+        (lambda: ff.goodness_many([h], backend="gpu"), ValueError, "backend"),
+    ):
+        with pytest.raises(error, match=words):
+            call()
+    with pytest.raises(ValueError, match="activations of one layer"):
+        functional.layerwise(GoodnessLoss(), [h, h], [h, h[:, :3]])

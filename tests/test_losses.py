@@ -1,0 +1,150 @@
+"""The modules: options, state, printing, deep copies, memory bank."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from similarity_cases import vectors
+from torch import nn
+
+import ffcl_fast as ff
+import ffcl_fast.functional as fn
+from ffcl_fast.losses.memory_bank import MemoryBank
+
+
+def test_modules_are_the_functions():
+    x, y, z, labels = vectors(12, 6), vectors(12, 6), vectors(9, 6), torch.arange(12) % 3
+    features = torch.stack((x, y), 1)
+    bias = torch.tensor(-3.0)
+    for module, arguments, expected in (
+        (ff.InfoNCELoss(), (x, y), fn.info_nce(x, y)),
+        (ff.InfoNCELoss(0.2, "sum"), (x, y, z), fn.info_nce(x, y, z, 0.2, "sum")),
+        (ff.InfoNCELoss(decoupled=True), (x, y), fn.info_nce(x, y, decoupled=True)),
+        (ff.NTXentLoss(), (x, y), fn.nt_xent(x, y)),
+        (ff.NTXentLoss(0.1, decoupled=True), (x, y), fn.nt_xent(x, y, 0.1, decoupled=True)),
+        (ff.SupConLoss(), (features, labels), fn.sup_con(features, labels)),
+        (ff.SupConLoss(0.2, "one", 0.1), (features,), fn.sup_con(features, None, None, 0.2, "one", 0.1)),
+        (ff.ClipLoss(), (x, y, 7.0), fn.clip(x, y, 7.0)),
+        (ff.SigLipLoss(), (x, y, 7.0, bias), fn.siglip(x, y, 7.0, bias)),
+    ):
+        assert torch.equal(module(*arguments), expected)
+        assert torch.equal(copy.deepcopy(module)(*arguments), expected)
+        assert type(module).__name__ in repr(module)
+
+
+def test_defaults_are_those_of_the_libraries():
+    assert ff.InfoNCELoss().temperature == 0.1 and ff.InfoNCELoss().reduction == "mean"
+    assert ff.NTXentLoss().temperature == 0.5
+    assert ff.SupConLoss().temperature == ff.SupConLoss().base_temperature == 0.07
+    assert ff.ClipLoss(cache_labels=True).state_dict() == ff.NTXentLoss().state_dict() == {}
+
+
+@pytest.mark.parametrize("cls", (ff.InfoNCELoss, ff.NTXentLoss, ff.SupConLoss))
+def test_temperature_as_a_parameter(cls):
+    loss = cls(nn.Parameter(torch.tensor(0.2)))
+    x, y = vectors(12, 6), vectors(12, 6)
+    inputs = (torch.stack((x, y), 1),) if cls is ff.SupConLoss else (x, y)
+    loss(*inputs).backward()
+    assert list(dict(loss.named_parameters())) == ["temperature"]
+    step = 1e-4
+    ends = [cls(0.2 + d)(*(x.double() for x in inputs)) for d in (step, -step)]
+    torch.testing.assert_close(loss.temperature.grad.double(), (ends[0] - ends[1]) / (2 * step), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    (
+        lambda: ff.InfoNCELoss(0.0),
+        lambda: ff.InfoNCELoss(float("inf")),
+        lambda: ff.InfoNCELoss(reduction="max"),
+        lambda: ff.InfoNCELoss(negative_mode="both"),
+        lambda: ff.NTXentLoss(backend="tpu"),
+        lambda: ff.NTXentLoss(1e-9),
+        lambda: ff.NTXentLoss(memory_bank_size=(4, 0)),
+        lambda: ff.NTXentLoss(memory_bank_size=-3),
+        lambda: ff.SupConLoss(contrast_mode="some"),
+        lambda: ff.ClipLoss(rank=2, world_size=2),
+        lambda: ff.ClipLoss(use_horovod=True),
+        lambda: ff.SigLipLoss(dist_impl="tree"),
+        lambda: ff.SigLipLoss(world_size=0),
+    ),
+)
+def test_impossible_options(make):
+    with pytest.raises(ValueError):
+        make()
+
+
+def test_memory_bank_is_saved_and_restored():
+    loss = ff.NTXentLoss(memory_bank_size=(10, 6))
+    loss(vectors(4, 6).requires_grad_(), vectors(4, 6))
+    file = io.BytesIO()
+    torch.save(loss.state_dict(), file)
+    file.seek(0)
+    other = ff.NTXentLoss(memory_bank_size=(10, 6))
+    other.load_state_dict(torch.load(file))
+    assert torch.equal(other.memory_bank.bank, loss.memory_bank.bank) and other.memory_bank.bank_ptr == 4
+    x, y = vectors(4, 6), vectors(4, 6)
+    assert torch.equal(other(x, y), loss(x, y))
+    narrow = ff.NTXentLoss(memory_bank_size=10)  # its width comes with the state
+    narrow.load_state_dict(loss.state_dict())
+    assert torch.equal(narrow(x, y), loss(x, y))
+
+
+def test_memory_bank_keeps_the_last_embeddings():
+    bank = MemoryBank((7, 2))
+    rows = torch.arange(20.0).view(10, 2)
+    bank(rows[:3], update=True)
+    before = bank.bank.clone()
+    assert torch.equal(bank(rows[3:5], update=True), before)
+    assert torch.equal(bank.bank[:5], rows[:5]) and bank.bank_ptr == 5
+    bank(rows[5:8], update=True)  # cut at the end, as lightly does
+    assert torch.equal(bank.bank, rows[:7]) and bank.bank_ptr == 0
+    bank(rows, update=True)  # larger than the bank
+    assert torch.equal(bank.bank, rows[:7]) and bank.bank_ptr == 0
+    assert torch.equal(bank(rows, update=False), rows[:7])
+
+
+def test_memory_bank_of_a_bare_size_and_wrong_width():
+    loss = ff.NTXentLoss(memory_bank_size=8)
+    loss(vectors(4, 6), vectors(4, 6))
+    assert loss.memory_bank.bank.shape == (8, 6)
+    with pytest.raises(ValueError, match="memory bank"):
+        loss(vectors(4, 5), vectors(4, 5))
+
+
+def test_memory_bank_is_updated_for_training_only():
+    loss = ff.NTXentLoss(memory_bank_size=(8, 6))
+    before = loss.memory_bank.bank.clone()
+    loss(vectors(4, 6), vectors(4, 6))
+    assert torch.equal(loss.memory_bank.bank, before)
+    loss(vectors(4, 6).requires_grad_(), vectors(4, 6)).backward()
+    assert not torch.equal(loss.memory_bank.bank, before)
+
+
+def test_memory_bank_compiles():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = ff.NTXentLoss(memory_bank_size=(10, 6))
+    compiled = torch.compile(copy.deepcopy(plain), fullgraph=True, backend="aot_eager")
+    for _ in range(4):
+        x, y = vectors(4, 6), vectors(4, 6)
+        results = []
+        for loss in (plain, compiled):
+            leaf = x.clone().requires_grad_()
+            value = loss(leaf, y)
+            value.backward()
+            results.append((value.detach(), leaf.grad))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_modules_move_and_cast():
+    loss = ff.NTXentLoss(memory_bank_size=(8, 6)).double()
+    assert loss.memory_bank.bank.dtype == torch.float64
+    x = vectors(4, 6, torch.float64)
+    assert loss(x, x.flip(0)).dtype == torch.float64
+    half = ff.NTXentLoss(memory_bank_size=(8, 6)).bfloat16()
+    assert half(x.bfloat16(), x.bfloat16()).dtype == torch.float32

@@ -1,0 +1,68 @@
+"""The truth against formulas written out with Python loops and against autograd in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from similarity_cases import MODES, eager, problem
+
+from ffcl_fast import reference
+
+
+def _left_out(mode, i, j, row_ids, col_ids):
+    if mode in ("none", "diagonal"):
+        return mode == "diagonal" and i == j
+    same = bool(row_ids[i] == col_ids[j])
+    return {"same_id": same, "same_id_off_diagonal": same and i != j, "different_id": not same}[mode]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("symmetric", (False, True))
+def test_similarity_by_loops(mode, symmetric):
+    arguments = problem(7, 5, 3, torch.float64, MODES[mode], symmetric, 2.0, "raw")
+    q, k, scale, row_ids, col_ids, _ = arguments
+    other, other_ids = (q, row_ids) if symmetric else (k, col_ids)
+    row, col, cache = reference.similarity_forward(*arguments, True, True)
+    s = {
+        (i, j): float(scale) * sum(float(a) * float(b) for a, b in zip(q[i], other[j], strict=True))
+        for i in range(len(q))
+        for j in range(len(other))
+        if not _left_out(mode, i, j, row_ids, other_ids)
+    }
+    for i in range(len(q)):
+        total = sum(math.exp(v) for (a, _), v in s.items() if a == i)
+        assert float(row[i]) == pytest.approx(math.log(total) if total else -math.inf)
+    assert col.numel() == (0 if symmetric else len(other)) and not cache.numel()
+    for j in range(col.numel()):
+        total = sum(math.exp(v) for (_, b), v in s.items() if b == j)
+        assert float(col[j]) == pytest.approx(math.log(total) if total else -math.inf)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("symmetric", (False, True))
+def test_gradients_are_autograd_s(mode, symmetric):
+    arguments = problem(9, 6, 4, torch.float64, MODES[mode], symmetric, 2.0, "raw")
+    row, col, cache = reference.similarity_forward(*arguments, True, True)
+    row_grad, col_grad = torch.randn_like(row), torch.randn_like(col)
+    dq, dk = reference.similarity_backward(*arguments, row, col, row_grad, col_grad, cache, True, True)
+    _, _, expected_dq, expected_dk = eager(*arguments, row_grad, col_grad)
+    if row.isfinite().all() and col.isfinite().all():  # autograd has no gradient where every pair is left out
+        torch.testing.assert_close(dq, expected_dq)
+        torch.testing.assert_close(dk, expected_dk)
+    assert dq.isfinite().all() and dk.isfinite().all()
+
+
+@pytest.mark.parametrize("positives", (True, False))
+def test_siglip_by_autograd(positives):
+    q, k = (torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, -2.0))
+    z = (2 * torch.eye(6) if positives else 0) - torch.ones(6, 6)
+    expected = -F.logsigmoid(z * (scale * q @ k.T + bias)).sum()
+    expected.backward()
+    loss, dq, dk, dbias = reference.siglip(q.detach(), k.detach(), scale.detach(), bias.detach(), positives, True)
+    for a, b in zip((loss, dq, dk, dbias), (expected.detach(), q.grad, k.grad, bias.grad), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close((q.detach() * dq).sum() / scale.detach(), scale.grad)

@@ -1,0 +1,129 @@
+"""Checkpoints: whole or absent, checked before use, the one before kept."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from ffcl_fast.train import checkpoint
+from ffcl_fast.train.checkpoint import Checkpoints, Progress, write_atomically, write_text
+from ffcl_fast.train.errors import UserError
+
+
+def saved(tmp_path, epochs: int, best: int = 1, stage: str = "local") -> tuple[Checkpoints, list[str]]:
+    lines: list[str] = []
+    store = Checkpoints(tmp_path / "c", lines.append)
+    for epoch in range(1, epochs + 1):
+        network = nn.Linear(2, 2)
+        nn.init.constant_(network.weight, epoch)
+        store.save(Progress(stage, epoch, {stage: [{}] * epoch}, {stage: min(best, epoch)}), network, {"epoch": epoch})
+    return store, lines
+
+
+def folders(store: Checkpoints) -> list[str]:
+    return sorted(os.listdir(store.directory))
+
+
+def test_a_checkpoint_reads_back(tmp_path):
+    store, _ = saved(tmp_path, 2)
+    progress = store.latest()
+    assert (progress.stage, progress.epoch, progress.best) == ("local", 2, {"local": 1})
+    network = nn.Linear(2, 2)
+    assert store.load("local", 2, network) == {"epoch": 2}
+    assert network.weight[0, 0] == 2
+
+
+def test_the_newest_two_and_the_best_are_kept(tmp_path):
+    assert folders(saved(tmp_path, 6, best=2)[0]) == ["local-0002", "local-0005", "local-0006"]
+
+
+def test_the_stage_before_keeps_its_best_as_long_as_it_may_be_needed(tmp_path):
+    store, _ = saved(tmp_path, 4, best=2)
+    best = {"local": 2, "global": 1}
+    store.save(Progress("global", 1, {}, best), nn.Linear(2, 2), {})
+    assert folders(store) == ["global-0001", "local-0002", "local-0004"]
+    store.save(Progress("global", 2, {}, best), nn.Linear(2, 2), {})
+    assert folders(store) == ["global-0001", "global-0002"]
+    assert store.latest().stage == "global"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "no manifest", "bad manifest", "missing file"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path, damage):
+    store, lines = saved(tmp_path, 3, best=3)
+    newest = store.directory / "local-0003"
+    weights = newest / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    if damage == "truncated":
+        weights.write_bytes(content[:-3])
+    elif damage == "flipped bit":
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif damage == "missing file":
+        (newest / "state.pt").unlink()
+    elif damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        (newest / "manifest.json").write_text("[]")
+    assert store.latest().epoch == 2
+    assert len(lines) == 1 and "local-0003" in lines[0] and "damaged" in lines[0]
+    with pytest.raises(UserError, match="local-0003"):
+        store.load("local", 3, nn.Linear(2, 2))
+
+
+def test_none_and_all_damaged_are_told_apart(tmp_path):
+    assert Checkpoints(tmp_path / "none", print).latest() is None
+    store, _ = saved(tmp_path, 2)
+    for name in folders(store):
+        (store.directory / name / "state.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="damaged"):
+        store.latest()
+
+
+def test_state_is_never_unpickled_into_code(tmp_path):
+    store, _ = saved(tmp_path, 1)
+    folder = store.directory / "local-0001"
+    torch.save({"optimizer": os.system}, folder / "state.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.pt"] = checkpoint._fingerprint(folder / "state.pt")  # as one who forges it would
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="state.pt"):
+        store.load("local", 1, nn.Linear(2, 2))
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
+    store, _ = saved(tmp_path, 2)
+    before = folders(store)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        store.save(Progress("local", 3), nn.Linear(2, 2), {})
+    assert folders(store) == before and store.latest().epoch == 2
+
+
+def test_an_atomic_write_is_whole_or_absent(tmp_path):
+    path = tmp_path / "f.txt"
+    write_text(path, "old")
+
+    def half(scratch):
+        scratch.write_text("ne")
+        assert path.read_text() == "old"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, half)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["f.txt"]
+    write_text(path, "new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["f.txt"]
+
+
+def test_weights_of_another_network_are_named(tmp_path):
+    checkpoint.save_weights(tmp_path / "w.safetensors", nn.Linear(2, 2))
+    with pytest.raises(UserError, match="w.safetensors"):
+        checkpoint.load_weights(tmp_path / "w.safetensors", nn.Linear(3, 2))
