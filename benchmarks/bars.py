@@ -1,0 +1,175 @@
+"""The bars of the design (shared/design/peers.md) and whether stored measurements meet them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from . import machine
+
+MET, MISSED, NOT_MEASURED, NOT_REACHABLE = "met", "missed", "not yet measured", "not reachable here"
+_MEMORY_LIMIT = 64e6  # bytes beyond inputs and gradients
+
+Results = dict[str, Any]  # one device's file
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a bar: its state, the number and what else a reader should know."""
+
+    state: str
+    measured: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """``what`` has to reach ``required``; ``check`` tells from one device's results whether it does."""
+
+    what: str
+    required: str
+    check: Callable[[Results], Verdict]
+
+
+def find(results: Results, workload: str, provider: str) -> dict[str, Any] | None:
+    """The record of a workload and provider, or None."""
+    return next((r for r in results["records"] if (r["workload"], r["provider"]) == (workload, provider)), None)
+
+
+def faster(workload: str, rival: str, required: float) -> Callable[[Results], Verdict]:
+    """Our CPU kernels take at most 1/``required`` of the rival's time, forward and backward, in one run."""
+
+    def check(results: Results) -> Verdict:
+        record = find(results, workload, rival)
+        time = (record or {}).get("time")
+        if time is None:
+            return Verdict(NOT_MEASURED)
+        if "over_ours" not in time:
+            return Verdict(NOT_MEASURED, note=time.get("problem", "ours was not in that run"))
+        ratio, (low, high) = time["over_ours"], time["over_ours_quartiles"]
+        state = MET if ratio >= required else MISSED
+        return Verdict(state, f"{ratio:.2f} x", f"quartiles {low:.2f} to {high:.2f}, {time['rounds']} rounds")
+
+    return check
+
+
+def sixteen_bit(workload: str, required: float) -> Callable[[Results], Verdict]:
+    """Our kernels on bfloat16 inputs against themselves on float32 ones."""
+
+    def check(results: Results) -> Verdict:
+        time = (find(results, workload, "cpu-bf16") or {}).get("time", {})
+        if "over_ours" not in time:
+            return Verdict(NOT_MEASURED, note=time.get("problem", ""))
+        ratio = 1 / time["over_ours"]
+        if ratio >= required:
+            return Verdict(MET, f"{ratio:.2f} x")
+        if not machine.has_bf16_products(results["device"]):
+            return Verdict(NOT_REACHABLE, f"{ratio:.2f} x", "this CPU has no bf16 dot product (avx512_bf16, amx_bf16)")
+        return Verdict(MISSED, f"{ratio:.2f} x")
+
+    return check
+
+
+def memory(family: str) -> Callable[[Results], Verdict]:
+    """Peak memory beyond inputs and gradients at every measured size, each in a process of its own."""
+
+    def check(results: Results) -> Verdict:
+        sizes = [r for r in results["records"] if (r["family"], r["provider"]) == (family, "cpu") and "memory" in r]
+        failed = [r for r in sizes if "problem" in r["memory"]]
+        if failed:
+            return Verdict(MISSED, "", f"{size(failed[0])}: {failed[0]['memory']['problem']}")
+        if not sizes:
+            return Verdict(NOT_MEASURED)
+        worst = max(sizes, key=lambda r: r["memory"]["peak_bytes"])
+        over = [r for r in sizes if r["memory"]["peak_bytes"] >= _MEMORY_LIMIT]
+        largest = max(sizes, key=lambda r: r["shape"][0])
+        note = f"most at {size(worst)}; up to {size(largest)} measured"
+        if over and len(over) < len(sizes):
+            note += f"; over it: {', '.join(size(r) for r in sorted(over, key=lambda r: r['shape']))}"
+        return Verdict(MISSED if over else MET, f"{worst['memory']['peak_bytes'] / 1e6:.1f} MB", note)
+
+    return check
+
+
+def size(record: dict[str, Any]) -> str:
+    """A shape as people write it."""
+    return " x ".join(map(str, record["shape"]))
+
+
+CPU = [
+    Bar("NT-Xent, 2N = 8192, D = 128, against lightly", ">= 8 x", faster("nt_xent-8192x128", "lightly", 8)),
+    Bar("NT-Xent, 2N = 8192, D = 512, against lightly", ">= 4 x", faster("nt_xent-8192x512", "lightly", 4)),
+    Bar("CLIP, N = 8192, D = 128, against open_clip", ">= 3.2 x", faster("clip-8192x128", "open_clip", 3.2)),
+    Bar("CLIP, N = 8192, D = 512, against open_clip", ">= 2.2 x", faster("clip-8192x512", "open_clip", 2.2)),
+    Bar("SupCon, 2N = 8192, D = 128, against SupContrast", ">= 8 x", faster("sup_con-8192x128", "SupContrast", 8)),
+    *(
+        Bar(f"{title}, 512 rows, D = {d}, against {rival}", ">= 1 x", faster(f"{family}-512x{d}", rival, 1))
+        for family, title, rival in (
+            ("nt_xent", "NT-Xent", "lightly"),
+            ("clip", "CLIP", "open_clip"),
+            ("sup_con", "SupCon", "SupContrast"),
+        )
+        for d in (128, 512)
+    ),
+    Bar(
+        "bf16 inputs, NT-Xent, 2N = 8192, D = 256, against our float32",
+        ">= 1.8 x",
+        sixteen_bit("nt_xent-8192x256", 1.8),
+    ),
+    Bar("bf16 inputs, CLIP, N = 8192, D = 256, against our float32", ">= 1.8 x", sixteen_bit("clip-8192x256", 1.8)),
+    Bar(
+        "Pair cosine, 64 x 64 x 56 x 56, against CosineEmbeddingLoss",
+        ">= 2.5 x",
+        faster("pair_cosine-64x64x56x56", "CosineEmbeddingLoss", 2.5),
+    ),
+    Bar(
+        "ReLU + goodness + normalise, 4096 x 2048, against the better eager",
+        ">= 4 x",
+        faster("goodness_normalize-4096x2048", "eager, shared", 4),
+    ),
+    *(
+        Bar(f"Peak memory of {title} beyond inputs and gradients, any N", "< 64 MB", memory(family))
+        for family, title in (
+            ("nt_xent", "NT-Xent"),
+            ("clip", "CLIP"),
+            ("sup_con", "SupCon"),
+            ("info_nce", "InfoNCE"),
+            ("siglip", "SigLIP"),
+        )
+    ),
+]
+
+# Whoever measures on a GPU adds the check beside the text.
+GPU = [
+    "CLIP symmetric, D >= 512, N >= 32k, bf16: forward >= 80 % and forward + backward >= 70 % of the vendor's product",
+    "CLIP symmetric, N = 65536, D = 512, bf16, forward + backward: <= 32 ms",
+    "CLIP symmetric: >= 1.5 x memeff, >= 2 x eager open_clip, never slower than compiled eager at N <= 8k",
+    "NT-Xent and SupCon: >= 1.7 x our own symmetric path, >= 2.5 x the fastest peer",
+    "1M x 1M, D = 512 on one GPU, loss and gradients: < 8.5 s and < 8 GB",
+    "Goodness, normalise and pair cosine, forward and backward: >= 88 % of a device copy's bytes per second",
+    "The same bits on every run, by default and at full speed",
+]
+
+# Kernel families by backend, and the workload families (of families.py) whose GPU records show that they have run.
+GPU_KERNELS = {
+    "similarity, both sums or rows only": ("clip", "info_nce", "info_nce_queue"),
+    "similarity, the triangle": ("nt_xent", "sup_con"),
+    "SigLIP": ("siglip",),
+    "pair cosine": ("pair_cosine",),
+    "ReLU + goodness + normalise": ("goodness_normalize",),
+}
+GPU_BACKENDS = ("triton", "cuda")
+
+
+def gpu_runs(all_results: list[Results], backend: str, families: tuple[str, ...]) -> list[str]:
+    """The GPUs that a backend's kernels have stored measurements on."""
+    return [
+        results["device"]["name"]
+        for results in all_results
+        if results["device"]["kind"] == "gpu"
+        and any(
+            r["provider"].split("-")[0] == backend and r["family"] in families and "seconds" in r.get("time", {})
+            for r in results["records"]
+        )
+    ]

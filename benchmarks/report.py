@@ -1,0 +1,230 @@
+"""Tables, plots and the check of every bar, from the stored measurements only.
+
+python -m benchmarks.report                      print everything as Markdown
+python -m benchmarks.report --write README.md    put the summary between its markers, and draw its plots
+python -m benchmarks.report --check README.md    fail where summary or plots are not those of the measurements
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import bars, store
+from .bars import GPU_BACKENDS, GPU_KERNELS, MET, MISSED, NOT_MEASURED, NOT_REACHABLE, Verdict
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+_MARK = {MET: "✅ met", MISSED: "❌ missed", NOT_MEASURED: "not yet measured", NOT_REACHABLE: "not reachable here"}
+_ROOT = Path(__file__).resolve().parent.parent
+IMAGES = _ROOT / "docs" / "images"
+
+Results = dict[str, Any]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; every column but the first two is set to the right."""
+    rule = ["---" if i < 2 else "--:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
+
+
+def cpu_bars(results: Results) -> list[tuple[bars.Bar, Verdict]]:
+    return [(bar, bar.check(results)) for bar in bars.CPU]
+
+
+def bars_table(results: Results) -> str:
+    """Every CPU bar on one device."""
+    rows = [
+        [bar.what, bar.required, verdict.measured or "–", _MARK[verdict.state], verdict.note]
+        for bar, verdict in cpu_bars(results)
+    ]
+    head = "| bar | required | measured | | |\n|---|--:|--:|---|---|\n"
+    return head + "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def gpu_table(all_results: list[Results]) -> str:
+    """Which kernels have run on which GPU, and the GPU bars."""
+    rows = []
+    for kernels, families in GPU_KERNELS.items():
+        found = [bars.gpu_runs(all_results, backend, families) for backend in GPU_BACKENDS]
+        rows.append([kernels, *("; ".join(names) or "not yet run on a GPU" for names in found)])
+    lines = [table(["kernels", *GPU_BACKENDS], rows), ""]
+    lines += [f"- {text}: {NOT_MEASURED}" for text in bars.GPU]
+    return "\n".join(lines)
+
+
+def family_table(results: Results, family: str) -> str:
+    """Every timed record of a family, by size and then by time."""
+    records = [r for r in results["records"] if r["family"] == family and "time" in r]
+    records.sort(key=lambda r: (r["shape"], r["time"].get("seconds", float("inf"))))
+    head = ["size", "provider", "forward", "forward + backward", "times ours", "rate", "of ceiling", "peak memory",
+            "error", "same bits"]  # fmt: skip
+    rows = []
+    for r in records:
+        time = r["time"]
+        name = f"{r['provider']} (ours)" if r["kind"] == "ours" else r["provider"]
+        if "problem" in time:
+            rows.append([bars.size(r), name, *[""] * 7, time["problem"]])
+            continue
+        gigabytes = time.get("gigabytes_per_second")
+        rate = f"{gigabytes:.1f} GB/s" if gigabytes else f"{1e3 * (time['tflops'] or 0):.0f} GFLOP/s"
+        rows.append(
+            [
+                bars.size(r),
+                name,
+                _milliseconds(time["forward_seconds"]),
+                _milliseconds(time["seconds"]),
+                _optional(time.get("over_ours"), "{:.2f}"),
+                rate,
+                _optional(time.get("fraction_of_ceiling"), "{:.0%}"),
+                _megabytes(time["peak_bytes"]),
+                _optional(time["rel_error"], "{:.1e}"),
+                {True: "yes", False: "no", None: "–"}[time["deterministic"]],
+            ]
+        )
+    return table(head, rows)
+
+
+def memory_table(results: Results) -> str:
+    """Peak memory in fresh processes."""
+    rows = []
+    for r in sorted((r for r in results["records"] if "memory" in r), key=lambda r: (r["family"], r["shape"])):
+        memory = r["memory"]
+        name = f"{r['provider']} (ours)" if r["kind"] == "ours" else r["provider"]
+        if "problem" in memory:
+            rows.append([f"{r['family']} {bars.size(r)}", name, memory["problem"], ""])
+        else:
+            own = memory["input_bytes"] + memory["gradient_bytes"]
+            rows.append([f"{r['family']} {bars.size(r)}", name, _megabytes(memory["peak_bytes"]), _megabytes(own)])
+    return table(["workload", "provider", "peak beyond inputs and gradients", "inputs and gradients"], rows)
+
+
+def _milliseconds(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 10 else f"{value:.2f} ms"
+
+
+def _megabytes(size: int | None) -> str:
+    return "–" if size is None else f"{size / 1e6:.1f} MB"
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def device_line(results: Results) -> str:
+    device, versions = results["device"], results["versions"]
+    stamps = [r[part] for r in results["records"] for part in ("time", "memory") if part in r]
+    commits = sorted({s["commit"] for s in stamps})
+    when = sorted(s["when"] for s in stamps)
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "triton")
+    return (
+        f"{device['name']}, {device['threads']} threads, kernels compiled for {device['isa']}; {packages}; measured "
+        f"{when[0][:10]}{'' if when[0][:10] == when[-1][:10] else ' to ' + when[-1][:10]} at {', '.join(commits)}."
+    )
+
+
+def full_report(all_results: list[Results]) -> str:
+    parts = ["# Measurements"]
+    for results in (r for r in all_results if r["device"]["kind"] == "cpu"):
+        parts += [f"## {results['device']['slug']}", device_line(results), "### Bars", bars_table(results)]
+        for family in dict.fromkeys(r["family"] for r in results["records"] if "time" in r):
+            parts += [f"### {family}", family_table(results, family)]
+        parts += ["### Peak memory, each in a process of its own", memory_table(results)]
+    parts += ["## GPU", gpu_table(all_results)]
+    return "\n\n".join(parts) + "\n"
+
+
+# --- the README's block ----------------------------------------------------------------------------------------------
+
+
+def readme_block(all_results: list[Results]) -> str:
+    """The summary, without its markers."""
+    from . import plots
+
+    parts = []
+    for results in (r for r in all_results if r["device"]["kind"] == "cpu"):
+        slug = results["device"]["slug"]
+        images = [
+            f"![{plots.PLOTS[name]}]({_image(slug, name).relative_to(_ROOT).as_posix()})"
+            for name in plots.available(results)
+        ]
+        verdicts = cpu_bars(results)
+        met = sum(verdict.state == MET for _, verdict in verdicts)
+        parts += [*images, f"{met} of {len(verdicts)} CPU bars met on {device_line(results)}", bars_table(results)]
+    parts.append(gpu_table(all_results))
+    return "\n\n".join(parts)
+
+
+def digest(results: Results) -> str:
+    """What a plot was drawn from; stored inside it."""
+    return "records:" + hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _image(slug: str, name: str) -> Path:
+    return IMAGES / f"{slug}-{name}.png"
+
+
+def _parts(text: str, path: Path) -> tuple[str, str, str]:
+    before, begin, rest = text.partition(BEGIN)
+    inside, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} has no {BEGIN} ... {END}")
+    return before, inside, after
+
+
+def write(path: Path, all_results: list[Results]) -> None:
+    """Renew the block between the markers of ``path``, and the plots."""
+    from . import plots
+
+    before, _, after = _parts(path.read_text(encoding="utf-8"), path)
+    for results in (r for r in all_results if r["device"]["kind"] == "cpu"):
+        for name in plots.available(results):
+            plots.draw(name, results, _image(results["device"]["slug"], name), digest(results))
+    store.write_text(path, f"{before}{BEGIN}\n\n{readme_block(all_results)}\n\n{END}{after}")
+
+
+def stale(path: Path, all_results: list[Results]) -> list[str]:
+    """What in ``path`` or its plots is not as the stored measurements have it."""
+    from . import plots
+
+    found = []
+    if _parts(path.read_text(encoding="utf-8"), path)[1].strip() != readme_block(all_results).strip():
+        found.append(f"the block between the benchmark markers of {path}")
+    for results in (r for r in all_results if r["device"]["kind"] == "cpu"):
+        for name in plots.available(results):
+            image = _image(results["device"]["slug"], name)
+            if not image.exists() or digest(results).encode() not in image.read_bytes():
+                found.append(str(image.relative_to(_ROOT)))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=store.RESULTS, help="folder of the results files")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--write", type=Path, metavar="FILE", help="renew the block between the markers, and the plots")
+    group.add_argument("--check", type=Path, metavar="FILE", help="exit with 1 where --write would change something")
+    options = parser.parse_args(arguments)
+    try:
+        all_results = store.load_all(options.results)
+        if options.check:
+            found = stale(options.check, all_results)
+            for what in found:
+                print(f"stale: {what}; run python -m benchmarks.report --write {options.check}", file=sys.stderr)
+            return 1 if found else 0
+        if options.write:
+            write(options.write, all_results)
+            return 0
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return 2
+    print(full_report(all_results), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

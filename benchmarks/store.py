@@ -1,0 +1,67 @@
+"""Stored measurements: benchmarks/results/<device>.json, one record a workload and provider."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from . import machine
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_SCHEMA = 1
+
+Record = dict[str, Any]
+
+
+def stamp() -> dict[str, str]:
+    """When and from which sources something was measured."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {"when": now.strftime("%Y-%m-%dT%H:%MZ"), **machine.source(), "torch": machine.versions()["torch"]}
+
+
+def merge(folder: Path, records: list[Record]) -> Path:
+    """Put records into this device's file: of a workload and provider that is there already, only the parts that were
+    measured anew ("time", "memory") are replaced. The file is complete at every moment."""
+    device = machine.device()
+    path = folder / f"{device['slug']}.json"
+    stored = load(path)["records"] if path.exists() else []
+    by_key = {(r["workload"], r["provider"]): r for r in stored}
+    for record in records:
+        key = record["workload"], record["provider"]
+        by_key[key] = by_key.get(key, {}) | record
+    ordered = [by_key[key] for key in sorted(by_key)]
+    lines = ",\n".join("  " + json.dumps(record) for record in ordered)
+    head = json.dumps({"schema": _SCHEMA, "device": device, "versions": machine.versions()}, indent=1)
+    write_text(path, f'{head[:-2]},\n "records": [\n{lines}\n ]\n}}\n')
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """One device's measurements. Raises ValueError naming the file where it is no such thing."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict) or found.get("schema") != _SCHEMA:
+        raise ValueError(f"{path} is no results file of schema {_SCHEMA}")
+    return found
+
+
+def load_all(folder: Path) -> list[dict[str, Any]]:
+    """The measurements of every device, in the order of their names."""
+    return [load(path) for path in sorted(folder.glob("*.json"))]
+
+
+def write_text(path: Path, text: str) -> None:
+    """``text`` to ``path`` through a temporary file beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise

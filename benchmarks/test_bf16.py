@@ -1,0 +1,10 @@
+"""Do bfloat16 inputs pay on this processor?"""
+
+from __future__ import annotations
+
+from benchmarks.workloads import BF16, cases
+
+
+@cases(BF16)
+def test_bf16(workload, provider, side_by_side):
+    side_by_side(workload, provider)

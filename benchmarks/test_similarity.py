@@ -1,0 +1,10 @@
+"""How much faster is each loss than the library it replaces, at the batch sizes that contrastive training uses?"""
+
+from __future__ import annotations
+
+from benchmarks.workloads import SIMILARITY, cases
+
+
+@cases(SIMILARITY)
+def test_similarity(workload, provider, side_by_side):
+    side_by_side(workload, provider)
