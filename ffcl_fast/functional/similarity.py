@@ -178,6 +178,12 @@ def _scale_grad(q: Tensor, k: Tensor | None, dq: Tensor, scale: Tensor) -> Tenso
     return total / 2 if k is None else total
 
 
+def _nothing(x: Tensor) -> Tensor:
+    """0 in the accumulator dtype, or NaN where an element of ``x`` is infinite or NaN."""
+    least, largest = torch.aminmax(x)
+    return (least * 0.0 + largest * 0.0).to(ops.accumulator_dtype(x))
+
+
 def _away_from_zero(scale: Tensor) -> Tensor:
     """``scale``, or 2^-40 where it is smaller: dscale = <q, dq> / scale then holds at 0 too and is not 0 / 0."""
     return torch.where(scale.abs() < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
@@ -348,6 +354,8 @@ class _SigLip(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             scale = _away_from_zero(scale)
         loss, dq, dk, dbias = torch.ops.ffcl_fast.siglip.default(q, k, scale, bias, positives, need_grad, backend)
+        # A sigmoid of infinity is a number: without this an overflow of the inputs could pass for a loss.
+        loss = loss + _nothing(q) + _nothing(k)
         dscale = row_dot(q, dq).sum() / scale if need_grad and ctx.needs_input_grad[2] else None
         ctx.save_for_backward(dq, dk, dscale, dbias)
         return loss
