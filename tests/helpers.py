@@ -16,7 +16,12 @@ DTYPE_TOLERANCE = {
 
 
 def assert_close_to_reference(
-    ours: Tensor, eager_same_dtype: Tensor, float64_truth: Tensor, factor: float = 2.0, name: str = "result"
+    ours: Tensor,
+    eager_same_dtype: Tensor,
+    float64_truth: Tensor,
+    factor: float = 2.0,
+    name: str = "result",
+    terms: float = 0.0,
 ) -> None:
     """The project's test rule: our error is at most ``factor`` times plain PyTorch's in the same dtype.
 
@@ -26,6 +31,8 @@ def assert_close_to_reference(
         float64_truth: the same from the float64 reference.
         factor: 2 for values, 3 for gradients.
         name: what the messages call it.
+        terms: root mean square of the terms whose difference the result is, where they may cancel: the dtype's
+            tolerance is relative to them then.
 
     Three things are asserted. Where the truth is not finite, ours is the same. Each element's error is at most
     ``factor`` times the largest of four root mean squares of eager's errors in that row and in the whole tensor, and
@@ -53,7 +60,7 @@ def assert_close_to_reference(
 
     error = (x - truth).abs()
     tolerance = DTYPE_TOLERANCE[ours.dtype]
-    scale = _rms(truth)
+    scale = max(_rms(truth), terms)
     bound = factor * (4 * usual_error).clamp(min=float(eager_error.max())) + tolerance * truth.abs().clamp(min=scale)
     worst = int((error - bound).argmax())
     assert bool((error <= bound).all()), (

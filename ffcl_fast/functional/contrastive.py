@@ -16,11 +16,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from . import _checks
-from .similarity import INTERLEAVED, STACKED, contrast, prepare, raw_lse, row_dot, sigmoid_loss
+from .similarity import INTERLEAVED, STACKED, contrast, differentiable_once, prepare, raw_lse, row_dot, sigmoid_loss
 
 NEGATIVE_MODES = ("unpaired", "paired")
 CONTRAST_MODES = ("all", "one")
@@ -105,13 +104,33 @@ def _paired(query: Tensor, positive_key: Tensor, negative_keys: Tensor, scale: T
     """InfoNCE with negatives of each row's own: N M D work, and nothing larger than the negatives to avoid."""
     q, positive, keys = prepare(query, True), prepare(positive_key, True), prepare(negative_keys, True)
     with torch.autocast(query.device.type, enabled=False):
-        # N M numbers only, so in float64: scaled logits rounded to float32 would cost every softmax scale * 2^-24.
-        logits = torch.bmm(keys, q.unsqueeze(2)).squeeze(2).double() * scale
+        # N M numbers only, so in float64: logits rounded to float32 would cost every softmax scale * 2^-24.
+        logits = _PairedDot.apply(q, keys) * scale
         largest = logits.detach().amax(1, keepdim=True)
         # Not logsumexp: its backward pass rounds the normaliser, which costs more than all the rest.
-        odds = (logits - largest).exp().sum(1).log() + (largest.squeeze(1) - row_dot(q, positive) * scale)
+        odds = (logits - largest).exp().sum(1).log() + (largest.squeeze(1) - row_dot(q, positive, torch.float64) * scale)
     odds = odds.to(scale.dtype)
     return odds if decoupled else F.softplus(odds, threshold=50.0)
+
+
+class _PairedDot(torch.autograd.Function):
+    """<q_i, keys_im> of (N, D) and (N, M, D), summed and returned in float64; (N, M).
+
+    Not bmm: its float32 sum over D is off by several units in the last place, which the scale multiplies.
+    """
+
+    @staticmethod
+    def forward(ctx, q, keys):
+        ctx.save_for_backward(q, keys)
+        return row_dot(keys, q.unsqueeze(1), torch.float64)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad):
+        q, keys = ctx.saved_tensors
+        grad = grad.to(q.dtype)
+        dq = torch.bmm(grad.unsqueeze(1), keys).squeeze(1) if ctx.needs_input_grad[0] else None
+        return dq, grad.unsqueeze(2) * q.unsqueeze(1) if ctx.needs_input_grad[1] else None
 
 
 def nt_xent(
@@ -333,7 +352,7 @@ class _ClassSum(torch.autograd.Function):
         return _class_sum(x, group)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         return _class_sum(grad.contiguous(), *ctx.saved_tensors), None
 

@@ -163,13 +163,16 @@ def _grad_wanted(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """<a_i, b_i> in the accumulator dtype; (N,). The products kept at once are bounded."""
+def row_dot(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """<a, b> along the last dimension, summed in ``dtype``, by default the accumulator dtype.
+
+    ``a`` is (N, ..., D) and ``b`` broadcasts to it, N aside. The products kept at once are bounded.
+    """
     acc = ops.accumulator_dtype(a)
     if torch.compiler.is_compiling() or a.numel() <= _CHUNK:
-        return (a.to(acc) * b).sum(1)
-    rows = max(1, _CHUNK // a.shape[1])
-    return torch.cat([(x.to(acc) * y).sum(1) for x, y in zip(a.split(rows), b.split(rows), strict=True)])
+        return (a.to(acc) * b).sum(-1, dtype=dtype)
+    rows = max(1, _CHUNK * a.shape[0] // a.numel())
+    return torch.cat([(x.to(acc) * y).sum(-1, dtype=dtype) for x, y in zip(a.split(rows), b.split(rows), strict=True)])
 
 
 def _scale_grad(q: Tensor, k: Tensor | None, dq: Tensor, scale: Tensor) -> Tensor:
@@ -199,7 +202,7 @@ class _Refuse(torch.autograd.Function):
         raise RuntimeError("ffcl_fast's losses can be differentiated once: there is no second derivative")
 
 
-def _differentiable_once(backward: Callable) -> Callable:
+def differentiable_once(backward: Callable) -> Callable:
     """As ``once_differentiable``, which lets gradients pass for constants where the incoming one is a constant."""
     once = once_differentiable(backward)
 
@@ -230,7 +233,7 @@ class _Normalize(torch.autograd.Function):
         return z
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx, dz):
         z, norm = ctx.saved_tensors
         # A row shorter than eps was divided by a constant: no projection.
@@ -251,7 +254,7 @@ class _SimilarityLSE(torch.autograd.Function):
         return (row_lse, col_lse) if both else row_lse
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx, row_grad, col_grad=None):
         q, k, scale, row_ids, col_ids, row_lse, col_lse, cache = ctx.saved_tensors
         need_q, need_k, need_scale = ctx.needs_input_grad[:3]
@@ -272,17 +275,19 @@ class _Contrast(torch.autograd.Function):
         row_lse, col_lse, cache = torch.ops.ffcl_fast.similarity_forward.default(
             q, k, scale, row_ids, col_ids, exclude, both, save, backend
         )
+        # In float64 up to the difference: at a scale of 33 each rounding of a logit to float32 costs 1e-6 of the loss.
         logit = _positive_dot(q, k, positive, pairing) * scale
         # An infinite logit is an overflow of the inputs: NaN, as in a softmax, and not a loss of 0.
-        odds = torch.add(row_lse - logit, logit, alpha=0.0)
-        col_odds = col_lse - logit if both else None
+        odds = torch.add(row_lse - logit, logit, alpha=0.0).to(row_lse.dtype)
+        col_odds = (col_lse - logit).to(row_lse.dtype) if both else None
+        logit = logit.to(row_lse.dtype)
         ctx.save_for_backward(q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, logit, odds, col_odds)
         ctx.exclude, ctx.pairing, ctx.decoupled, ctx.backend = exclude, pairing, decoupled, backend
         loss = _odds_loss(odds, decoupled)
         return loss + _odds_loss(col_odds, decoupled) if both else loss
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx, grad):
         q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, logit, odds, col_odds = ctx.saved_tensors
         need_q, need_k, need_positive, need_scale = ctx.needs_input_grad[:4]
@@ -331,8 +336,8 @@ def _positive_dot(q: Tensor, k: Tensor | None, positive: Tensor | None, pairing:
     if positive is None and pairing == KEYS:
         positive = k
     if positive is not None:
-        return row_dot(q, positive)
-    dots = row_dot(*_views(q, pairing))
+        return row_dot(q, positive, torch.float64)
+    dots = row_dot(*_views(q, pairing), torch.float64)
     return torch.cat((dots, dots)) if pairing == STACKED else dots.repeat_interleave(2)
 
 
@@ -361,7 +366,7 @@ class _SigLip(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:4]
         grads = (d * grad if need else None for d, need in zip(ctx.saved_tensors, needs, strict=True))
