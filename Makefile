@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: help train test test-triton bench report kernels gpu-check lint format clean distclean
+.PHONY: help train test test-triton bench report kernels gpu-check docs wheel check-wheel lint format clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,8 @@ help:
 	@echo "make report                                                        tables and plots from stored measurements"
 	@echo "make kernels [ARGS='--chips sm90']                                 compile the Triton kernels for every chip"
 	@echo "make gpu-check [ARGS=--dry-run]                                    GPU tests, memory checker, measurements"
+	@echo "make docs                                                          the documentation site, into site/"
+	@echo "make wheel | check-wheel                                           sdist and CPU wheel | tested without a compiler"
 	@echo "make lint | format                                                 ruff and mypy | ruff and clang-format"
 	@echo "make clean | distclean                                             build outputs | the environment as well"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS); FFCL_CUDA=0|1, FFCL_CUDA_ARCHS for the build"
@@ -42,6 +44,10 @@ $(VENV)/.test: $(VENV)/.train
 
 $(VENV)/.bench: $(VENV)/.train
 	@$(PIP) --no-build-isolation -e '.[train,bench]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.train
+	@$(PIP) --no-build-isolation -e '.[train,docs]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
@@ -74,6 +80,18 @@ kernels: $(VENV)/.test
 gpu-check: $(VENV)/.test
 	@$(PY) -m tools.gpu_check $(ARGS)
 
+# Nothing is fetched, and a warning is an error. The variable silences an advertisement.
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
+
+# The wheel is built from the sdist, as an installer would.
+wheel: $(VENV)/.dev
+	@rm -rf dist
+	@FFCL_CUDA=0 $(PY) -m build --no-isolation --outdir dist .
+
+check-wheel: wheel $(VENV)/.test
+	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PY) .ci/check_wheel.py $(ARGS)
+
 lint: $(VENV)/.dev
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
@@ -83,8 +101,8 @@ format: $(VENV)/.dev
 	@$(VENV)/bin/clang-format -i csrc/*
 
 clean:
-	rm -rf build dist *.egg-info ffcl_fast/_native*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
-	rm -f $(VENV)/.train $(VENV)/.test $(VENV)/.bench $(VENV)/.dev
+	rm -rf build dist site *.egg-info ffcl_fast/_native*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f $(VENV)/.train $(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev
 	find ffcl_fast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

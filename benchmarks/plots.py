@@ -22,6 +22,7 @@ _STYLE = {
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "legend.frameon": False,
+    "svg.hashsalt": "ffcl_fast",
 }
 _CURVE_SIZES = 3  # fewer points make no curve
 _SPEEDUPS = (
@@ -47,7 +48,7 @@ def available(results: Results) -> list[str]:
 
 
 def draw(name: str, results: Results, path: Path, digest: str) -> None:
-    """Draw one of :data:`PLOTS` to ``path`` as PNG, with ``digest`` in its metadata."""
+    """Draw one of :data:`PLOTS` to ``path``, a .png or .svg, with ``digest`` in its metadata."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,9 +57,10 @@ def draw(name: str, results: Results, path: Path, digest: str) -> None:
     with pyplot.rc_context(_STYLE):
         figure = {"speedups": _speedups, "scaling": _scaling}[name](results)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.stem}.{os.getpid()}.png")
+        scratch = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        unstable = "Date" if path.suffix == ".svg" else "Software"  # what would differ from one drawing to the next
         try:
-            figure.savefig(scratch, dpi=130, bbox_inches="tight", metadata={"Description": digest, "Software": None})
+            figure.savefig(scratch, dpi=130, bbox_inches="tight", metadata={"Description": digest, unstable: None})
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)

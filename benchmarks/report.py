@@ -138,6 +138,20 @@ def full_report(all_results: list[Results]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def site_page(all_results: list[Results]) -> str:
+    """The documentation site's page: the plots, which lie in plots/ there, before the whole report."""
+    from . import plots
+
+    images = [
+        f"![{plots.PLOTS[name]}](plots/{results['device']['slug']}-{name}.svg)"
+        for results in all_results
+        for name in plots.available(results)
+    ]
+    title, _, rest = full_report(all_results).partition("\n\n")
+    how = "Drawn from the records in `benchmarks/results/` when this site was built; `make bench` measures anew."
+    return "\n\n".join([title, how, *images, rest])
+
+
 # --- the README's block ----------------------------------------------------------------------------------------------
 
 
