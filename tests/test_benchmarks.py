@@ -15,8 +15,10 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("matplotlib")
 
 from benchmarks import bars, measure, report, store
-from benchmarks.families import CLIP, FAMILIES, Family, Provider
-from benchmarks.workloads import BF16, GOODNESS, MEMORY, SCALING, SIMILARITY, SMALL, Workload
+from benchmarks.families import CLIP
+from benchmarks.provider import Family, Provider
+from benchmarks.variants import FAMILIES
+from benchmarks.workloads import ACCURACY, BF16, GOODNESS, MEMORY, RAGGED, SCALING, SIMILARITY, SMALL, WIDE, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,11 +78,12 @@ def test_a_quick_run_measures_every_family(tmp_path):
 
 
 def test_every_size_has_its_own_record():
-    for question in (SIMILARITY, SMALL, SCALING, GOODNESS, BF16, MEMORY):
+    timed = (SIMILARITY, WIDE, RAGGED, ACCURACY, SMALL, SCALING, GOODNESS, BF16)
+    for question in (*timed, MEMORY):
         names = [w.name for w in question]
         assert len(set(names)) == len(names)
     # one record holds one run's times, so no two questions may time the same size
-    names = [w.name for question in (SIMILARITY, SMALL, SCALING, GOODNESS, BF16) for w in question]
+    names = [w.name for question in timed for w in question]
     assert len(set(names)) == len(names)
 
 
