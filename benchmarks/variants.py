@@ -134,8 +134,7 @@ POOL_GOODNESS = Family(
     title="Global average pool + goodness",
     inputs=_maps,
     leaves=("x",),
-    providers=ours(_our_pool)
-    | {"eager": Provider("rival", "plain PyTorch", lambda: _eager_pool), "copy": copy("x")},
+    providers=ours(_our_pool) | {"eager": Provider("rival", "plain PyTorch", lambda: _eager_pool), "copy": copy("x")},
     units=0,
     unit_flops=elements(0),
     useful_bytes=elements(2),  # read once forward, its gradient written once
