@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 from benchmarks import bars, machine, measure, plots, report, store
 from benchmarks.families import CLIP
 from benchmarks.provider import Family, Provider
-from benchmarks.variants import FAMILIES
+from benchmarks.variants import FAMILIES, NUMERICS
 from benchmarks.workloads import ACCURACY, BF16, GOODNESS, MEMORY, RAGGED, SCALING, SIMILARITY, SMALL, WIDE, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +44,7 @@ def _quick(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         env=inherited | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
 
 
@@ -55,7 +55,7 @@ def test_a_quick_run_measures_every_family(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
     (results,) = store.load_all(tmp_path / "results")
-    assert {r["family"] for r in results["records"]} == set(FAMILIES)
+    assert {r["family"] for r in results["records"]} == set(FAMILIES) - set(NUMERICS) | {next(iter(NUMERICS))}
     for record in results["records"]:
         for part in ("time", "memory"):
             assert "problem" not in record.get(part, {}), record
