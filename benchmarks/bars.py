@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from . import machine
+from .bars_gpu import GPU
+from .verdict import MET, MISSED, NOT_MEASURED, NOT_REACHABLE, Bar, Results, Verdict
 
-MET, MISSED, NOT_MEASURED, NOT_REACHABLE = "met", "missed", "not yet measured", "not reachable here"
+__all__ = ["CPU", "GPU", "MET", "MISSED", "NOT_MEASURED", "NOT_REACHABLE", "Bar", "Results", "Verdict"]
 _MEMORY_LIMIT = 64e6  # bytes beyond inputs and gradients
-
-Results = dict[str, Any]  # one device's file
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a bar: its state, the number and what else a reader should know."""
-
-    state: str
-    measured: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Bar:
-    """``what`` has to reach ``required``; ``check`` tells from one device's results whether it does."""
-
-    what: str
-    required: str
-    check: Callable[[Results], Verdict]
 
 
 def find(results: Results, workload: str, provider: str) -> dict[str, Any] | None:
@@ -138,17 +119,6 @@ CPU = [
             ("siglip", "SigLIP"),
         )
     ),
-]
-
-# Whoever measures on a GPU adds the check beside the text.
-GPU = [
-    "CLIP symmetric, D >= 512, N >= 32k, bf16: forward >= 80 % and forward + backward >= 70 % of the vendor's product",
-    "CLIP symmetric, N = 65536, D = 512, bf16, forward + backward: <= 32 ms",
-    "CLIP symmetric: >= 1.5 x memeff, >= 2 x eager open_clip, never slower than compiled eager at N <= 8k",
-    "NT-Xent and SupCon: >= 1.7 x our own symmetric path, >= 2.5 x the fastest peer",
-    "1M x 1M, D = 512 on one GPU, loss and gradients: < 8.5 s and < 8 GB",
-    "Goodness, normalise and pair cosine, forward and backward: >= 88 % of a device copy's bytes per second",
-    "The same bits on every run, by default and at full speed",
 ]
 
 # Kernel families by backend, and the workload families (of families.py) whose GPU records show that they have run.

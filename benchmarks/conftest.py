@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import machine, memory, store
 from benchmarks.measure import Samples, base_record, limit_memory, measure, records
+from benchmarks.variants import NUMERICS
 from benchmarks.workloads import Workload
 
 
@@ -52,8 +53,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not isinstance(workload, Workload):
             continue
         item.add_marker(pytest.mark.benchmark(group=workload.name, timer=_clock))
-        # Tiny sizes are the same for every size of a family: one is enough.
-        if workload is not first.setdefault((item.function, workload.family.name), workload):
+        # Tiny sizes are the same for every size of a family, and temperatures differ in a number: one is enough.
+        group = "numerics" if workload.family.name in NUMERICS else workload.family.name
+        if workload is not first.setdefault((item.function, group), workload):
             leave_out.append(item)
     if config.getoption("--quick") and leave_out:
         config.hook.pytest_deselected(items=leave_out)

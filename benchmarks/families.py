@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,80 +18,32 @@ from torch import Generator, Tensor
 import ffcl_fast as ff
 from ffcl_fast.functional.goodness import goodness_and_normalize
 
-from . import plain
+from . import gpu_rivals, plain
+from .gpu_rivals import compiled, product_8192
+from .provider import Family, Function, Inputs, Outputs, Provider, Shape
 
-Shape = tuple[int, ...]
-Inputs = dict[str, Tensor]
-Outputs = Tensor | tuple[Tensor, ...]
-Function = Callable[[Inputs], Outputs]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One way to compute a loss.
-
-    Attributes:
-        kind: "ours", "rival", or "ceiling": the machine's own matrix product or copy, nothing to differentiate.
-        what: where it comes from, for readers.
-        build: imports what it needs and returns the function.
-        dtype: what floating inputs are converted to, None for the workload's own.
-        own_definition: its result differs from the reference's by definition, so its error is that from itself in
-            float64.
-    """
-
-    kind: str
-    what: str
-    build: Callable[[], Function]
-    dtype: torch.dtype | None = None
-    own_definition: bool = False
+__all__ = ["FAMILIES", "Family", "Function", "Inputs", "Outputs", "Provider", "Shape"]
 
 
-@dataclass(frozen=True)
-class Family:
-    """A loss, over any sizes.
-
-    Attributes:
-        inputs: float32 inputs of a shape from a generator.
-        leaves: the inputs that need a gradient.
-        providers: by name; "cpu" is the one that others are compared with.
-        units: U that count, forward and backward; 0 for memory-bound work.
-        unit_flops: operations of one U.
-        useful_bytes: float32 bytes that have to move, forward and backward; None for products.
-        ceiling_bytes: bytes that the ceiling's copy moves.
-        quick: a tiny shape.
-        check: a shape at which float64 is affordable.
-        upstream: gradients of the outputs; None where the output is a scalar loss.
-    """
-
-    name: str
-    title: str
-    inputs: Callable[[Shape, Generator], Inputs]
-    leaves: tuple[str, ...]
-    providers: dict[str, Provider]
-    units: float
-    unit_flops: Callable[[Shape], float]
-    quick: Shape
-    check: Callable[[Shape], Shape]
-    useful_bytes: Callable[[Shape], float] | None = None
-    ceiling_bytes: Callable[[Shape], float] | None = None
-    upstream: Callable[[Inputs], tuple[Tensor, ...]] | None = None
-
-
-def _ours(make: Callable[[str], Function]) -> dict[str, Provider]:
+def ours(make: Callable[[str], Function]) -> dict[str, Provider]:
     """Our backends, and the same kernels on 16-bit inputs."""
     return {
-        "cpu": Provider("ours", "ffcl_fast, C++ kernels", lambda: make("cpu")),
+        "cpu": Provider("ours", "ffcl_fast, C++ kernels", lambda: make("cpu"), devices=("cpu",)),
+        "triton": Provider("ours", "ffcl_fast, Triton kernels", lambda: make("triton"), devices=("cuda",)),
+        "cuda": Provider("ours", "ffcl_fast, CUDA kernels", lambda: make("cuda"), devices=("cuda",)),
         "panels": Provider("ours", "ffcl_fast, plain PyTorch over row panels", lambda: make("panels")),
-        "cpu-bf16": Provider("ours", "ffcl_fast, C++ kernels, bfloat16 inputs", lambda: make("cpu"), torch.bfloat16),
+        "cpu-bf16": Provider(
+            "ours", "ffcl_fast, C++ kernels, bfloat16 inputs", lambda: make("cpu"), torch.bfloat16, devices=("cpu",)
+        ),
         "reference": Provider("truth", "ffcl_fast.reference", lambda: make("reference")),
     }
 
 
-def _fewer(rows: int) -> Callable[[Shape], Shape]:
+def fewer(rows: int) -> Callable[[Shape], Shape]:
     return lambda shape: (min(shape[0], rows), *shape[1:])
 
 
-def _product(q: str, k: str) -> Provider:
+def product(q: str, k: str) -> Provider:
     """One product over all pairs into memory that is there already: the rate this machine's own library reaches."""
 
     def build() -> Function:
@@ -107,10 +58,10 @@ def _product(q: str, k: str) -> Provider:
 
         return run
 
-    return Provider("ceiling", "torch.mm, one unit", build)
+    return Provider("ceiling", "torch.mm, one unit", build, devices=("cpu",))
 
 
-def _copy(name: str) -> Provider:
+def copy(name: str) -> Provider:
     def build() -> Function:
         out = torch.empty(0)
 
@@ -125,7 +76,7 @@ def _copy(name: str) -> Provider:
     return Provider("ceiling", "Tensor.copy_", build)
 
 
-def _pairs(shape: Shape) -> float:
+def pairs(shape: Shape) -> float:
     return 2.0 * shape[0] * shape[0] * shape[-1]
 
 
@@ -134,8 +85,8 @@ def _pairs(shape: Shape) -> float:
 
 def _nt_xent_inputs(shape: Shape, random: Generator) -> Inputs:
     n, d = shape[0] // 2, shape[1]
-    out0 = torch.randn(n, d, generator=random)
-    return {"out0": out0, "out1": out0 + 0.5 * torch.randn(n, d, generator=random)}
+    out0 = torch.randn(n, d, generator=random, device=random.device)
+    return {"out0": out0, "out1": out0 + 0.5 * torch.randn(n, d, generator=random, device=random.device)}
 
 
 def _lightly() -> Function:
@@ -151,7 +102,7 @@ def _metric_learning_nt_xent() -> Function:
     loss = NTXentLoss(0.5)
 
     def run(x: Inputs) -> Tensor:
-        labels = torch.arange(x["out0"].shape[0]).repeat(2)
+        labels = torch.arange(x["out0"].shape[0], device=x["out0"].device).repeat(2)
         return loss(torch.cat((x["out0"], x["out1"])), labels)
 
     return run
@@ -161,7 +112,7 @@ def _own_product() -> Provider:
     """The product of all rows of both views with themselves."""
 
     def build() -> Function:
-        run, stacked = _product("z", "z").build(), {}
+        run, stacked = product("z", "z").build(), {}
 
         def call(x: Inputs) -> Outputs:
             if not stacked:
@@ -170,7 +121,7 @@ def _own_product() -> Provider:
 
         return call
 
-    return Provider("ceiling", "torch.mm, one unit", build)
+    return Provider("ceiling", "torch.mm, one unit", build, devices=("cpu",))
 
 
 def _our_nt_xent(backend: str) -> Function:
@@ -183,30 +134,33 @@ NT_XENT = Family(
     title="NT-Xent",
     inputs=_nt_xent_inputs,
     leaves=("out0", "out1"),
-    providers=_ours(_our_nt_xent)
+    providers=ours(_our_nt_xent)
     | {
         "lightly": Provider("rival", "lightly.loss.NTXentLoss", _lightly),
         "pytorch-metric-learning": Provider(
             "rival", "pytorch_metric_learning.losses.NTXentLoss", _metric_learning_nt_xent
         ),
+        "lightly, compiled": compiled("lightly.loss.NTXentLoss", _lightly),
         "product": _own_product(),
+        "product 8192": product_8192(),
     },
     units=2,
-    unit_flops=_pairs,
+    forward_units=0.5,
+    unit_flops=pairs,
     quick=(96, 24),
-    check=_fewer(2048),
+    check=fewer(2048),
 )
 
 # --- CLIP and SigLIP: shape (N, D) -----------------------------------------------------------------------------------
 
 
 def _clip_inputs(shape: Shape, random: Generator) -> Inputs:
-    image, text = (torch.randn(shape, generator=random) for _ in range(2))
+    image, text = (torch.randn(shape, generator=random, device=random.device) for _ in range(2))
     return {
         "image": F.normalize(image, dim=1),
         "text": F.normalize(image + text, dim=1),
-        "log_scale": torch.tensor(math.log(1 / 0.07)),
-        "bias": torch.tensor(-10.0),
+        "log_scale": torch.tensor(math.log(1 / 0.07), device=random.device),
+        "bias": torch.tensor(-10.0, device=random.device),
     }
 
 
@@ -239,12 +193,19 @@ CLIP = Family(
     title="CLIP, learnable scale",
     inputs=_clip_inputs,
     leaves=("image", "text", "log_scale"),
-    providers=_ours(_our_clip)
-    | {"open_clip": Provider("rival", "open_clip.ClipLoss", _open_clip), "product": _product("image", "text")},
+    providers=ours(_our_clip)
+    | {
+        "open_clip": Provider("rival", "open_clip.ClipLoss", _open_clip),
+        "open_clip, compiled": compiled("open_clip.ClipLoss", _open_clip),
+        **gpu_rivals.CLIP,
+        "product": product("image", "text"),
+        "product 8192": product_8192(),
+    },
     units=4,
-    unit_flops=_pairs,
+    forward_units=1,
+    unit_flops=pairs,
     quick=(80, 24),
-    check=_fewer(2048),
+    check=fewer(2048),
 )
 
 SIGLIP = Family(
@@ -252,12 +213,19 @@ SIGLIP = Family(
     title="SigLIP, learnable scale and bias",
     inputs=_clip_inputs,
     leaves=("image", "text", "log_scale", "bias"),
-    providers=_ours(_our_siglip)
-    | {"open_clip": Provider("rival", "open_clip.SigLipLoss", _open_siglip), "product": _product("image", "text")},
+    providers=ours(_our_siglip)
+    | {
+        "open_clip": Provider("rival", "open_clip.SigLipLoss", _open_siglip),
+        "open_clip, compiled": compiled("open_clip.SigLipLoss", _open_siglip),
+        **gpu_rivals.SIGLIP,
+        "product": product("image", "text"),
+        "product 8192": product_8192(),
+    },
     units=3,
-    unit_flops=_pairs,
+    forward_units=1,
+    unit_flops=pairs,
     quick=(80, 24),
-    check=_fewer(2048),
+    check=fewer(2048),
 )
 
 # --- SupCon: shape (2N, D), two views, ten classes -------------------------------------------------------------------
@@ -265,9 +233,9 @@ SIGLIP = Family(
 
 def _sup_con_inputs(shape: Shape, random: Generator) -> Inputs:
     n, d = shape[0] // 2, shape[1]
-    labels = torch.randint(0, 10, (n,), generator=random)
-    centres = torch.randn(10, 1, d, generator=random)
-    features = F.normalize(0.5 * centres[labels] + torch.randn(n, 2, d, generator=random), dim=2)
+    labels = torch.randint(0, 10, (n,), generator=random, device=random.device)
+    centres = torch.randn(10, 1, d, generator=random, device=random.device)
+    features = F.normalize(0.5 * centres[labels] + torch.randn(n, 2, d, generator=random, device=random.device), dim=2)
     return {"features": features, "labels": labels}
 
 
@@ -288,7 +256,7 @@ SUP_CON = Family(
     title="SupCon, 10 classes",
     inputs=_sup_con_inputs,
     leaves=("features",),
-    providers=_ours(_our_sup_con)
+    providers=ours(_our_sup_con)
     | {
         "SupContrast": Provider(
             "rival", "SupContrast's formulation in plain PyTorch", lambda: lambda x: plain.sup_con(**x)
@@ -299,12 +267,14 @@ SUP_CON = Family(
             _metric_learning_sup_con,
             own_definition=True,  # it differentiates through a normalisation of its own
         ),
-        "product": _product("features", "features"),
+        "product": product("features", "features"),
+        "product 8192": product_8192(),
     },
     units=2,
-    unit_flops=_pairs,
+    forward_units=0.5,
+    unit_flops=pairs,
     quick=(96, 24),
-    check=_fewer(2048),
+    check=fewer(2048),
 )
 
 # --- InfoNCE: shape (N, D), or (N, M, D) with a queue of M negatives -------------------------------------------------
@@ -312,10 +282,10 @@ SUP_CON = Family(
 
 def _info_nce_inputs(shape: Shape, random: Generator) -> Inputs:
     n, d = shape[0], shape[-1]
-    query = torch.randn(n, d, generator=random)
-    inputs = {"query": query, "key": query + torch.randn(n, d, generator=random)}
+    query = torch.randn(n, d, generator=random, device=random.device)
+    inputs = {"query": query, "key": query + torch.randn(n, d, generator=random, device=random.device)}
     if len(shape) == 3:
-        inputs["queue"] = torch.randn(shape[1], d, generator=random)
+        inputs["queue"] = torch.randn(shape[1], d, generator=random, device=random.device)
     return inputs
 
 
@@ -335,22 +305,28 @@ _INFO_NCE = dict(
     inputs=_info_nce_inputs,
     leaves=("query", "key"),  # a queue gets no gradient
 )
-_INFO_NCE_RIVAL = {"info-nce-pytorch": Provider("rival", "info_nce.InfoNCE", _info_nce)}
+_INFO_NCE_RIVAL = {
+    "info-nce-pytorch": Provider("rival", "info_nce.InfoNCE", _info_nce),
+    "info-nce-pytorch, compiled": compiled("info_nce.InfoNCE", _info_nce),
+    "product 8192": product_8192(),
+}
 INFO_NCE = Family(
     name="info_nce",
     title="InfoNCE, negatives in the batch",
-    providers=_ours(_our_info_nce) | _INFO_NCE_RIVAL | {"product": _product("query", "key")},
+    providers=ours(_our_info_nce) | _INFO_NCE_RIVAL | {"product": product("query", "key")},
     units=4,
-    unit_flops=_pairs,
+    forward_units=1,
+    unit_flops=pairs,
     quick=(80, 24),
-    check=_fewer(2048),
+    check=fewer(2048),
     **_INFO_NCE,
 )
 INFO_NCE_QUEUE = Family(
     name="info_nce_queue",
     title="InfoNCE, queue of negatives",
-    providers=_ours(_our_info_nce) | _INFO_NCE_RIVAL | {"product": _product("query", "queue")},
+    providers=ours(_our_info_nce) | _INFO_NCE_RIVAL | {"product": product("query", "queue")},
     units=3,  # the queue needs no gradient
+    forward_units=1,
     unit_flops=lambda shape: 2.0 * math.prod(shape),
     quick=(40, 100, 24),
     check=lambda shape: (min(shape[0], 512), min(shape[1], 4096), shape[2]),
@@ -361,9 +337,9 @@ INFO_NCE_QUEUE = Family(
 
 
 def _pair_cosine_inputs(shape: Shape, random: Generator) -> Inputs:
-    h1 = torch.randn(shape, generator=random)
-    target = torch.randint(0, 2, shape[:1], generator=random) * 2 - 1
-    return {"h1": h1, "h2": h1 + torch.randn(shape, generator=random), "target": target}
+    h1 = torch.randn(shape, generator=random, device=random.device)
+    target = torch.randint(0, 2, shape[:1], generator=random, device=random.device) * 2 - 1
+    return {"h1": h1, "h2": h1 + torch.randn(shape, generator=random, device=random.device), "target": target}
 
 
 def _cosine_embedding() -> Function:
@@ -376,7 +352,7 @@ def _our_pair_cosine(backend: str) -> Function:
     return lambda x: loss(x["h1"], x["h2"], x["target"])
 
 
-def _elements(factor: float) -> Callable[[Shape], float]:
+def elements(factor: float) -> Callable[[Shape], float]:
     return lambda shape: 4.0 * factor * math.prod(shape)
 
 
@@ -385,24 +361,25 @@ PAIR_COSINE = Family(
     title="Pair cosine",
     inputs=_pair_cosine_inputs,
     leaves=("h1", "h2"),
-    providers=_ours(_our_pair_cosine)
+    providers=ours(_our_pair_cosine)
     | {
         "CosineEmbeddingLoss": Provider("rival", "torch.nn.CosineEmbeddingLoss", _cosine_embedding),
-        "copy": _copy("h1"),
+        "CosineEmbeddingLoss, compiled": compiled("torch.nn.CosineEmbeddingLoss", _cosine_embedding),
+        "copy": copy("h1"),
     },
     units=0,
-    unit_flops=_elements(0),
-    useful_bytes=_elements(4),  # two read, two gradients written
-    ceiling_bytes=_elements(2),
+    unit_flops=elements(0),
+    useful_bytes=elements(4),  # two read, two gradients written
+    ceiling_bytes=elements(2),
     quick=(6, 4, 5, 5),
-    check=_fewer(16),
+    check=fewer(16),
 )
 
 
 def _activation_inputs(shape: Shape, random: Generator) -> Inputs:
     names = ("x", "grad_out")
-    inputs = {name: torch.randn(shape, generator=random) for name in names}
-    return inputs | {"grad_goodness": torch.randn(shape[:1], generator=random)}
+    inputs = {name: torch.randn(shape, generator=random, device=random.device) for name in names}
+    return inputs | {"grad_goodness": torch.randn(shape[:1], generator=random, device=random.device)}
 
 
 def _our_goodness_normalize(backend: str) -> Function:
@@ -414,24 +391,25 @@ GOODNESS_NORMALIZE = Family(
     title="ReLU + goodness + normalise",
     inputs=_activation_inputs,
     leaves=("x",),
-    providers=_ours(_our_goodness_normalize)
+    providers=ours(_our_goodness_normalize)
     | {
         "eager": Provider(
             "rival", "plain PyTorch, as Forward-Forward codes do", lambda: lambda x: plain.goodness_normalize(x["x"])
         ),
+        "eager, compiled": compiled("plain PyTorch", lambda: lambda x: plain.goodness_normalize(x["x"])),
         "eager, shared": Provider(
             "rival",
             "plain PyTorch, the norm taken from the goodness",
             lambda: lambda x: plain.goodness_normalize_shared(x["x"]),
         ),
-        "copy": _copy("x"),
+        "copy": copy("x"),
     },
     units=0,
-    unit_flops=_elements(0),
-    useful_bytes=_elements(5),  # x read and h written, then x and h's gradient read and x's written
-    ceiling_bytes=_elements(2),
+    unit_flops=elements(0),
+    useful_bytes=elements(5),  # x read and h written, then x and h's gradient read and x's written
+    ceiling_bytes=elements(2),
     quick=(12, 40),
-    check=_fewer(512),
+    check=fewer(512),
     upstream=lambda x: (x["grad_goodness"], x["grad_out"]),
 )
 

@@ -17,7 +17,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # Of all the flags a processor has, those that decide which kernels can run.
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
-_PACKAGES = ("torch", "triton", "lightly", "open_clip_torch", "pytorch-metric-learning", "info-nce-pytorch")
+_PACKAGES = (
+    "torch", "triton", "lightly", "open_clip_torch", "pytorch-metric-learning", "info-nce-pytorch", "memeff", "inf-cl",
+    "quack-kernels", "cut-cross-entropy", "liger-kernel", "siglip-kernel",
+)  # fmt: skip
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -29,8 +32,35 @@ def _cpuinfo() -> dict[str, str]:
 
 
 @functools.cache
+def target() -> str:
+    """The type of device that this process measures on: FFCL_BENCH_DEVICE, else a GPU where there is one."""
+    wanted = os.environ.get("FFCL_BENCH_DEVICE", "")
+    if wanted not in ("", "cpu", "cuda"):
+        raise ValueError(f"FFCL_BENCH_DEVICE must be cpu, cuda or unset; got {wanted!r}")
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@functools.cache
 def device() -> dict[str, Any]:
-    """The processor that the CPU measurements run on; ``slug`` names its results file."""
+    """What the measurements run on; ``slug`` names its results file."""
+    return _gpu() if target() == "cuda" else _cpu()
+
+
+def _gpu() -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "slug": "gpu-" + re.sub(r"[^a-z0-9]+", "-", found.name.lower()).strip("-"),
+        "kind": "gpu",
+        "name": found.name,
+        "isa": f"sm_{found.major}{found.minor}",
+        "threads": torch.get_num_threads(),
+        "flags": [],
+        "memory_bytes": found.total_memory,
+        "system": f"{platform.system()} {platform.machine()}, CUDA {torch.version.cuda}",
+    }
+
+
+def _cpu() -> dict[str, Any]:
     info = _cpuinfo()
     try:
         from ffcl_fast import _native

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .families import Family, Inputs, Provider
+from .machine import target
+from .provider import Family, Inputs, Provider
 from .workloads import Workload, prepared
 
-BASELINE = "cpu"  # the provider that every other one's time is divided by
+ON_GPU = target() == "cuda"
+BASELINE = "triton" if ON_GPU else "cpu"  # the provider that every other one's time is divided by
 _MAX_ROUNDS = 200
 _COMPARED_ROUNDS = 5
 FAILURES = (ImportError, RuntimeError, MemoryError, ValueError, TypeError, AttributeError)
@@ -29,36 +31,52 @@ FAILURES = (ImportError, RuntimeError, MemoryError, ValueError, TypeError, Attri
 class Call:
     """A provider on its inputs. Gradients are freed between calls, as ``zero_grad(set_to_none=True)`` does."""
 
-    def __init__(self, provider: Provider, family: Family, inputs: Inputs, dtype: torch.dtype | None = None) -> None:
-        self.inputs = prepared(provider, family, inputs, dtype)
+    def __init__(
+        self,
+        provider: Provider,
+        family: Family,
+        inputs: Inputs,
+        dtype: torch.dtype | None = None,
+        usual: torch.dtype | None = None,
+    ) -> None:
+        self.inputs = prepared(provider, family, inputs, dtype, usual)
         self.leaves = [self.inputs[name] for name in family.leaves]
         self.upstream = family.upstream(self.inputs) if family.upstream else None
         self.differentiable = provider.kind != "ceiling"
         self.function = provider.build()
 
-    def __call__(self) -> tuple[float, float, list[Tensor]]:
-        """Seconds of the forward pass, of forward and backward, and outputs and gradients (nothing for a ceiling)."""
-        began = time.perf_counter()
+    def __call__(self) -> tuple[float, float, list[Tensor | None]]:
+        """Seconds of the forward pass, of forward and backward, and outputs and gradients (nothing for a ceiling).
+
+        A gradient is None where the provider has none, as memeff for its temperature.
+        """
+        began = _now()
         outputs = self.function(self.inputs)
-        forward = time.perf_counter()
+        forward = _now()
         if self.differentiable:
             torch.autograd.backward(outputs, self.upstream)
-        ended = time.perf_counter()
-        results = []
+        ended = _now()
+        results: list[Tensor | None] = []
         if self.differentiable:
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            results = [x.detach() for x in outputs] + [x.grad for x in self.leaves if x.grad is not None]
+            results = [x.detach() for x in outputs] + [x.grad for x in self.leaves]
         for leaf in self.leaves:
             leaf.grad = None
         return forward - began, ended - began, results
 
-    def results(self) -> list[Tensor]:
+    def results(self) -> list[Tensor | None]:
         """Outputs and gradients of one run."""
         return self()[2]
 
     def gradient_bytes(self) -> int:
         """What the gradients that it returns take."""
         return sum(x.numel() * x.element_size() for x in self.leaves) if self.differentiable else 0
+
+
+def _now() -> float:
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @dataclass
@@ -83,12 +101,12 @@ def measure(workload: Workload, names: Sequence[str], seconds: float, min_rounds
     providers = workload.providers()
     found = {name: Samples() for name in names}
     calls: dict[str, Call] = {}
-    first: dict[str, list[Tensor]] = {}
+    first: dict[str, list[Tensor | None]] = {}
     inputs = workload.inputs()
     for name in names:
         with _failing(found[name]):
             found[name].rel_error = relative_error(workload, providers[name])
-            call = Call(providers[name], workload.family, inputs)
+            call = Call(providers[name], workload.family, inputs, usual=workload.dtype)
             peak, first[name] = peak_beyond(call.results)
             found[name].peak_bytes = None if peak is None else max(0, peak - call.gradient_bytes())
             calls[name] = call
@@ -103,7 +121,7 @@ def measure(workload: Workload, names: Sequence[str], seconds: float, min_rounds
 
 def _rounds(
     calls: dict[str, Call],
-    first: dict[str, list[Tensor]],
+    first: dict[str, list[Tensor | None]],
     found: dict[str, Samples],
     seconds: float,
     min_rounds: int,
@@ -117,7 +135,7 @@ def _rounds(
             with _failing(samples):
                 samples.forward[r], samples.total[r], results = calls[name]()
                 if results and r < _COMPARED_ROUNDS:
-                    same = all(torch.equal(a, b) for a, b in zip(first[name], results, strict=True))
+                    same = all(a is b or torch.equal(a, b) for a, b in zip(first[name], results, strict=True))
                     samples.deterministic = same and samples.deterministic is not False
                 del results
         running = [name for name in running if not found[name].problem]
@@ -133,10 +151,14 @@ def _failing(samples: Samples) -> Iterator[None]:
     except FAILURES as error:
         samples.problem = problem_of(error)
         gc.collect()
+        if ON_GPU:
+            torch.cuda.empty_cache()
 
 
 def problem_of(error: BaseException) -> str:
     """One line on why a provider gave no result."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: more than the device's {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "bad_alloc" in str(error):
         soft = resource.getrlimit(resource.RLIMIT_DATA)[0]
         limit = "" if soft == resource.RLIM_INFINITY else f": more than the {soft / 1e9:.1f} GB that this run allows"
@@ -147,7 +169,12 @@ def problem_of(error: BaseException) -> str:
 
 
 def limit_memory(share: float = 0.6) -> None:
-    """Let this process allocate no more than a share of what is available, so that a rival that needs more raises."""
+    """Let this process allocate no more than a share of what is available, so that a rival that needs more raises.
+
+    A GPU needs no such help, and its driver reserves more addresses than there is memory.
+    """
+    if ON_GPU:
+        return
     available = next(
         (int(line.split()[1]) << 10 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")), None
     )
@@ -167,12 +194,12 @@ def relative_error(workload: Workload, provider: Provider) -> float | None:
     if provider.kind == "ceiling":
         return None
     inputs = workload.resized(family.check(workload.shape)).inputs()
-    call = Call(provider, family, inputs)
+    call = Call(provider, family, inputs, usual=workload.dtype)
     rounded = {name: x.detach() for name, x in call.inputs.items()}
     truth = Call(
         provider if provider.own_definition else family.providers["reference"], family, rounded, torch.float64
     ).results()
-    pairs = zip(call.results(), truth, strict=True)
+    pairs = [(x, y) for x, y in zip(call.results(), truth, strict=True) if x is not None and y is not None]
     return max(float((x.double() - y).norm() / y.norm().clamp_min(1e-300)) for x, y in pairs)
 
 
@@ -180,8 +207,16 @@ def relative_error(workload: Workload, provider: Provider) -> float | None:
 
 
 def peak_beyond(run: Callable[[], Any]) -> tuple[int | None, Any]:
-    """Resident bytes at their peak during ``run`` above those before it, and what it returns; None outside Linux."""
+    """Resident bytes at their peak during ``run`` above those before it, and what it returns; None outside Linux.
+
+    On a GPU the bytes that PyTorch's allocator has given out.
+    """
     gc.collect()
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        result = run()
+        return torch.cuda.max_memory_allocated() - held, result
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept would otherwise be used again, unseen
     try:
@@ -221,7 +256,7 @@ def records(workload: Workload, found: dict[str, Samples], stamp: dict[str, str]
 
 def base_record(workload: Workload, name: str) -> dict[str, Any]:
     provider = workload.providers()[name]
-    dtype = provider.dtype or torch.float32
+    dtype = provider.dtype or workload.dtype or torch.float32
     return {
         "workload": workload.name,
         "family": workload.family.name,
@@ -242,8 +277,9 @@ def _time(
     seconds = list(samples.total.values())
     median = statistics.median(seconds)
     family = workload.family
-    kind = workload.providers()[name].kind
-    work = family.unit_flops(workload.shape) if kind == "ceiling" else workload.flops()
+    provider = workload.providers()[name]
+    kind = provider.kind
+    work = provider.flops or family.unit_flops(workload.shape) if kind == "ceiling" else workload.flops()
     found: dict[str, Any] = {
         "rounds": len(seconds),
         "seconds": _short(median),
@@ -260,14 +296,25 @@ def _time(
         found["gigabytes_per_second"] = _short(moved / median / 1e9)
     if ceiling:
         # what counts as useful, in ceilings: products of one unit, or copies
-        share = family.units or family.useful_bytes(workload.shape) / family.ceiling_bytes(workload.shape)
-        share = 1.0 if kind == "ceiling" else share
+        share = 1.0 if kind == "ceiling" else _share(workload)
         found["fraction_of_ceiling"] = _short(share * statistics.median(_ratios(ceiling, samples.total)))
+        if family.forward_units and kind != "ceiling":
+            share *= family.forward_units / family.units
+            found["forward_fraction_of_ceiling"] = _short(share * statistics.median(_ratios(ceiling, samples.forward)))
     if ours:
         ratios = _ratios(samples.total, ours)
         found["over_ours"] = _short(statistics.median(ratios))
         found["over_ours_quartiles"] = [_short(x) for x in _quartiles(ratios)]
     return found
+
+
+def _share(workload: Workload) -> float:
+    """A workload's useful work, forward and backward, in runs of its ceiling."""
+    family, shape = workload.family, workload.shape
+    if not family.units:
+        return family.useful_bytes(shape) / family.ceiling_bytes(shape)
+    own = next((p.flops for p in workload.providers().values() if p.kind == "ceiling"), None)
+    return workload.flops() / (own or family.unit_flops(shape))
 
 
 def _ratios(a: dict[int, float], b: dict[int, float]) -> list[float]:

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .families import FAMILIES
 from .measure import FAILURES, Call, limit_memory, peak_beyond, problem_of
+from .variants import FAMILIES
 from .workloads import Workload
 
 _ROOT = Path(__file__).resolve().parent.parent

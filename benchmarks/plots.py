@@ -6,12 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+from . import rooflines
+
 Results = dict[str, Any]
 
 PLOTS = {
     "speedups": "Time of other libraries over ours, forward and backward",
     "scaling": "Time and peak memory of NT-Xent against the batch size",
+    "roofline": "Useful work per second against work per byte, under this machine's own product and copy",
+    "fractions": "Our rate as a fraction of the ceiling measured in the same rounds",
 }
+SUMMARY = ("speedups", "scaling")  # those of the README; the site shows all
 
 # Okabe and Ito's palette: told apart with any kind of colour vision
 _OURS, _PANELS, _RIVAL, _OTHER = "#0072B2", "#56B4E9", "#D55E00", "#999999"
@@ -42,9 +47,16 @@ _SPEEDUPS = (
 
 def available(results: Results) -> list[str]:
     """The plots that there are measurements for."""
-    sizes = {r["shape"][0] for r in results["records"] if _on_curve(r, "cpu") and "seconds" in r.get("time", {})}
+    sizes = {
+        r["shape"][0]
+        for r in results["records"]
+        for name in rooflines.OURS
+        if _on_curve(r, name) and "seconds" in r.get("time", {})
+    }
     found = ["speedups"] if _speedup_rows(results) else []
-    return found + (["scaling"] if len(sizes) >= _CURVE_SIZES else [])
+    found += ["scaling"] if len(sizes) >= _CURVE_SIZES else []
+    found += ["roofline"] if rooflines.roofs(results) and rooflines.points(results) else []
+    return found + (["fractions"] if rooflines.fractions(results) else [])
 
 
 def draw(name: str, results: Results, path: Path, digest: str) -> None:
@@ -55,7 +67,9 @@ def draw(name: str, results: Results, path: Path, digest: str) -> None:
     from matplotlib import pyplot
 
     with pyplot.rc_context(_STYLE):
-        figure = {"speedups": _speedups, "scaling": _scaling}[name](results)
+        drawn = {"speedups": _speedups, "scaling": _scaling, "roofline": rooflines.draw_roofline,
+                 "fractions": rooflines.draw_fractions}  # fmt: skip
+        figure = drawn[name](results)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
         unstable = "Date" if path.suffix == ".svg" else "Software"  # what would differ from one drawing to the next
@@ -103,13 +117,18 @@ def _scaling(results: Results):
 
     series = {
         "lightly": ("lightly", _RIVAL, "s"),
+        "lightly, compiled": ("lightly, torch.compile", _OTHER, "D"),
         "panels": ("ffcl_fast, plain PyTorch", _PANELS, "^"),
         "cpu": ("ffcl_fast", _OURS, "o"),
+        "triton": ("ffcl_fast, Triton", _OURS, "o"),
+        "cuda": ("ffcl_fast, CUDA", "#009E73", "v"),
     }
+    # a GPU's allocator tells the peak of every timed run; on a CPU it takes a process of its own
+    memory = "time" if results["device"]["kind"] == "gpu" else "memory"
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.1))
     for axes, part, value, unit, title in (
         (left, "time", "seconds", _seconds, "time, forward + backward"),
-        (right, "memory", "peak_bytes", _bytes, "peak memory beyond inputs and gradients"),
+        (right, memory, "peak_bytes", _bytes, "peak memory beyond inputs and gradients"),
     ):
         ticks: set[int] = set()
         for provider, (label, colour, marker) in series.items():

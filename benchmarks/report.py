@@ -31,29 +31,35 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
 
-def cpu_bars(results: Results) -> list[tuple[bars.Bar, Verdict]]:
-    return [(bar, bar.check(results)) for bar in bars.CPU]
+def verdicts(results: Results) -> list[tuple[bars.Bar, Verdict]]:
+    """Every bar of this kind of device."""
+    asked = bars.GPU if results["device"]["kind"] == "gpu" else bars.CPU
+    return [(bar, bar.check(results)) for bar in asked]
 
 
 def bars_table(results: Results) -> str:
-    """Every CPU bar on one device."""
+    """The verdicts on one device."""
     rows = [
         [bar.what, bar.required, verdict.measured or "–", _MARK[verdict.state], verdict.note]
-        for bar, verdict in cpu_bars(results)
+        for bar, verdict in verdicts(results)
     ]
     head = "| bar | required | measured | | |\n|---|--:|--:|---|---|\n"
     return head + "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def gpu_table(all_results: list[Results]) -> str:
-    """Which kernels have run on which GPU, and the GPU bars."""
+    """Which kernels have run on which GPU, and the GPU bars on each, or as not yet measured."""
     rows = []
     for kernels, families in GPU_KERNELS.items():
         found = [bars.gpu_runs(all_results, backend, families) for backend in GPU_BACKENDS]
         rows.append([kernels, *("; ".join(names) or "not yet run on a GPU" for names in found)])
     lines = [table(["kernels", *GPU_BACKENDS], rows), ""]
-    lines += [f"- {text}: {NOT_MEASURED}" for text in bars.GPU]
-    return "\n".join(lines)
+    gpus = [results for results in all_results if results["device"]["kind"] == "gpu"]
+    if not gpus:
+        return "\n".join([*lines, *(f"- {bar.what}: {NOT_MEASURED}" for bar in bars.GPU)])
+    for results in gpus:
+        lines += [f"{results['device']['name']}:", "", bars_table(results), ""]
+    return "\n".join(lines).rstrip()
 
 
 def family_table(results: Results, family: str) -> str:
@@ -129,11 +135,12 @@ def device_line(results: Results) -> str:
 
 def full_report(all_results: list[Results]) -> str:
     parts = ["# Measurements"]
-    for results in (r for r in all_results if r["device"]["kind"] == "cpu"):
+    for results in all_results:
         parts += [f"## {results['device']['slug']}", device_line(results), "### Bars", bars_table(results)]
         for family in dict.fromkeys(r["family"] for r in results["records"] if "time" in r):
             parts += [f"### {family}", family_table(results, family)]
-        parts += ["### Peak memory, each in a process of its own", memory_table(results)]
+        if any("memory" in r for r in results["records"]):
+            parts += ["### Peak memory, each in a process of its own", memory_table(results)]
     parts += ["## GPU", gpu_table(all_results)]
     return "\n\n".join(parts) + "\n"
 
@@ -165,10 +172,11 @@ def readme_block(all_results: list[Results]) -> str:
         images = [
             f"![{plots.PLOTS[name]}]({_image(slug, name).relative_to(_ROOT).as_posix()})"
             for name in plots.available(results)
+            if name in plots.SUMMARY
         ]
-        verdicts = cpu_bars(results)
-        met = sum(verdict.state == MET for _, verdict in verdicts)
-        parts += [*images, f"{met} of {len(verdicts)} CPU bars met on {device_line(results)}", bars_table(results)]
+        found = verdicts(results)
+        met = sum(verdict.state == MET for _, verdict in found)
+        parts += [*images, f"{met} of {len(found)} CPU bars met on {device_line(results)}", bars_table(results)]
     parts.append(gpu_table(all_results))
     return "\n\n".join(parts)
 
@@ -196,7 +204,7 @@ def write(path: Path, all_results: list[Results]) -> None:
 
     before, _, after = _parts(path.read_text(encoding="utf-8"), path)
     for results in (r for r in all_results if r["device"]["kind"] == "cpu"):
-        for name in plots.available(results):
+        for name in (name for name in plots.available(results) if name in plots.SUMMARY):
             plots.draw(name, results, _image(results["device"]["slug"], name), digest(results))
     store.write_text(path, f"{before}{BEGIN}\n\n{readme_block(all_results)}\n\n{END}{after}")
 
@@ -209,7 +217,7 @@ def stale(path: Path, all_results: list[Results]) -> list[str]:
     if _parts(path.read_text(encoding="utf-8"), path)[1].strip() != readme_block(all_results).strip():
         found.append(f"the block between the benchmark markers of {path}")
     for results in (r for r in all_results if r["device"]["kind"] == "cpu"):
-        for name in plots.available(results):
+        for name in (name for name in plots.available(results) if name in plots.SUMMARY):
             image = _image(results["device"]["slug"], name)
             if not image.exists() or digest(results).encode() not in image.read_bytes():
                 found.append(str(image.relative_to(_ROOT)))

@@ -1,21 +1,29 @@
-"""The sizes that are measured, and with whom: one list a question, one file of tests a list."""
+"""The sizes that are measured, and with whom: one list a question, one file of tests a list.
+
+A list holds the sizes of the device that this process measures on: on a GPU those of the design, on a CPU what two
+cores do in seconds. A GPU measures bfloat16 where the work is a matrix product.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Generator
 
-from .families import FAMILIES, Family, Inputs, Provider, Shape
+from .machine import target
+from .provider import Family, Inputs, Provider, Shape
+from .variants import FAMILIES, NUMERICS
+
+ON_GPU = target() == "cuda"
 
 
 @dataclass(frozen=True)
 class Workload:
     """A family at a size with the providers that compute it side by side.
 
-    ``leave_out``: providers that this size is pointless for. ``rounds``: at least so many.
+    ``leave_out``: providers that this size is pointless for. ``rounds``: at least so many. ``dtype``: of the matrices.
     """
 
     family: Family
@@ -23,35 +31,43 @@ class Workload:
     chosen: tuple[str, ...] = ()
     leave_out: tuple[str, ...] = ()
     rounds: int = 5
+    dtype: torch.dtype | None = None
 
     @property
     def name(self) -> str:
         return f"{self.family.name}-{'x'.join(map(str, self.shape))}"
 
     def providers(self) -> dict[str, Provider]:
-        """Those chosen, or ours in float32, every rival and the ceiling."""
+        """Those chosen, or ours in float32, every rival and the ceiling; of either those that this device runs."""
         usual = [
             name
             for name, p in self.family.providers.items()
             if p.kind != "truth" and p.dtype is None and name not in self.leave_out
         ]
-        return {name: self.family.providers[name] for name in self.chosen or usual}
+        found = {name: self.family.providers[name] for name in self.chosen or usual}
+        return {name: p for name, p in found.items() if target() in p.devices}
 
     def resized(self, shape: Shape) -> Workload:
-        return Workload(self.family, shape, self.chosen, self.leave_out, self.rounds)
+        return replace(self, shape=shape)
 
     def inputs(self, seed: int = 0) -> Inputs:
         """float32 inputs, the same for every provider."""
-        return self.family.inputs(self.shape, Generator().manual_seed(seed))
+        return self.family.inputs(self.shape, Generator(target()).manual_seed(seed))
 
     def flops(self) -> float:
         """Useful operations, forward and backward; 0 for memory-bound work."""
         return self.family.units * self.family.unit_flops(self.shape)
 
 
-def prepared(provider: Provider, family: Family, inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
-    """A provider's own leaves over the shared inputs, matrices converted to its dtype or the one given."""
-    dtype = dtype or provider.dtype
+def prepared(
+    provider: Provider,
+    family: Family,
+    inputs: Inputs,
+    dtype: torch.dtype | None = None,
+    usual: torch.dtype | None = None,
+) -> Inputs:
+    """A provider's own leaves over the shared inputs, matrices in ``dtype``, or its own, or ``usual``."""
+    dtype = dtype or provider.dtype or usual
     found = {}
     for name, x in inputs.items():
         x = x.detach()
@@ -73,6 +89,25 @@ SIMILARITY = [
     *_list("info_nce_queue", (4096, 65536, 128)),
     *_list("siglip", (8192, 512)),
 ]
+# What the design measures on a GPU, at sizes for two cores.
+_WIDE = dict(leave_out=("panels",), rounds=3)
+WIDE = [
+    *_list("clip", (2048, 768), (2048, 1024), **_WIDE),
+    *_list("info_nce_queue", (512, 16384, 768), **_WIDE),
+    *_list("siglip", (2048, 768), **_WIDE),
+    *_list("sup_con_1000", (4096, 128), **_WIDE),
+    *_list("sup_con_n", (4096, 128), **_WIDE),
+    *_list("sup_con_lonely", (4096, 128), **_WIDE),
+]
+RAGGED = [
+    *_list("clip", (3001, 96), (3001, 200), (3001, 384), (1501, 1152), **_WIDE),
+    *_list("nt_xent", (3002, 96), (3002, 200), leave_out=("panels", "pytorch-metric-learning"), rounds=3),
+]
+_COMPARED = ("cpu", "cpu-bf16", "triton", "cuda", "panels", "open_clip")
+ACCURACY = [
+    Workload(family, (509, 2048) if "far" in name else (1021, 256), chosen=_COMPARED, rounds=3)
+    for name, family in NUMERICS.items()
+]
 SMALL = [
     *_list("nt_xent", (512, 128), (512, 512), leave_out=("pytorch-metric-learning",)),
     # It lists every pair of pairs, cubic in the rows: a thousand times slower, so it gets a size and rounds of its own.
@@ -87,9 +122,14 @@ SCALING = [
     *_list("nt_xent", *[(n, 128) for n in (256, 1024, 2048, 4096)], **_CURVE),
     *_list("nt_xent", (16384, 128), (32768, 128), rounds=3, **_CURVE),
 ]
+_RESNET = ((128, 28, 28), (256, 14, 14), (512, 7, 7))  # ResNet-18's activations at 224 pixels, after the first stage
 GOODNESS = [
-    *_list("pair_cosine", (64, 64, 56, 56)),
-    *_list("goodness_normalize", (4096, 2048), (65536, 512)),
+    *_list("pair_cosine", (64, 64, 56, 56), *[(64, *maps) for maps in _RESNET]),
+    *_list("pair_cosine_nhwc", (64, 64, 56, 56)),
+    *_list("pool_goodness", (64, 64, 56, 56)),
+    *_list("pool_goodness_nhwc", (64, 64, 56, 56)),
+    *_list("goodness_normalize", (4096, 2048), (65536, 512), (8192, 1024), (2048, 4096)),
+    *_list("layerwise", (256,), (2048,), (8192,)),
 ]
 BF16 = [
     *_list("nt_xent", (8192, 256), chosen=("cpu", "cpu-bf16")),
@@ -111,6 +151,15 @@ MEMORY = [
     *_list("pair_cosine", (64, 64, 56, 56), leave_out=("copy",)),
     *_list("goodness_normalize", (4096, 2048), leave_out=("copy",)),
 ]
+
+if ON_GPU:
+    from . import gpu_sizes
+
+    SIMILARITY, WIDE, RAGGED, SMALL, SCALING, GOODNESS = (
+        [Workload(FAMILIES[family], shape, **options) for family, shape, options in question]
+        for question in gpu_sizes.QUESTIONS
+    )
+    BF16, MEMORY = [], []  # bfloat16 is the rule there, and every timed run measures its peak memory
 
 
 def cases(workloads: list[Workload]) -> pytest.MarkDecorator:

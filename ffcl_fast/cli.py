@@ -1,6 +1,6 @@
 """The ``ffcl`` command: parsing and messages only; each command imports what it needs when it runs.
 
-Exit codes: 0 done; 1 ``doctor`` found a wrong backend; 2 a mistake of the user's, told in one line; 130 Ctrl-C.
+Exit codes: 0 done; 1 ``doctor`` found something wrong; 2 a mistake of the user's, told in one line; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _doctor(flags: dict[str, Any]) -> int:
 
     findings = doctor.examine()
     print(json.dumps(findings, indent=1) if flags["json"] else doctor.as_text(findings))
-    return 1 if any(check["verdict"] == "WRONG" for check in findings["checks"]) else 0
+    return 1 if any(check["verdict"] in doctor.BAD for check in findings["checks"]) else 0
 
 
 def _rest(test: dict[str, float]) -> str:

@@ -175,8 +175,9 @@ def test_doctor_checks_every_backend(capsys):
 
     assert {check["backend"] for check in findings["checks"]} == set(backends.BACKENDS)
     assert findings["machine"]["torch"] and all(choice["reason"] for choice in findings["choices"])
+    assert {check["operator"] for check in findings["checks"]} == {choice["operator"] for choice in findings["choices"]}
     code, out, _ = run(capsys, "doctor")
-    assert code == 0 and "auto picks" in out and "pair_cosine" in out
+    assert code == 0 and "auto picks" in out and "pair_cosine" in out and "checks ok" in out
 
 
 def test_doctor_reports_a_wrong_backend(capsys, monkeypatch):
@@ -187,3 +188,26 @@ def test_doctor_reports_a_wrong_backend(capsys, monkeypatch):
     code, out, _ = run(capsys, "doctor", "--json")
     wrong = {(c["operator"], c["backend"]) for c in json.loads(out)["checks"] if c["verdict"] == "WRONG"}
     assert code == 1 and wrong == {("goodness", "panels")}
+
+
+def test_doctor_goes_on_where_a_backend_raises(capsys, monkeypatch):
+    from ffcl_fast.backends import panels
+
+    def broken(*arguments):
+        raise OSError("libcuda.so.1: no such file")
+
+    monkeypatch.setattr(panels, "goodness_forward", broken)
+    code, out, _ = run(capsys, "doctor")
+    assert code == 1 and "FAILED  OSError: libcuda.so.1: no such file" in out and "doctor --json" in out
+    assert "pair_cosine          cpu   float32   panels " in out
+
+
+def test_doctor_reports_other_bits(capsys, monkeypatch):
+    from ffcl_fast.backends import panels
+
+    real, calls = panels.siglip, iter(range(1000))
+    monkeypatch.setattr(panels, "siglip", lambda *a: (real(*a)[0] * (1 + 1e-7 * next(calls)), *real(*a)[1:]))
+    code, out, _ = run(capsys, "doctor", "--json")
+    wrong = [c for c in json.loads(out)["checks"] if c["verdict"] == "WRONG"]
+    assert code == 1 and {(c["operator"], c["backend"]) for c in wrong} == {("siglip", "panels")}
+    assert wrong[0]["reason"] == "a second run gave other bits"

@@ -66,9 +66,8 @@ def forward() -> str:
     c.text(x0 + side * t + 40, y0 + 30, "N floats")
     c.box(x0, y0 + side * t + 6, side * t, 12, ORANGE)
     c.text(x0 + side * t + 14, y0 + side * t + 18, "column sums, M floats")
-    for i, line in enumerate(
-        ("one tile at a time:", "product of D-long slices,", "one exp2 an element,", "added to both sums,", "forgotten.")
-    ):
+    steps = ("one tile at a time:", "product of D-long slices,", "one exp2 an element,", "added to both sums,")
+    for i, line in enumerate((*steps, "forgotten.")):
         c.text(x0 + side * t + 125, y0 + 70 + 18 * i, line)
     c.arrow((x0 + side * t + 118, y0 + 66), (x0 + 4.05 * t, y0 + 0.6 * t))
     return c.svg()

@@ -1,0 +1,10 @@
+"""What do wider embeddings, longer queues and other numbers of classes change?"""
+
+from __future__ import annotations
+
+from benchmarks.workloads import WIDE, cases
+
+
+@cases(WIDE)
+def test_wide(workload, provider, side_by_side):
+    side_by_side(workload, provider)
