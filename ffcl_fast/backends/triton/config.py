@@ -70,12 +70,18 @@ def precision(x: Tensor) -> str:
     """How a tile product multiplies: float32 stays float32 unless torch's own switch allows TF32."""
     if x.device.type == "cpu":
         return "interpret"
-    if x.dtype != torch.float32:
-        return "tf32"  # has no meaning for 16-bit operands; one value, one compiled kernel
+    if x.dtype != torch.float32 or not has_tf32(x.device):
+        return "ieee"  # the one value that every chip takes; it has no meaning for 16-bit operands
     setting = torch.backends.cuda.matmul.fp32_precision
     if setting == "none":
         setting = torch.backends.fp32_precision
     return "tf32" if setting == "tf32" else "ieee"
+
+
+@functools.cache
+def has_tf32(device: torch.device) -> bool:
+    """Whether the chip has TF32 products: NVIDIA's from sm_80 on, of AMD's only gfx942."""
+    return torch.version.hip is None or torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
 
 
 def parts(x: Tensor) -> int:
@@ -151,7 +157,10 @@ def candidates(op: str, chip: str, operands: str, width: int, ids: bool = False)
     if chip == "interpret":
         return [Tile(32, 32, 32 if op != "rows" else max(16, triton.next_power_of_2(width)), 4, 1, fold=1)]
     if operands == "float":  # no matrix unit multiplies float32: small tiles, bound by FMA and registers
-        return [Tile(64, 64, 16, 8 if chip == "gfx942" or ids or op == "online" else 4, 2)]
+        if chip == "gfx942" or ids or op == "online":
+            return [Tile(64, 64, 16, 8, 2)]
+        # ptxas, left alone, would spill a few numbers to fit one more block on a multiprocessor.
+        return [Tile(64, 64, 16, 4, 2, registers=255)]
     if operands == "tf32":
         if op == "online":
             return [Tile(64, 64, 32, 4, 2)]
@@ -175,8 +184,9 @@ def override(**tiles: Tile) -> Iterator[None]:
 
 
 def descriptors_work(x: Tensor) -> bool:
-    """Whether the copy engine can read x: 16-byte aligned base and rows."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    """Whether the copy engine can read x: 16-byte aligned base and rows, which do not overlap and lie within 2^40."""
+    step = x.stride(0) * x.element_size()
+    return x.data_ptr() % 16 == 0 and step % 16 == 0 and x.shape[1] <= x.stride(0) and step < 1 << 40
 
 
 def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[], float] | None = None) -> Tile:
