@@ -70,7 +70,7 @@ def test_similarity_temperatures(scale, cone):
         check_similarity(q, None, scale, exclude=ops.EXCLUDE_DIAGONAL)
 
 
-def test_float32_is_float32_unless_torch_allows_tf32(monkeypatch):
+def test_float32_is_float32_unless_torch_allows_tf32():
     q, k = unit(512, 512, torch.float32), unit(512, 512, torch.float32)
     scale = torch.tensor(20.0, device="cuda")
     truth = reference.similarity_forward(q.double(), k.double(), scale, None, None, 0, False, False)[0]
@@ -81,8 +81,12 @@ def test_float32_is_float32_unless_torch_allows_tf32(monkeypatch):
 
     exact = error()
     assert exact < 2e-5
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert exact < error() < 2e-2
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert exact < error() < 2e-2
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

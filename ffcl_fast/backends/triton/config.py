@@ -204,7 +204,8 @@ def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[],
         if chip != "interpret" and len(choices) > 1:
             key = f"{op}{'/ids' if ids else ''}/{operands}/{width}/{_class(q.shape[0])}x{_class(k.shape[0])}"
             stored = _stored(q.device).get(key)
-            if stored is not None:
+            # What a cache may say is which candidate: any other tile has been compiled and checked by nobody.
+            if stored is not None and Tile(**stored) in choices:
                 tile = Tile(**stored)
             elif measure and os.environ.get("FFCL_TUNE") == "1" and not torch.cuda.is_current_stream_capturing():
                 tile = _tune(op, key, choices, measure, q.device)
@@ -254,10 +255,11 @@ def cache_file(device: torch.device) -> Path:
 def _stored(device: torch.device) -> dict[str, dict]:
     path = cache_file(device)
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        return {key: asdict(Tile(**tile)) for key, tile in found.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         _log.warning("cannot read the tuning results in %s: %s", path, error)
         return {}
 
@@ -267,7 +269,12 @@ def _write(device: torch.device) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(_stored(device), file, indent=1)
-        os.replace(file.name, path)
+            try:
+                json.dump(_stored(device), file, indent=1)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
     except OSError as error:
         _log.warning("cannot store tuning results in %s: %s", path, error)
