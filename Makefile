@@ -16,6 +16,7 @@ PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csr
 help:
 	@echo "make train [DATA=digits|pneumoniamnist|FOLDER] [ARGS='--seed 1']   the three FFCL stages"
 	@echo "make test  [ARGS='-k similarity']                                  every test"
+	@echo "make test-triton [ARGS='-k pool']                                  the Triton kernels under its interpreter"
 	@echo "make bench [ARGS='-k ntxent']                                      the measurements, benchmarks/results/"
 	@echo "make reproduce                                                     the CPU measurements in 15 minutes, and the report"
 	@echo "make report                                                        tables and plots from stored measurements"
@@ -60,12 +61,11 @@ train: $(VENV)/.train
 
 # Two threads a worker, so that the threaded paths run; passive, because workers share the cores.
 test: $(VENV)/.test
-	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
-		--ignore=tests/test_triton_similarity.py --ignore=tests/test_triton_goodness.py $(ARGS) tests
+	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS) tests
 
-# Every Triton kernel under the interpreter: minutes a file.
+# Every Triton kernel under the interpreter, which must be chosen before triton is imported.
 test-triton: $(VENV)/.test
-	@$(PY) -m pytest -q -n $(JOBS) $(ARGS) tests/test_triton_similarity.py tests/test_triton_goodness.py
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS) tests/interpreter/*.py
 
 bench: $(VENV)/.bench
 	@$(PY) -m pytest benchmarks $(ARGS)

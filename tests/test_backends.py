@@ -25,6 +25,24 @@ def test_auto_on_the_cpu():
         assert name in backends.BACKENDS and reason
 
 
+def test_auto_on_a_gpu_takes_only_what_a_measurement_has_confirmed(monkeypatch):
+    bf16, hopper = torch.bfloat16, (9, 0)
+    for op in ("similarity_forward", "goodness_forward"):
+        assert backends.choose(op, "cuda", bf16, (512, 64), hopper)[0] == "panels"
+    row = backends.Confirmed("triton", ("similarity_forward",), hopper, (bf16,), 1024, "results/some-gpu.json")
+    monkeypatch.setattr(backends, "CONFIRMED", (row,))
+    fits = "similarity_forward", "cuda", bf16, (512, 1024), hopper
+    assert backends.choose(*fits) == ("triton", "confirmed by results/some-gpu.json")
+    for i, other in ((0, "siglip"), (1, "cpu"), (2, torch.float16), (3, (512, 1025)), (3, ()), (4, (8, 0)), (4, None)):
+        assert backends.choose(*fits[:i], other, *fits[i + 1 :])[0] in ("panels", "cpu")
+
+
+def test_auto_tells_its_reason_at_debug_level(caplog):
+    with caplog.at_level("DEBUG", "ffcl_fast.backends"):
+        backends.get("auto", "siglip", torch.zeros(3, 5))
+    assert caplog.messages == ["siglip of (3, 5) on cpu torch.float32: cpu (CPU tensors)"]
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="'reference'.*got 'tpu'"):
         backends.get("tpu", "siglip", torch.zeros(1))

@@ -8,13 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_cases import DTYPES, OPS, both_passes, check_siglip, check_similarity, ids, unit
 
 from ffcl_fast import functional, ops, reference
-from helpers import assert_close_to_reference
 
 pytestmark = pytest.mark.gpu
-OPS = torch.ops.ffcl_fast
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (N, M, D): ragged everywhere, both gradient paths, each depth of a step, one column, one row.
 SHAPES = [
     (1000, 1300, 96),
@@ -22,64 +20,44 @@ SHAPES = [
     (513, 1029, 200),
     (300, 4100, 384),
     (129, 257, 1152),
+    (130, 65, 4096),
     (1, 70, 64),
     (70, 1, 9),
 ]
 SELF = [(1500, 64), (1029, 128), (2200, 256), (515, 1000)]
 
 
-def unit(n, d, dtype, cone=0.0):
-    """Unit rows; `cone` is the size of a mean added before normalising."""
-    x = torch.randn(n, d, device="cuda")
-    return F.normalize(x + cone * torch.randn(d, device="cuda"), dim=1).to(dtype)
-
-
-def ids(n, classes):
-    return torch.randint(0, classes, (n,), device="cuda")
-
-
-def double(x):
-    return None if x is None else x.double()
-
-
-def check(q, k, scale, row_ids=None, col_ids=None, exclude=0, both=True):
-    """Forward and gradient of the Triton kernels against float64 by the project's rule."""
-    scale = torch.tensor(float(scale), device="cuda")
-    head = scale, row_ids, col_ids, exclude
-    ours = OPS.similarity_forward(q, k, *head, both, True, "triton")
-    truth = reference.similarity_forward(q.double(), double(k), *head, both, True)
-    eager = reference.similarity_forward(q, k, *head, both, True)
-    for name, x, y, z in zip(("row_lse", "col_lse"), ours[:2], eager[:2], truth[:2], strict=True):
-        assert_close_to_reference(x, y, z, name=name)
-    weights = [torch.randn_like(x) / max(1, x.numel()) for x in ours[:2]]
-
-    def arguments(dtype):
-        return *(x.to(dtype) for x in (*truth[:2], *weights)), ours[2], True, True
-
-    grads = OPS.similarity_backward(q, k, *head, *arguments(torch.float32), "triton")
-    exact = reference.similarity_backward(
-        q.double(), double(k), scale.double(), row_ids, col_ids, exclude, *arguments(torch.float64)
-    )
-    plain = reference.similarity_backward(q, k, *head, *arguments(torch.float32))
-    for name, x, y, z in zip(("dq", "dk"), grads, plain, exact, strict=True):
-        assert_close_to_reference(x, y, z, factor=3.0, name=name)
+def exclusions(index, dtype):
+    """Two of the ten (exclusion, both sums or one): all come over the shapes, and each is seconds of compiling."""
+    first = 2 * (index + 2 * DTYPES.index(dtype))
+    return [((first + i) % 5, (first + i) // 5 % 2 == 0) for i in range(2)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, m, d", SHAPES)
 def test_similarity_pair(n, m, d, dtype):
     q, k = unit(n, d, dtype), unit(m, d, dtype)
-    for exclude in range(5):
-        check(q, k, 14.3, ids(n, 9), ids(m, 9), exclude, both=exclude % 2 == 0)
+    for exclude, both in exclusions(SHAPES.index((n, m, d)), dtype):
+        check_similarity(q, k, 14.3, ids(n, 9), ids(m, 9), exclude, both)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, d", SELF)
 def test_similarity_self(n, d, dtype):
     q = unit(n, d, dtype)
-    for exclude in range(5):
+    for exclude, _ in exclusions(SELF.index((n, d)), dtype):
         row_ids = ids(n, 9)
-        check(q, None, 14.3, row_ids, row_ids, exclude)
+        check_similarity(q, None, 14.3, row_ids, row_ids, exclude)
+
+
+@pytest.mark.parametrize("d", [96, 512])
+def test_similarity_of_rows_inside_others(d):
+    """Rows apart, off 16 bytes, of one another's memory, and across: with the copy engine and without it."""
+    base = unit(600, d + 16, torch.bfloat16)
+    views = base[:300, 8 : d + 8], base[300:, 5 : d + 5], base[::2, :d], base[:1, :d].expand(70, d)
+    across = unit(d, 90, torch.bfloat16).T
+    for q, k in ((views[0], views[1]), (views[2], views[0]), (views[3], views[2]), (across, across)):
+        check_similarity(q, k[:200], 14.3)
 
 
 @pytest.mark.parametrize("scale", [100.0, 14.3, 2.0, 300.0, 3000.0])
@@ -88,11 +66,11 @@ def test_similarity_temperatures(scale, cone):
     for d in (128, 512):
         q, k = unit(1000, d, torch.bfloat16, cone), unit(1200, d, torch.bfloat16, cone)
         q[:5] *= -1  # rows whose best cosine is far below the others'
-        check(q, k, scale)
-        check(q, None, scale, exclude=ops.EXCLUDE_DIAGONAL)
+        check_similarity(q, k, scale)
+        check_similarity(q, None, scale, exclude=ops.EXCLUDE_DIAGONAL)
 
 
-def test_float32_is_float32_unless_torch_allows_tf32(monkeypatch):
+def test_float32_is_float32_unless_torch_allows_tf32():
     q, k = unit(512, 512, torch.float32), unit(512, 512, torch.float32)
     scale = torch.tensor(20.0, device="cuda")
     truth = reference.similarity_forward(q.double(), k.double(), scale, None, None, 0, False, False)[0]
@@ -103,31 +81,19 @@ def test_float32_is_float32_unless_torch_allows_tf32(monkeypatch):
 
     exact = error()
     assert exact < 2e-5
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert exact < error() < 2e-2
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert exact < error() < 2e-2
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("positives", [True, False])
 def test_siglip(positives, dtype):
     for n, m, d in [(777, 1029, 200), (1024, 1024, 768), (300, 70, 64)]:
-        q, k = unit(n, d, dtype), unit(m, d, dtype)
-        scale, bias = torch.tensor(10.0, device="cuda"), torch.tensor(-10.0, device="cuda")
-        ours = OPS.siglip(q, k, scale, bias, positives, True, "triton")
-        truth = reference.siglip(q.double(), k.double(), scale.double(), bias.double(), positives, True)
-        eager = reference.siglip(q, k, scale, bias, positives, True)
-        for name, x, y, z in zip(("loss", "dq", "dk", "dbias"), ours, eager, truth, strict=True):
-            assert_close_to_reference(x, y, z, factor=2.0 if name == "loss" else 3.0, name=name)
-
-
-def both_passes(q, k, scale, exclude=0):
-    row_lse, col_lse, cache = OPS.similarity_forward(q, k, scale, None, None, exclude, True, True, "triton")
-    u, v = torch.ones_like(row_lse) / q.shape[0], torch.ones_like(col_lse) / q.shape[0]
-    return (
-        row_lse,
-        col_lse,
-        *OPS.similarity_backward(q, k, scale, None, None, exclude, row_lse, col_lse, u, v, cache, True, True, "triton"),
-    )
+        check_siglip(unit(n, d, dtype), unit(m, d, dtype), positives)
 
 
 @pytest.mark.parametrize("d", [128, 512])

@@ -6,29 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from goodness_cases import DTYPES, activations
+from gpu_cases import OPS, assert_right, three
 
 from ffcl_fast import functional, reference
 from helpers import assert_close_to_reference
 
 pytestmark = pytest.mark.gpu
-OPS = torch.ops.ffcl_fast
 EPS = 1e-4
 # Rows in registers, ragged ones, rows walked twice, and rows that several programs share.
 SHAPES = ((4099, 96), (517, 1000), (300, 2048), (33, 7001), (301, 16384), (400, 30000), (3, 200704), (1, 1000003))
-
-
-def three(function, tensors, *options):
-    """(ours, plain PyTorch in the same dtype, float64) of a reference operator and the Triton one."""
-    name = function.__name__
-    ours = getattr(OPS, name)(*tensors, *options, "triton")
-    plain = function(*tensors, *options)
-    truth = function(*(t.double() if isinstance(t, torch.Tensor) else t for t in tensors), *options)
-    return zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (ours, plain, truth)), strict=True)
-
-
-def assert_right(name, results, factor=2.0):
-    for i, (ours, plain, truth) in enumerate(results):
-        assert_close_to_reference(ours, plain, truth, factor=factor, name=f"{name}, output {i}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,6 +120,52 @@ def test_graph_capture_and_replay():
             x.copy_(torch.randn_like(x))
     graph.replay()
     torch.testing.assert_close(captured, step(), rtol=0, atol=0)
+
+
+def losses(h, relu=True):
+    """A scalar of every differentiable goodness of the (N, D) activations h[0] and h[1]."""
+    g, out = functional.goodness_and_normalize(h[0], relu=relu, backend="triton")
+    target = torch.ones(h[0].shape[0], device=h[0].device)
+    pair = functional.pair_cosine(h[0], h[1], target, relu=relu, backend="triton")
+    many = functional.goodness_many(list(h), relu=relu, backend="triton")
+    return pair + g.float().mean() + (out.float() * out).mean() + sum(x.float().mean() for x in many)
+
+
+def test_several_streams_at_once():
+    problems = [[activations(n, d).cuda().requires_grad_() for _ in range(2)] for n, d in ((999, 777), (40, 100352))]
+    alone = [torch.autograd.grad(losses(h), h) for h in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    for _ in range(5):
+        results = []
+        for stream, h in zip(streams, problems, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(torch.autograd.grad(losses(h), h))
+        torch.cuda.synchronize()
+        for expected, result in zip(alone, results, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
+
+
+def test_compile_without_breaks_or_recompiling():
+    compiled = torch.compile(losses, fullgraph=True, dynamic=True)
+    for n, stance in ((30, "default"), (41, "fail_on_recompile")):
+        h = [activations(n, 333).cuda().requires_grad_() for _ in range(2)]
+        with torch.compiler.set_stance(stance):
+            value = compiled(h)
+            grads = torch.autograd.grad(value, h)
+        torch.testing.assert_close(value, losses(h))
+        for a, b in zip(grads, torch.autograd.grad(losses(h), h), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_autocast_keeps_what_it_is_given():
+    h = [activations(65, 200).cuda().requires_grad_() for _ in range(2)]
+    expected = torch.autograd.grad(losses(h), h)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        value = losses(h)
+    assert value.dtype == torch.float32
+    for a, b in zip(torch.autograd.grad(value, h), expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_more_than_2_31_elements():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ffcl_fast.backends.triton import config, rows
+from ffcl_fast.backends.triton import rows
 from ffcl_fast.backends.triton.goodness import (
     backward_kernel,
     constants,
@@ -29,6 +29,7 @@ from ffcl_fast.backends.triton.pool_goodness import maps, pool_backward_kernel, 
 from ffcl_fast.backends.triton.rows import Cut, add_parts_kernel
 
 from .kernels import Compilation
+from .similarity_kernels import tiles
 
 MULTIPROCESSORS = 132
 BYTES = {"bf16": 2, "fp32": 4}
@@ -65,8 +66,10 @@ def _item(name, kernel, c: dict, cut, dtype: str, width: int, types: dict | None
 def _row_kernels(chip: str, dtype: str) -> Iterator[Compilation]:
     """Short rows, ragged rows, long rows of many samples, and rows that many programs share."""
     size = BYTES[dtype]
-    for count, width in ((65536, 96), (65536, 2048), (65536, 4096), (65536, 7001), (65536, 16384), (65536, 30000),
-                         (64, 200704)):  # fmt: skip
+    short, long = ((65536, 2048), (65536, 16384)), ((65536, 30000), (64, 200704))
+    # 7001 is loaded an element at a time. float32 has the code of 16 bits with other widths of its loads.
+    shapes = (*short, *long) if dtype == "fp32" else ((65536, 96), *short, (65536, 4096), (65536, 7001), *long)
+    for count, width in shapes:
         unit = math.gcd(16 // size, width)
         common = constants(unit, True)
         last = {"MEAN": True, "PRECISION": "hardware"}
@@ -101,7 +104,7 @@ def _pair_kernels(dtype: str, width: int, common: dict, cut: Cut) -> Iterator[Co
 
 def _pool_kernels(chip: str, dtype: str) -> Iterator[Compilation]:
     size = BYTES[dtype]
-    for channels, length in ((64, 3136), (512, 49)):
+    for channels, length in ((64, 3136), (512, 49))[: 1 if dtype == "fp32" else 2]:
         for last in (False, True):
             unit = math.gcd(16 // size, channels if last else length)
             for count in (64, 8192):
@@ -125,19 +128,18 @@ def _many_kernels(chip: str, dtype: str) -> Iterator[Compilation]:
 
 
 def _linear_kernels(chip: str) -> Iterator[Compilation]:
-    for operands, dtype, how in (("half", "bf16", "tf32"), ("tf32", "fp32", "tf32"), ("float", "fp32", "ieee")):
-        for width in (784, 2000):
-            for tile in config.candidates("linear", chip, operands, width):
-                c = kernel_constants(tile, width, 16 // BYTES[dtype], how, True)
-                types = {}
-                if tile.descriptor:
-                    types = {
-                        name: f"tensordesc<{dtype}[{side}, {tile.depth}]>"
-                        for name, side in (("x", tile.rows), ("weight", tile.cols))
-                    }
-                yield Compilation("linear goodness", linear_goodness_kernel,
-                                  _arguments(linear_goodness_kernel, c, dtype, types), c, tile, dtype, width,
-                                  operands == "half")  # fmt: skip
+    for operands, dtype, how in (("half", "bf16", "ieee"), ("tf32", "fp32", "tf32"), ("float", "fp32", "ieee")):
+        for tile, width, _ in tiles("linear", chip, operands, False, (784,)):
+            c = kernel_constants(tile, width, 16 // BYTES[dtype], how, True)
+            types = {}
+            if tile.descriptor:
+                types = {
+                    name: f"tensordesc<{dtype}[{side}, {tile.depth}]>"
+                    for name, side in (("x", tile.rows), ("weight", tile.cols))
+                }
+            signature = _arguments(linear_goodness_kernel, c, dtype, types)
+            yield Compilation("linear goodness", linear_goodness_kernel, signature, c, tile, dtype, width,
+                              operands == "half")  # fmt: skip
 
 
 def compilations(chip: str) -> Iterator[Compilation]:

@@ -1,11 +1,12 @@
-"""Measure the similarity kernels on this GPU against its own matrix product and the plain losses; write raw results.
+"""Measure the Triton kernels on this GPU beside its own product and copy, plain losses and peers; raw results, a table.
 
     python -m tools.gpu_measure [--seconds S] [--dry-run]
 
-Medians over CUDA events, in milliseconds, with inputs drawn anew for each workload. `fraction` is the counted useful
-work (similarity.md: 1 U = 2 N M D; forward 1 U, both passes 4 U, halved where k = q, SigLIP 3 U) over the rate of an
-8192-cubed bf16 torch.matmul in the same run. Results go to FFCL_OUT (default: the current folder) as gpu.json, written
-after each workload, so that a cut run keeps what it measured.
+Medians over CUDA events, in milliseconds, on inputs drawn anew for each workload. `fraction` is the counted useful work
+(similarity.md: 1 U = 2 N M D; forward 1 U, both passes 4 U, halved where k = q, SigLIP 3 U) over the rate of an
+8192-cubed bf16 torch.matmul in the same run, or for memory-bound work the counted bytes over those of a device copy.
+FFCL_OUT (default: the current folder) gets gpu.json after each workload, so that a cut run keeps what it measured and
+the next goes on there, and gpu.md, its table.
 """
 
 from __future__ import annotations
@@ -17,92 +18,26 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ffcl_fast import functional
-
-PLAIN_LIMIT = 16384  # rows up to which the plain losses, which store N x M, are run beside ours
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One row of the table: `work` is (forward, both passes) in units of 2 N M D."""
-
-    name: str
-    rows: int
-    cols: int
-    width: int
-    work: tuple[float, float]
-    ours: Callable[..., Tensor]
-    plain: Callable[..., Tensor] | None = None
+from .files import write_text
+from .gpu_peers import PEERS, problem_of
+from .gpu_table import markdown
+from .gpu_workloads import PLAIN_LIMIT, WORKLOADS, Products, Workload
 
 
-def _clip(backend: str) -> Callable[..., Tensor]:
-    return lambda q, k, scale: functional.clip(q, k, scale, backend=backend)
-
-
-def _plain_clip(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
-    s, labels = scale * (q @ k.T).float(), torch.arange(q.shape[0], device=q.device)
-    return 0.5 * (F.cross_entropy(s, labels) + F.cross_entropy(s.T, labels))
-
-
-def _info_nce(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
-    return functional.similarity_lse(q, k, scale, both=False, backend="triton")[0].mean()
-
-
-def _plain_info_nce(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
-    return (scale * (q @ k.T).float()).logsumexp(1).mean()
-
-
-def _nt_xent(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
-    half = q.shape[0] // 2
-    return functional.nt_xent(q[:half], q[half:], 1 / scale, backend="triton")
-
-
-def _self(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
-    return functional.similarity_lse(q, None, scale, exclude="diagonal", backend="triton")[0].mean()
-
-
-def _siglip(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
-    return functional.siglip(q, k, scale, -10.0, backend="triton")
-
-
-SELF_SIZES = ((8192, 128), (32768, 128), (131072, 128), (32768, 256))
-WORKLOADS = (
-    *(
-        Workload("clip", n, n, d, (1, 4), _clip("triton"), _plain_clip)
-        for n, d in ((4096, 512), (8192, 512), (32768, 512), (65536, 512), (32768, 768), (32768, 1024), (131072, 512))
-    ),
-    Workload("clip panels", 32768, 32768, 512, (1, 4), _clip("panels")),
-    Workload("info_nce", 4096, 65536, 128, (1, 4), _info_nce, _plain_info_nce),
-    Workload("info_nce", 8192, 262144, 768, (1, 4), _info_nce),
-    *(Workload("nt_xent", n, n, d, (0.5, 2), _nt_xent) for n, d in SELF_SIZES),
-    *(Workload("self", n, n, d, (0.5, 2), _self) for n, d in SELF_SIZES),
-    Workload("siglip", 65536, 65536, 768, (1, 3), _siglip),
-    *(Workload("ragged clip", 30011, 30011, d, (1, 4), _clip("triton")) for d in (96, 200, 384, 1152)),
-)
-
-
-def inputs(workload: Workload, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    def unit(n: int) -> Tensor:
-        return F.normalize(torch.randn(n, workload.width, device=device), dim=1).bfloat16().requires_grad_()
-
-    return unit(workload.rows), unit(workload.cols), torch.tensor(20.0, device=device, requires_grad=True)
-
-
-def milliseconds(function: Callable[[], object], seconds: float = 1.0) -> float:
-    """Median over calls that fill about `seconds`, after two calls that nothing counts."""
-    function()
-    function()
+def milliseconds(function: Callable[[], object], seconds: float = 1.0, once: bool = False) -> float:
+    """Median over calls that fill about `seconds`, after two calls that nothing counts (`once`: of one call)."""
+    if not once:
+        function()
+        function()
     torch.cuda.synchronize()
     times: list[float] = []
     end = time.monotonic() + seconds
-    while len(times) < 3 or (time.monotonic() < end and len(times) < 50):
+    while len(times) < (1 if once else 3) or (not once and time.monotonic() < end and len(times) < 50):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
@@ -112,13 +47,13 @@ def milliseconds(function: Callable[[], object], seconds: float = 1.0) -> float:
     return statistics.median(times)
 
 
-def passes(loss: Callable[..., Tensor], arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Callable, Callable]:
+def passes(loss: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> tuple[Callable, Callable]:
     def forward() -> None:
         with torch.no_grad():
             loss(*arguments)
 
-    def both() -> None:
-        torch.autograd.grad(loss(*arguments), arguments, allow_unused=True)
+    def both() -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(loss(*arguments), arguments, allow_unused=True)
 
     return forward, both
 
@@ -129,69 +64,125 @@ def product_rate() -> float:
     return 2 * 8192**3 / (1e-3 * milliseconds(lambda: a @ b))
 
 
-def measure(workload: Workload, rate: float, seconds: float) -> dict:
-    arguments = inputs(workload, "cuda")
-    unit = 2 * workload.rows * workload.cols * workload.width
-    row: dict = {"name": workload.name, "rows": workload.rows, "cols": workload.cols, "width": workload.width}
-    losses = {"ours": workload.ours}
-    if workload.plain and workload.rows <= PLAIN_LIMIT and workload.cols <= 4 * PLAIN_LIMIT:
-        losses |= {"plain": workload.plain, "compiled": torch.compile(workload.plain)}
-    for name, loss in losses.items():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        for which, function, work in zip(("forward", "both"), passes(loss, arguments), workload.work, strict=True):
-            ms = milliseconds(function, seconds)
-            row[f"{name} {which} ms"] = round(ms, 4)
-            if name == "ours":
-                row[f"{which} fraction"] = round(work * unit / (1e-3 * ms) / rate, 3)
-        row[f"{name} MiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+def copy_rate() -> float:
+    """Bytes a second, read and written, of a copy of a gigabyte."""
+    a = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
+    b = torch.empty_like(a)
+    return 2 * a.numel() * 2 / (1e-3 * milliseconds(lambda: b.copy_(a)))
+
+
+def losses(workload: Workload) -> dict[str, Callable[[], Callable[..., Tensor]]]:
+    """What runs on a workload, by name; each is built when its turn comes, and may fail then."""
+    found: dict[str, Callable[[], Callable[..., Tensor]]] = {"ours": lambda: workload.ours}
+    fits = True
+    if isinstance(workload, Products):
+        fits = workload.rows <= PLAIN_LIMIT and workload.cols <= 4 * PLAIN_LIMIT
+        for peer in PEERS:
+            if peer.family == workload.name and peer.fits(workload.rows, workload.width):
+                found[peer.name] = peer.build
+    plain = workload.plain
+    if plain and fits:
+        found |= {"plain": lambda: plain, "compiled": lambda: torch.compile(plain)}
+    return found
+
+
+def measure(workload: Workload, ceiling: float, seconds: float) -> dict:
+    row: dict = {"key": workload.key, "name": workload.name}
+    row |= {"rows": workload.rows, "width": workload.width} if isinstance(workload, Products) else {}
+    arguments = workload.inputs("cuda")
+    for name, build in losses(workload).items():
+        try:
+            row[name] = _one(build(), arguments, workload, ceiling, seconds)
+        except Exception as error:  # a peer's failure costs its own column only; ours fails the run at its end
+            row[name] = {"problem": problem_of(error)}
+        torch.cuda.empty_cache()
     return row
 
 
-def check_arguments() -> None:
-    """Every workload's call on 32 rows on the CPU, ours under the interpreter: that names and arguments still fit."""
+def _one(loss: Callable[..., Tensor], arguments, workload: Workload, ceiling: float, seconds: float) -> dict:
+    forward, both = passes(loss, arguments)
+    found: dict = {}
+    if loss is workload.ours and not workload.once:
+        first = both()
+        found["same bits"] = all(
+            torch.equal(a, b) for _ in range(3) for a, b in zip(first, both(), strict=True) if a is not None
+        )
+        del first
+    if workload.once:  # its kernels, on fewer rows, so that nothing is compiled inside the one call
+        fewer = tuple(x[:16384].detach().requires_grad_() if x.dim() else x for x in arguments)
+        passes(loss, fewer)[1]()
+    for which, function, work in zip(("forward", "both"), (forward, both), workload.useful(), strict=True):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        ms = milliseconds(function, seconds, workload.once)
+        found[f"{which} ms"] = round(ms, 4)
+        found[f"{which} fraction"] = round(work / (1e-3 * ms) / ceiling, 3)
+        found["MiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    return found
+
+
+def check_arguments() -> list[str]:
+    """Every call on tiny tensors on the CPU, ours under the interpreter: that names and arguments still fit. A line a
+    peer: whether it is installed, and what it says on a CPU."""
     for workload in WORKLOADS:
-        q, k, scale = (x.detach().float().requires_grad_() for x in _small(workload))
-        for loss in filter(None, (workload.plain, workload.ours)):
-            if loss is workload.ours and os.environ.get("TRITON_INTERPRET") != "1":
+        small = workload.small()
+        arguments = tuple(x.detach().float().requires_grad_() for x in small.inputs("cpu"))
+        for loss in filter(None, (small.plain, small.ours)):
+            if loss is small.ours and os.environ.get("TRITON_INTERPRET") != "1":
                 continue  # without the interpreter its backend needs a GPU
-            torch.autograd.grad(loss(q, k, scale), (q, k, scale), allow_unused=True)
+            torch.autograd.grad(loss(*arguments), arguments, allow_unused=True)
+    lines = []
+    for peer in PEERS:
+        try:
+            loss = peer.build()
+            q, k, scale = (x.detach().float() for x in WORKLOADS[0].small().inputs("cpu"))
+            lines.append(f"{peer.name}: {float(loss(q, k, scale)):.4f} on a CPU")
+        except Exception as error:  # most need a GPU, and say so in many ways
+            lines.append(f"{peer.name}: {problem_of(error)}")
+    return lines
 
 
-def _small(workload: Workload) -> tuple[Tensor, Tensor, Tensor]:
-    small = Workload(workload.name, 32, 32, 16, workload.work, workload.ours)
-    return inputs(small, "cpu")
+def stored(path: Path) -> dict:
+    """What an earlier, cut run has measured on this GPU."""
+    try:
+        found = json.loads(path.read_text())
+        return found if found["device"] == torch.cuda.get_device_name() else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_measure", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=0.7, help="per measured function (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.4, help="per measured function (default %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="check every workload's call on a CPU, measure nothing")
     options = parser.parse_args(arguments)
     if options.dry_run:
-        check_arguments()
-        print(f"{len(WORKLOADS)} workloads callable")
+        print("\n".join(check_arguments()))
+        print(f"{len(WORKLOADS)} workloads callable, {len(PEERS)} peers tried")
         return 0
-    rate = product_rate()
+    folder = Path(os.environ.get("FFCL_OUT", "."))
+    path = folder / "gpu.json"
+    product, copy = product_rate(), copy_rate()
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "product_tflops": round(rate / 1e12, 1),
-        "rows": [],
+        "product_tflops": round(product / 1e12, 1),
+        "copy_gbytes": round(copy / 1e9, 1),
+        "rows": stored(path).get("rows", []),
     }
-    path = Path(os.environ.get("FFCL_OUT", ".")) / "gpu.json"
-    print(f"{result['device']}: 8192-cubed bf16 product {result['product_tflops']} TFLOP/s")
+    print(f"{result['device']}: bf16 product {result['product_tflops']} TFLOP/s, copy {result['copy_gbytes']} GB/s")
+    before = {row["key"] for row in result["rows"]}
     for workload in WORKLOADS:
-        try:
-            row = measure(workload, rate, options.seconds)
-        except torch.cuda.OutOfMemoryError as error:
-            row = {"name": workload.name, "rows": workload.rows, "problem": str(error).splitlines()[0]}
+        if workload.key in before:
+            continue
+        row = measure(workload, product if isinstance(workload, Products) else copy, options.seconds)
         result["rows"].append(row)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(result, indent=1))
-        partial.replace(path)
+        write_text(path, json.dumps(result, indent=1))
+        write_text(folder / "gpu.md", markdown(result))
         print(json.dumps(row), flush=True)
-    return 0
+    failed = [row["key"] for row in result["rows"] if "problem" in row["ours"]]
+    print(f"{len(result['rows'])} workloads measured" + (f"; ours failed on {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -4,14 +4,17 @@
 
 Prints a table: registers, spills, shared memory and the matrix instructions in the assembly. Exit status 1 where a
 kernel spills to memory, needs more shared memory than its chip has, does not compile, or multiplies 16-bit tiles on
-sm_90 without wgmma (HGMMA in the machine code).
+sm_90 without wgmma (HGMMA in the machine code), or where nothing was compiled.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import functools
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -19,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +63,7 @@ def describe(tile: Any) -> str:
     if not isinstance(tile, Tile):
         return "-" if tile is None else str(tile)
     text = f"{tile.rows}x{tile.cols}x{tile.depth} w{tile.warps} s{tile.stages}"
+    text += f" r{tile.registers}" if tile.registers else ""
     return text + (" tma" if tile.descriptor else "") + (" ws" if tile.specialize else "")
 
 
@@ -83,26 +88,33 @@ def compile_one(chip: str, item: Compilation) -> dict:
     row["config"] = describe(item.tile)
     options = item.tile.options if item.tile else {}
     try:
-        compiled = triton.compile(
-            ASTSource(item.kernel, signature, constants, attributes), target=TARGETS[chip], options=options
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # a failing compiler prints the whole assembly
+            compiled = triton.compile(
+                ASTSource(item.kernel, signature, constants, attributes), target=TARGETS[chip], options=options
+            )
     except Exception as error:  # any failure of the compiler is a failed row, not the end of the table
-        last = str(error).strip().splitlines()
-        return row | {"problem": f"does not compile: {last[-1] if last else type(error).__name__}"}
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "fatal" in line), lines[-1])
+        return row | {"problem": f"does not compile: {reason}"}
     row["shared"] = compiled.metadata.shared
     row |= amd(compiled.asm["amdgcn"]) if chip.startswith("gfx") else nvidia(compiled.asm["cubin"])
-    problems = []
+    found = problems(chip, item, row)
+    return row | ({"problem": ", ".join(found)} if found else {})
+
+
+def problems(chip: str, item: Compilation, row: dict[str, Any]) -> list[str]:
+    """What is wrong with a compiled kernel, from its row of the table."""
+    found = []
     if row["spills"]:
-        problems.append(f"{row['spills']} spills")
+        found.append(f"{row['spills']} spills")
     if row["shared"] + (0 if chip.startswith("gfx") else STATIC_SHARED) > SHARED_LIMIT[chip]:
-        problems.append(f"shared memory over {SHARED_LIMIT[chip]}")
+        found.append(f"shared memory over {SHARED_LIMIT[chip]}")
     if item.matrix and not row["matrix"]:
-        problems.append("no matrix instruction")
-    if item.matrix and chip == "sm90" and item.dtype in ("bf16", "fp16") and "HGMMA" not in row["matrix"]:
-        # The rescue path may use the older instructions: it is off the usual way.
-        if not item.name.startswith("finish"):
-            problems.append("no wgmma")
-    return row | ({"problem": ", ".join(problems)} if problems else {})
+        found.append("no matrix instruction")
+    # The rescue path may use the older instructions: it is off the usual way.
+    elif item.matrix and chip == "sm90" and "HGMMA" not in row["matrix"] and not item.name.startswith("finish"):
+        found.append("no wgmma")
+    return found
 
 
 def nvidia(cubin: bytes) -> dict:
@@ -141,7 +153,15 @@ def matrix_instructions(assembly: str) -> str:
 def work(task: tuple[str, str, int]) -> dict:
     """Compile item `index` of a family: kernels do not pickle, their position does."""
     family, chip, index = task
-    return compile_one(chip, list(importlib.import_module(family).compilations(chip))[index])
+    started = time.monotonic()
+    row = compile_one(chip, items(family, chip)[index])
+    return row | {"seconds": round(time.monotonic() - started, 2)}
+
+
+@functools.cache
+def items(family: str, chip: str) -> list[Compilation]:
+    """What a family can launch on a chip."""
+    return list(importlib.import_module(family).compilations(chip))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -158,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
         (family, chip, index)
         for chip in chips
         for family in FAMILIES
-        for index, item in enumerate(importlib.import_module(family).compilations(chip))
+        for index, item in enumerate(items(family, chip))
         if re.search(options.only, f"{item.name} {item.dtype} {item.width} {describe(item.tile)}")
     ]
     columns = ("chip", "kernel", "dtype", "width", "config", "registers", "spills", "shared", "matrix", "problem")
@@ -176,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         partial.replace(options.json)
     bad = sum("problem" in row for row in rows)
     print(f"{len(rows)} kernels, {bad} with a problem (Triton {triton.__version__})")
-    return 1 if bad else 0
+    return 1 if bad or not rows else 0
 
 
 if __name__ == "__main__":

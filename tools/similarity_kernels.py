@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ffcl_fast import ops
 from ffcl_fast.backends.triton import config
+from ffcl_fast.backends.triton.config import Tile
 from ffcl_fast.backends.triton.gradient_panels import combine_constants, combine_kernel
 from ffcl_fast.backends.triton.siglip import siglip_constants, siglip_kernel
 from ffcl_fast.backends.triton.similarity_backward import (
@@ -64,61 +66,95 @@ def _arguments(kernel, constants: dict, dtype: str, tile=None, types: dict | Non
     return signature
 
 
-def _operands(chip: str) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
-    """(operand class, element type, precision, widths): what changes the code, one width a way through it."""
-    yield "half", "bf16", "tf32", (128, 200, 512)
-    yield "half", "fp16", "tf32", (512,)
+def _operands() -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
+    """(operand class, element type, precision, widths at which each kernel's every variant is compiled)."""
+    yield "half", "bf16", "ieee", (512, 128)
     yield "tf32", "fp32", "tf32", (512,)
     yield "float", "fp32", "ieee", (512,)
 
 
+def tiles(op: str, chip: str, operands: str, ids: bool, first: tuple[int, ...]) -> Iterator[tuple[Tile, int, bool]]:
+    """(tile, width, whether the width is one of `first`): every tile there is for `op`, at one width at least."""
+    seen = set()
+    # 200 is no multiple of a step; the rest are the smallest widths of their tiles, which end to differ below 600.
+    for width in (*first, 200, *range(1, 600), config.MAX_WIDTH):
+        if op == "rows" and width > config.REGISTER_WIDTH:
+            continue
+        if op == "panel" and operands == "half" and width <= config.REGISTER_WIDTH:
+            continue
+        for tile in config.candidates(op, chip, operands, width, ids):
+            if width in first or tile not in seen:
+                seen.add(tile)
+                yield tile, width, width in first
+
+
 def compilations(chip: str) -> Iterator[Compilation]:
-    for operands, dtype, how, widths in _operands(chip):
-        unit = 4 if dtype == "fp32" else 8
-        matrix = operands == "half"
-        for width in widths:
-            main = width != 200 and dtype != "fp16"
-            for exclude, triangle in ((0, False), (ops.EXCLUDE_DIAGONAL, True), (IDS, True))[: 3 if main else 1]:
-                for tile in config.candidates("forward", chip, operands, width, exclude == IDS):
-                    c = sums_constants(tile, width, unit, how, PARTS, exclude, True, triangle, SPAN)
-                    yield Compilation(
-                        f"sums {'triangle' if triangle else 'both'}{' ids' if exclude == IDS else ''}", sums_kernel,
-                        _arguments(sums_kernel, c, dtype, tile, ids=exclude == IDS), c, tile, dtype, width, matrix,
-                    )  # fmt: skip
-            for exclude in (0, IDS)[: 0 if matrix and width <= config.REGISTER_WIDTH else 2 if main else 1]:
-                for tile in config.candidates("panel", chip, operands, width, exclude == IDS):
-                    c = panel_constants(tile, width, unit, how, exclude, 3)
-                    yield Compilation(
-                        f"panel{' ids' if exclude else ''}", panel_kernel,
-                        _arguments(panel_kernel, c, dtype, tile, ids=exclude == IDS), c, tile, dtype, width, matrix,
-                    )  # fmt: skip
-            if not main:
+    for operands, dtype, how, main in _operands():
+        for op in ("forward", "panel", "siglip", "rows", "online"):
+            if op == "rows" and operands != "half":
                 continue
-            for tile in config.candidates("siglip", chip, operands, width):
-                c = siglip_constants(tile, width, unit, how, True, True, 1.0)
-                types = {"totals": "*fp64"}
-                yield Compilation("siglip", siglip_kernel, _arguments(siglip_kernel, c, dtype, tile, types), c, tile,
-                                  dtype, width, matrix)  # fmt: skip
-            tile = config.candidates("online", chip, operands, width)[0]
-            c = finish_constants(tile, width, unit, how, PARTS, IDS, True)
-            yield Compilation("finish + rescue", finish_kernel, _arguments(finish_kernel, c, dtype, tile, ids=True), c,
-                              tile, dtype, width, matrix)  # fmt: skip
-            if operands == "half" and width <= config.REGISTER_WIDTH:
-                for sides, exclude in ((1, 0), (3, IDS)):
-                    for tile in config.candidates("rows", chip, operands, width, exclude == IDS):
-                        c = rows_constants(tile, width, unit, how, exclude, sides, False, 1.0)
-                        yield Compilation(
-                            f"rows {'both ids' if exclude else 'one side'}", rows_kernel,
-                            _arguments(rows_kernel, c, dtype, tile, {"out": f"*{dtype}"}, exclude == IDS), c, tile,
-                            dtype, width, matrix,
-                        )  # fmt: skip
-    c = norm_constants(512, 8, PARTS)
-    yield Compilation("norms", norm_kernel, _arguments(norm_kernel, c, "bf16"), c, None, "bf16", 512, False)
-    c = range_constants(True, PARTS)
-    yield Compilation("range", range_kernel, _arguments(range_kernel, c, "fp32"), c, None, "fp32", 0, False)
-    c = vector_constants(1.0, PARTS)
-    yield Compilation("vectors", vector_kernel, _arguments(vector_kernel, c, "fp32"), c, None, "fp32", 0, False)
-    c = combine_constants(1, 1.0, True, "tf32")
-    types = {"out": "*bf16", "size": "i64"}
-    yield Compilation("combine", combine_kernel, _arguments(combine_kernel, c, "bf16", types=types), c, None, "bf16", 0,
-                      False)  # fmt: skip
+            for ids in (False, True) if op in ("forward", "panel", "rows") else (False,):
+                yield from (
+                    item
+                    for tile, width, usual in tiles(op, chip, operands, ids, main)
+                    for item in _variants(op, tile, width, dtype, how, ids, usual)
+                )
+    for op in ("forward", "panel"):  # what differs from bfloat16 is one instruction's name
+        tile = config.candidates(op, chip, "half", 512)[0]
+        yield from _variants(op, tile, 512, "fp16", "ieee", False, False)
+    for op in ("forward", "panel", "siglip", "rows"):  # bases and rows off 16 bytes: narrow loads, no descriptors
+        width = 100 if op == "rows" else 500
+        tile = replace(config.candidates(op, chip, "half", width)[0], descriptor=False)
+        yield from _variants(op, tile, width, "bf16", "ieee", False, False, aligned=False)
+    yield from _vectors()
+
+
+def _variants(op: str, tile: Tile, width: int, dtype: str, how: str, ids: bool, usual: bool,
+              aligned: bool = True) -> Iterator[Compilation]:
+    """The ways to launch a kernel with this tile; off the usual widths the one that needs the most registers."""
+    unit = (4 if dtype == "fp32" else 8) if aligned else 1
+    matrix = how == "ieee" and dtype != "fp32"
+    exclude = IDS if ids else 0
+    note = " ids" if ids else "" if aligned else " unaligned"
+
+    def item(name: str, kernel, constants: dict, types: dict | None = None, with_ids: bool = ids) -> Compilation:
+        signature = _arguments(kernel, constants, dtype, tile, types, with_ids)
+        return Compilation(name + note, kernel, signature, constants, tile, dtype, width, matrix)
+
+    if op == "forward":
+        both, triangle = ("both", exclude, True, False), ("triangle", exclude or ops.EXCLUDE_DIAGONAL, True, True)
+        ways = [both, triangle] if usual and not ids else [triangle if usual else both]
+        if usual and not ids and (dtype, width) == ("bf16", 512):
+            ways.append(("rows only", ops.EXCLUDE_DIAGONAL, False, False))
+        for name, mode, both, triangle in ways:
+            c = sums_constants(tile, width, unit, how, PARTS, mode, both, triangle, SPAN)
+            yield item(f"sums {name}", sums_kernel, c)
+    elif op == "panel":
+        for sides in (3, 1) if usual and not ids and dtype == "bf16" else (3,):
+            c = panel_constants(tile, width, unit, how, exclude, sides)
+            yield item(f"panel {'both' if sides == 3 else 'one side'}", panel_kernel, c)
+    elif op == "siglip":
+        for gradient in (True, False) if (dtype, width) == ("bf16", 512) else (True,):
+            c = siglip_constants(tile, width, unit, how, True, gradient, 1.0)
+            types = {"totals": "*fp64"} | ({} if gradient else {"panel": None})
+            yield item(f"siglip{'' if gradient else ' loss'}", siglip_kernel, c, types)
+    elif op == "rows":
+        for sides, split in ((3, False), (1, True)) if usual and not ids else ((3, True),):
+            c = rows_constants(tile, width, unit, how, exclude, sides, split, 1.0)
+            out = "*fp32" if split else f"*{dtype}"
+            yield item(f"rows {'both' if sides == 3 else 'one side'}", rows_kernel, c, {"out": out})
+    else:
+        c = finish_constants(tile, width, unit, how, PARTS, IDS, True)
+        yield item("finish + rescue", finish_kernel, c, with_ids=True)
+
+
+def _vectors() -> Iterator[Compilation]:
+    """Kernels over rows and vectors, whose one configuration is the same for all."""
+    for name, kernel, c, dtype, types in (
+        ("norms", norm_kernel, norm_constants(512, 8, PARTS), "bf16", None),
+        ("range", range_kernel, range_constants(True, PARTS), "fp32", None),
+        ("vectors", vector_kernel, vector_constants(1.0, PARTS), "fp32", None),
+        ("combine", combine_kernel, combine_constants(1, 1.0, True, "ieee"), "bf16", {"out": "*bf16", "size": "i64"}),
+    ):
+        yield Compilation(name, kernel, _arguments(kernel, c, dtype, types=types), c, None, dtype,
+                          c.get("WIDTH", 0), False)  # fmt: skip

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -28,6 +30,22 @@ BACKENDS = {
 NAMES = ("auto", *BACKENDS)
 
 
+@dataclass(frozen=True)
+class Confirmed:
+    """Kernels that a stored measurement shows to be right and fast: what ``"auto"`` may choose on a GPU."""
+
+    backend: str
+    ops: tuple[str, ...]
+    capability: tuple[int, int]  # the compute capability of the GPU that was measured
+    dtypes: tuple[torch.dtype, ...]
+    widest: int  # largest size of a row, the last dimension, that was measured
+    evidence: str  # where the measurement is stored
+
+
+# One row for each family of kernels that `make gpu-check` has confirmed; the first that fits is taken.
+CONFIRMED: tuple[Confirmed, ...] = ()
+
+
 def get(backend: str, op: str, x: Tensor) -> ModuleType:
     """The module that runs operator ``op`` for tensors like ``x``.
 
@@ -35,8 +53,8 @@ def get(backend: str, op: str, x: Tensor) -> ModuleType:
     """
     name = backend
     if backend == "auto":
-        name, reason = choose(op, x.device.type, x.dtype)
-        _log.debug("%s on %s %s: %s (%s)", op, x.device.type, x.dtype, name, reason)
+        name, reason = choose(op, x.device.type, x.dtype, x.shape, _capability(x.device))
+        _log.debug("%s of %s on %s %s: %s (%s)", op, tuple(x.shape), x.device.type, x.dtype, name, reason)
     module = load(name)
     problem = module.unavailable(op, x)
     if problem:
@@ -44,13 +62,29 @@ def get(backend: str, op: str, x: Tensor) -> ModuleType:
     return module
 
 
-def choose(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """``(backend, reason)`` that ``"auto"`` stands for."""
+def choose(
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    shape: Sequence[int] = (),
+    capability: tuple[int, int] | None = None,
+) -> tuple[str, str]:
+    """``(backend, reason)`` that ``"auto"`` stands for, from the first tensor's type of device, dtype and shape and the
+    GPU's compute capability (None: unknown, or no NVIDIA GPU)."""
     if dtype == torch.float64:
         return "reference", "float64 is for checking"
     if device == "cpu":
         return "cpu", "CPU tensors"
-    return "panels", "no stored GPU measurement confirms a kernel for this device yet"
+    for row in CONFIRMED:
+        if op in row.ops and dtype in row.dtypes and capability == row.capability and shape and shape[-1] <= row.widest:
+            return row.backend, f"confirmed by {row.evidence}"
+    return "panels", "no stored GPU measurement confirms a kernel for this device, dtype and shape yet"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if nvidia else None
 
 
 @functools.cache

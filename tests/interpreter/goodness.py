@@ -1,4 +1,4 @@
-"""Triton goodness kernels against the float64 reference, under the interpreter: see tests/test_triton_goodness.py."""
+"""Triton goodness kernels against the float64 reference, under the interpreter: `make test-triton`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton similarity kernels against the float64 reference, under the interpreter: see tests/test_triton_similarity.py.
+"""Triton similarity kernels against the float64 reference, under the interpreter: `make test-triton`.
 
 Every buffer that a backend asks for lies between guards, and every input inside a buffer of NaN, so that a read or
 write outside a tensor shows.

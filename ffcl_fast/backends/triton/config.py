@@ -70,12 +70,18 @@ def precision(x: Tensor) -> str:
     """How a tile product multiplies: float32 stays float32 unless torch's own switch allows TF32."""
     if x.device.type == "cpu":
         return "interpret"
-    if x.dtype != torch.float32:
-        return "tf32"  # has no meaning for 16-bit operands; one value, one compiled kernel
+    if x.dtype != torch.float32 or not has_tf32(x.device):
+        return "ieee"  # the one value that every chip takes; it has no meaning for 16-bit operands
     setting = torch.backends.cuda.matmul.fp32_precision
     if setting == "none":
         setting = torch.backends.fp32_precision
     return "tf32" if setting == "tf32" else "ieee"
+
+
+@functools.cache
+def has_tf32(device: torch.device) -> bool:
+    """Whether the chip has TF32 products: NVIDIA's from sm_80 on, of AMD's only gfx942."""
+    return torch.version.hip is None or torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
 
 
 def parts(x: Tensor) -> int:
@@ -151,7 +157,10 @@ def candidates(op: str, chip: str, operands: str, width: int, ids: bool = False)
     if chip == "interpret":
         return [Tile(32, 32, 32 if op != "rows" else max(16, triton.next_power_of_2(width)), 4, 1, fold=1)]
     if operands == "float":  # no matrix unit multiplies float32: small tiles, bound by FMA and registers
-        return [Tile(64, 64, 16, 8 if chip == "gfx942" or ids or op == "online" else 4, 2)]
+        if chip == "gfx942" or ids or op == "online":
+            return [Tile(64, 64, 16, 8, 2)]
+        # ptxas, left alone, would spill a few numbers to fit one more block on a multiprocessor.
+        return [Tile(64, 64, 16, 4, 2, registers=255)]
     if operands == "tf32":
         if op == "online":
             return [Tile(64, 64, 32, 4, 2)]
@@ -175,8 +184,9 @@ def override(**tiles: Tile) -> Iterator[None]:
 
 
 def descriptors_work(x: Tensor) -> bool:
-    """Whether the copy engine can read x: 16-byte aligned base and rows."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    """Whether the copy engine can read x: 16-byte aligned base and rows, which do not overlap and lie within 2^40."""
+    step = x.stride(0) * x.element_size()
+    return x.data_ptr() % 16 == 0 and step % 16 == 0 and x.shape[1] <= x.stride(0) and step < 1 << 40
 
 
 def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[], float] | None = None) -> Tile:
@@ -194,7 +204,8 @@ def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[],
         if chip != "interpret" and len(choices) > 1:
             key = f"{op}{'/ids' if ids else ''}/{operands}/{width}/{_class(q.shape[0])}x{_class(k.shape[0])}"
             stored = _stored(q.device).get(key)
-            if stored is not None:
+            # What a cache may say is which candidate: any other tile has been compiled and checked by nobody.
+            if stored is not None and Tile(**stored) in choices:
                 tile = Tile(**stored)
             elif measure and os.environ.get("FFCL_TUNE") == "1" and not torch.cuda.is_current_stream_capturing():
                 tile = _tune(op, key, choices, measure, q.device)
@@ -244,10 +255,11 @@ def cache_file(device: torch.device) -> Path:
 def _stored(device: torch.device) -> dict[str, dict]:
     path = cache_file(device)
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        return {key: asdict(Tile(**tile)) for key, tile in found.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         _log.warning("cannot read the tuning results in %s: %s", path, error)
         return {}
 
@@ -257,7 +269,12 @@ def _write(device: torch.device) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(_stored(device), file, indent=1)
-        os.replace(file.name, path)
+            try:
+                json.dump(_stored(device), file, indent=1)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
     except OSError as error:
         _log.warning("cannot store tuning results in %s: %s", path, error)

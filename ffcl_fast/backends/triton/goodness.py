@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .launch import on, rows_of
 from .rows import Cut, activation, add_parts, cached_rows, cut_of, floats, part_sum, rounding, store_gradient, vector
-from .tiles import narrow
+from .tiles import elements_apart, narrow
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def goodness_kernel(h, goodness, out, rows, width, stride, inverse_width, eps, U
     col = tl.arange(0, BLOCK)[None, :]
     elements = width * UNIT
     kept = (row < rows)[:, None]
-    source = h + (row * (stride * UNIT))[:, None] + col
+    source = h + (row * elements_apart(stride, UNIT))[:, None] + col
     if LOOP:
         squares = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
         for start in range(0, elements, BLOCK):
@@ -90,7 +90,7 @@ def partial_kernel(h, other, partials, first, parts, steps, width, stride, UNIT:
     for step in range(0, steps):
         col = begin + step * BLOCK + tl.arange(0, BLOCK)
         mask = col < elements
-        a = activation(h + row * (stride * UNIT) + col, mask, RELU)
+        a = activation(h + row * elements_apart(stride, UNIT) + col, mask, RELU)
         if other is not None:
             total += a * tl.load(other + row * elements + col, mask=mask, other=0.0).to(tl.float32)
         else:
@@ -120,7 +120,7 @@ def normalize_kernel(h, partials, goodness, out, first, parts, steps, width, str
     for step in range(0, steps):
         col = begin + step * BLOCK + tl.arange(0, BLOCK)
         mask = col < elements
-        a = activation(h + row * (stride * UNIT) + col, mask, RELU)
+        a = activation(h + row * elements_apart(stride, UNIT) + col, mask, RELU)
         tl.store(out + row * elements + col, narrow(a * factor, out.dtype.element_ty, PRECISION), mask=mask)
 
 
@@ -135,7 +135,7 @@ def backward_kernel(h, goodness, grad_goodness, grad_out, dh, rows, width, strid
     elements = width * UNIT
     valid = row < rows
     kept = valid[:, None]
-    source = h + (row * (stride * UNIT))[:, None] + col
+    source = h + (row * elements_apart(stride, UNIT))[:, None] + col
     dense = (row * elements)[:, None] + col
     along = None
     if LOOP:
@@ -193,7 +193,7 @@ def gradient_kernel(h, partials, goodness, grad_goodness, grad_out, dh, first, p
     for step in range(0, steps):
         col = begin + step * BLOCK + tl.arange(0, BLOCK)
         mask = col < elements
-        a = activation(h + row * (stride * UNIT) + col, mask, RELU)
+        a = activation(h + row * elements_apart(stride, UNIT) + col, mask, RELU)
         d = p * a
         if grad_out is not None:
             d += r * tl.load(grad_out + row * elements + col, mask=mask, other=0.0).to(tl.float32)

@@ -15,7 +15,10 @@ from .config import Tile
 
 def rows_of(x: Tensor) -> Tensor:
     """x itself where its rows are contiguous, however far apart they are; else a copy."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    if x.stride(1) == 1:
+        return x
+    # A single column has no second element for its stride to reach, but descriptors look at it.
+    return x.as_strided(x.shape, (x.stride(0), 1)) if x.shape[1] == 1 else x.contiguous()
 
 
 def ids_of(ids: Tensor | None) -> Tensor | None:

@@ -25,7 +25,7 @@ from .rows import (
     store_gradient,
     vector,
 )
-from .tiles import narrow
+from .tiles import elements_apart, narrow
 
 EPS = tl.constexpr(1e-12)  # ops.PAIR_COSINE_EPS
 SCALE_BLOCK = 4096
@@ -74,8 +74,8 @@ def pair_cosine_kernel(h1, h2, target, loss, coefficients, d1, d2, rows, width, 
     elements = width * UNIT
     valid = row < rows
     kept = valid[:, None]
-    x1 = h1 + (row * (stride1 * UNIT))[:, None] + col
-    x2 = h2 + (row * (stride2 * UNIT))[:, None] + col
+    x1 = h1 + (row * elements_apart(stride1, UNIT))[:, None] + col
+    x2 = h2 + (row * elements_apart(stride2, UNIT))[:, None] + col
     dense = (row * elements)[:, None] + col
     if LOOP:
         t11 = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
@@ -126,8 +126,8 @@ def pair_partial_kernel(h1, h2, partials, first, parts, steps, count, width, str
     begin = (pid % parts).to(tl.int64) * (steps * BLOCK)
     for step in range(0, steps):
         col = begin + step * BLOCK + tl.arange(0, BLOCK)
-        a1 = activation(h1 + row * (stride1 * UNIT) + col, col < elements, RELU)
-        a2 = activation(h2 + row * (stride2 * UNIT) + col, col < elements, RELU)
+        a1 = activation(h1 + row * elements_apart(stride1, UNIT) + col, col < elements, RELU)
+        a2 = activation(h2 + row * elements_apart(stride2, UNIT) + col, col < elements, RELU)
         t11 += a1 * a1
         t22 += a2 * a2
         t12 += a1 * a2
@@ -163,8 +163,8 @@ def pair_finish_kernel(h1, h2, partials, target, loss, coefficients, d1, d2, fir
         for step in range(0, steps):
             col = begin + step * BLOCK + tl.arange(0, BLOCK)
             mask = col < elements
-            a1 = activation(h1 + row * (stride1 * UNIT) + col, mask, RELU)
-            a2 = activation(h2 + row * (stride2 * UNIT) + col, mask, RELU)
+            a1 = activation(h1 + row * elements_apart(stride1, UNIT) + col, mask, RELU)
+            a2 = activation(h2 + row * elements_apart(stride2, UNIT) + col, mask, RELU)
             store_gradients(d1, d2, row * elements + col, a1, a2, c0, c1, c2, mask, RELU, PRECISION)
 
 
@@ -183,8 +183,8 @@ def pair_backward_kernel(h1, h2, coefficients, grad, d1, d2, rows, steps, width,
     c0 = (tl.load(coefficients + row * 3, mask=valid, other=0.0) * g)[:, None]
     c1 = (tl.load(coefficients + row * 3 + 1, mask=valid, other=0.0) * g)[:, None]
     c2 = (tl.load(coefficients + row * 3 + 2, mask=valid, other=0.0) * g)[:, None]
-    a1 = activation(h1 + (row * (stride1 * UNIT))[:, None] + col, mask, RELU)
-    a2 = activation(h2 + (row * (stride2 * UNIT))[:, None] + col, mask, RELU)
+    a1 = activation(h1 + (row * elements_apart(stride1, UNIT))[:, None] + col, mask, RELU)
+    a2 = activation(h2 + (row * elements_apart(stride2, UNIT))[:, None] + col, mask, RELU)
     store_gradients(d1, d2, (row * elements)[:, None] + col, a1, a2, c0, c1, c2, mask, RELU, PRECISION)
 
 

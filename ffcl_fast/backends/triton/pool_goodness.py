@@ -17,6 +17,7 @@ from ... import ops
 from . import config
 from .launch import on, processors
 from .rows import TILE, activation, floats, rounding, store_gradient, warps_for
+from .tiles import elements_apart
 
 FILL = 8  # programs a multiprocessor that keep enough loads in flight
 
@@ -107,7 +108,7 @@ def pool_kernel(h, goodness, pooled, channels, length, sample_step, channel_part
     sample = (pid // (channel_parts * position_parts)).to(tl.int64)
     share = (pid % position_parts).to(tl.int64)
     c, n = sizes(channels, length, LAST, UNIT)
-    source = h + sample * (sample_step * UNIT)
+    source = h + sample * elements_apart(sample_step, UNIT)
     first = pid // position_parts % channel_parts * channel_tiles
     squares = tl.zeros((CHANNELS,), dtype=tl.float32)
     for i in range(first, first + channel_tiles):
@@ -175,7 +176,7 @@ def pool_backward_kernel(h, pooled, grad_goodness, grad_pooled, dh, channels, le
         d = tl.broadcast_to(grad[:, None], (CHANNELS, POSITIONS))
     a = d
     if RELU:
-        a = activation(h + sample * (sample_step * UNIT) + at, mask, RELU)
+        a = activation(h + sample * elements_apart(sample_step, UNIT) + at, mask, RELU)
     store_gradient(dh + sample * c * n + at, d, a, mask, RELU, PRECISION)
 
 

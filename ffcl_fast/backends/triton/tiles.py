@@ -23,6 +23,12 @@ BOUND_LIMIT = tl.constexpr(512.0)
 
 
 @triton.jit
+def elements_apart(stride, UNIT: tl.constexpr):
+    """Elements between rows, 64 bits wide: two rows of a narrow slice may lie further apart than 32 bits reach."""
+    return tl.cast(stride, tl.int64) * UNIT
+
+
+@triton.jit
 def load_tile(x, row, depth, rows, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
               UNIT: tl.constexpr, DESCRIPTOR: tl.constexpr):
     """(BLOCK, DEPTH) tile of x (rows, WIDTH) from (row, depth); `stride` counts UNIT elements."""
@@ -31,7 +37,7 @@ def load_tile(x, row, depth, rows, stride, WIDTH: tl.constexpr, BLOCK: tl.conste
     else:
         r = tl.minimum(row + tl.arange(0, BLOCK), rows - 1).to(tl.int64)
         d = depth + tl.arange(0, DEPTH)
-        pointers = x + (r * (stride * UNIT))[:, None] + d[None, :]
+        pointers = x + (r * elements_apart(stride, UNIT))[:, None] + d[None, :]
         if WIDTH % DEPTH == 0:
             tile = tl.load(pointers)
         else:

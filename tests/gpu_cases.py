@@ -1,0 +1,83 @@
+"""What the GPU tests share: inputs on the device and the error rule over an operator's results."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ffcl_fast import reference
+from helpers import assert_close_to_reference
+
+OPS = torch.ops.ffcl_fast
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU: under Triton's interpreter
+
+
+def unit(n, d, dtype, cone=0.0):
+    """Unit rows; `cone` is the size of a mean added before normalising."""
+    x = torch.randn(n, d, device=DEVICE)
+    return F.normalize(x + cone * torch.randn(d, device=DEVICE), dim=1).to(dtype)
+
+
+def ids(n, classes):
+    return torch.randint(0, classes, (n,), device=DEVICE)
+
+
+def double(x):
+    return None if x is None else x.double()
+
+
+def check_similarity(q, k, scale, row_ids=None, col_ids=None, exclude=0, both=True):
+    """Forward and gradient of the Triton kernels against float64 by the project's rule."""
+    scale = torch.tensor(float(scale), device=DEVICE)
+    head = scale, row_ids, col_ids, exclude
+    ours = OPS.similarity_forward(q, k, *head, both, True, "triton")
+    truth = reference.similarity_forward(q.double(), double(k), *head, both, True)
+    eager = reference.similarity_forward(q, k, *head, both, True)
+    for name, x, y, z in zip(("row_lse", "col_lse"), ours[:2], eager[:2], truth[:2], strict=True):
+        assert_close_to_reference(x, y, z, name=name)
+    weights = [torch.randn_like(x) / max(1, x.numel()) for x in ours[:2]]
+
+    def arguments(dtype):
+        return *(x.to(dtype) for x in (*truth[:2], *weights)), ours[2], True, True
+
+    grads = OPS.similarity_backward(q, k, *head, *arguments(torch.float32), "triton")
+    exact = reference.similarity_backward(
+        q.double(), double(k), scale.double(), row_ids, col_ids, exclude, *arguments(torch.float64)
+    )
+    plain = reference.similarity_backward(q, k, *head, *arguments(torch.float32))
+    for name, x, y, z in zip(("dq", "dk"), grads, plain, exact, strict=True):
+        assert_close_to_reference(x, y, z, factor=3.0, name=name)
+
+
+def check_siglip(q, k, positives):
+    scale, bias = torch.tensor(10.0, device=DEVICE), torch.tensor(-10.0, device=DEVICE)
+    ours = OPS.siglip(q, k, scale, bias, positives, True, "triton")
+    truth = reference.siglip(q.double(), k.double(), scale.double(), bias.double(), positives, True)
+    eager = reference.siglip(q, k, scale, bias, positives, True)
+    for name, x, y, z in zip(("loss", "dq", "dk", "dbias"), ours, eager, truth, strict=True):
+        assert_close_to_reference(x, y, z, factor=2.0 if name == "loss" else 3.0, name=name)
+
+
+def both_passes(q, k, scale, exclude=0):
+    row_lse, col_lse, cache = OPS.similarity_forward(q, k, scale, None, None, exclude, True, True, "triton")
+    u, v = torch.ones_like(row_lse) / q.shape[0], torch.ones_like(col_lse) / q.shape[0]
+    return (
+        row_lse,
+        col_lse,
+        *OPS.similarity_backward(q, k, scale, None, None, exclude, row_lse, col_lse, u, v, cache, True, True, "triton"),
+    )
+
+
+def three(function, tensors, *options):
+    """(ours, plain PyTorch in the same dtype, float64) of a reference operator and the Triton one."""
+    name = function.__name__
+    ours = getattr(OPS, name)(*tensors, *options, "triton")
+    plain = function(*tensors, *options)
+    truth = function(*(t.double() if isinstance(t, torch.Tensor) else t for t in tensors), *options)
+    return zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (ours, plain, truth)), strict=True)
+
+
+def assert_right(name, results, factor=2.0):
+    for i, (ours, plain, truth) in enumerate(results):
+        assert_close_to_reference(ours, plain, truth, factor=factor, name=f"{name}, output {i}")

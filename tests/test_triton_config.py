@@ -1,0 +1,155 @@
+"""Which tile a Triton kernel runs with: the table, choices measured on request, their cache on disk. No GPU is used."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from ffcl_fast.backends.triton import config  # noqa: E402
+from ffcl_fast.backends.triton.config import Tile, candidates, pick  # noqa: E402
+
+CHOICES = candidates("forward", "sm90", "half", 512)
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch, tmp_path):
+    """A pretended H200 whose cache is empty."""
+    monkeypatch.setattr(config, "family", lambda device: "sm90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Made up/H200")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("FFCL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FFCL_TUNE", raising=False)
+    config._stored.cache_clear()
+    yield
+    config._stored.cache_clear()
+
+
+@pytest.fixture
+def operands():
+    return torch.zeros(3000, 512, dtype=torch.bfloat16), torch.zeros(2000, 512, dtype=torch.bfloat16)
+
+
+def never() -> float:
+    raise AssertionError("timed without being asked")
+
+
+def timer(times: dict[Tile, float], seen: list[Tile]):
+    """measure() as a backend passes it: times the tile that `override` put there."""
+
+    def measure() -> float:
+        seen.append(config._override["forward"])
+        return times[seen[-1]]
+
+    return measure
+
+
+def cached() -> dict:
+    return json.loads(config.cache_file(torch.device("cpu")).read_text())
+
+
+def test_nothing_is_timed_unless_asked(operands):
+    assert len(CHOICES) > 1
+    assert pick("forward", *operands, measure=never) == CHOICES[0]
+    assert not config.cache_file(torch.device("cpu")).exists()
+
+
+def test_the_fastest_is_stored_and_used_by_the_next_process(operands, monkeypatch):
+    monkeypatch.setenv("FFCL_TUNE", "1")
+    times, seen = {tile: float(len(CHOICES) - i) for i, tile in enumerate(CHOICES)}, []
+    assert pick("forward", *operands, measure=timer(times, seen)) == CHOICES[-1]
+    assert seen == CHOICES and not config._override
+    assert cached() == {"forward/half/512/4096x2048": asdict(CHOICES[-1])}
+    assert not list(config.cache_file(torch.device("cpu")).parent.glob("tmp*"))
+    config._stored.cache_clear()  # as a new process
+    assert pick("forward", *operands, measure=never) == CHOICES[-1]  # tuning or not
+    monkeypatch.delenv("FFCL_TUNE")
+    assert pick("forward", *operands, measure=never) == CHOICES[-1]
+    assert pick("forward", operands[0], operands[0], measure=never) == CHOICES[0]  # another shape class
+
+
+def test_the_cache_is_of_this_device_and_these_kernels(monkeypatch):
+    before = config.cache_file(torch.device("cpu"))
+    monkeypatch.setattr(config, "source_hash", lambda: "of other kernels")
+    assert config.cache_file(torch.device("cpu")) != before
+    assert "Made_up_H200" in before.name and before.parent.name == "cache"
+
+
+def test_no_timing_inside_a_graph(operands, monkeypatch):
+    monkeypatch.setenv("FFCL_TUNE", "1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert pick("forward", *operands, measure=never) == CHOICES[0]
+
+
+def test_a_tile_that_does_not_fit_loses(operands, monkeypatch):
+    monkeypatch.setenv("FFCL_TUNE", "1")
+
+    def measure() -> float:
+        if config._override["forward"] == CHOICES[0]:
+            raise config.triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+        return 1.0
+
+    assert pick("forward", *operands, measure=measure) == CHOICES[1]
+
+
+@pytest.mark.parametrize("damage", ["{", "[1]", '{"a": 3}', '{"a": {"rows": 1}}', '{"a": {"no such field": 1}}'])
+def test_a_damaged_cache_is_reported_and_ignored(operands, damage, caplog):
+    path = config.cache_file(torch.device("cpu"))
+    path.parent.mkdir()
+    path.write_text(damage)
+    assert pick("forward", *operands, measure=never) == CHOICES[0]
+    assert "cannot read the tuning results" in caplog.text
+
+
+def test_only_candidates_are_taken_from_the_cache(operands):
+    path = config.cache_file(torch.device("cpu"))
+    path.parent.mkdir()
+    path.write_text(json.dumps({"forward/half/512/4096x2048": asdict(replace(CHOICES[1], rows=512))}))
+    assert pick("forward", *operands, measure=never) == CHOICES[0]
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(operands, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FFCL_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("FFCL_TUNE", "1")
+    times = {tile: 1.0 for tile in CHOICES}
+    assert pick("forward", *operands, measure=timer(times, [])) == CHOICES[0]
+    assert "cannot store tuning results" in caplog.text
+
+
+def test_the_copy_engine_gets_only_what_it_can_read():
+    def works(x):
+        return config.descriptors_work(x)
+
+    x = torch.zeros(64, 72, dtype=torch.bfloat16)
+    assert works(x) and works(x[::2]) and works(x[:, 8:40])
+    assert not works(x[:, 1:])  # its base is off 16 bytes
+    assert not works(torch.zeros(64, 9, dtype=torch.bfloat16))  # so are its rows
+    assert not works(x[:1].expand(9, 72))  # its rows are one
+    assert not works(x.view(-1).as_strided((20, 64), (8, 1)))  # they overlap
+    k = torch.zeros(64, 72, dtype=torch.bfloat16)
+    assert pick("forward", x, k).descriptor and not pick("forward", x, k[:, 1:]).descriptor
+
+
+def test_float32_is_float32_unless_torch_allows_tf32(monkeypatch):
+    x, gpu = torch.zeros(2, 2), torch.device("cuda", 0)
+
+    class OnGpu:
+        def __init__(self, dtype):
+            self.dtype, self.device = dtype, gpu
+
+    for dtype in (torch.bfloat16, torch.float16):
+        assert config.precision(OnGpu(dtype)) == "ieee"
+    assert config.precision(OnGpu(torch.float32)) == "ieee" and config.precision(x) == "interpret"
+    # No monkeypatch: torch's switch is no attribute that can be deleted again.
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert config.precision(OnGpu(torch.float32)) == "tf32"
+        monkeypatch.setattr(config, "has_tf32", lambda device: False)
+        assert config.precision(OnGpu(torch.float32)) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -1,0 +1,102 @@
+"""Markdown of what ``tools.gpu_measure`` stored: a row a workload, and every GPU bar of peers.md.
+
+    python -m tools.gpu_table FOLDER/gpu.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+NOT_OURS = ("ours", "key", "name", "rows", "width")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['device']}, torch {result['torch']}: bf16 product {result['product_tflops']} TFLOP/s, "
+        f"device copy {result['copy_gbytes']} GB/s.",
+        "",
+        "| workload | forward ms | fraction | both ms | fraction | MiB | same bits | others: both ms |",
+        "|---|--:|--:|--:|--:|--:|---|---|",
+    ]
+    for row in result["rows"]:
+        ours = row["ours"]
+        if "problem" in ours:
+            cells = [f"failed: {ours['problem']}", *[""] * 5]
+        else:
+            names = ("forward ms", "forward fraction", "both ms", "both fraction", "MiB", "same bits")
+            cells = [str(ours.get(name, "")) for name in names]
+        others = "; ".join(f"{name} {_both(x)}" for name, x in row.items() if name not in NOT_OURS)
+        lines.append(f"| {row['key']} | {' | '.join(cells)} | {others.replace('|', '/')} |")
+    lines += ["", "| bar | measured | |", "|---|---|---|"]
+    lines += [f"| {text} | {measured} | {verdict} |" for text, measured, verdict in bars(result["rows"])]
+    return "\n".join(lines) + "\n"
+
+
+def _both(found: dict) -> str:
+    return found["problem"].split(":")[0] if "problem" in found else f"{found['both ms']}"
+
+
+def bars(rows: list[Row]) -> Iterator[tuple[str, str, str]]:
+    """(bar, what was measured, "met", "missed" or "not measured")."""
+    done = [row for row in rows if "both ms" in row["ours"]]
+
+    def of(name: str, **sizes: int) -> list[Row]:
+        return [r for r in done if r["name"] == name and all(r[k] == v for k, v in sizes.items())]
+
+    def ours(row: Row, what: str) -> float:
+        return row["ours"][what]
+
+    def bar(text: str, of_rows: list[Row], value: Callable[[Row], float | None], ok: Callable[[float], bool]):
+        values = [(row["key"], v) for row in of_rows if (v := value(row)) is not None]
+        if not values:
+            return text, "", "not measured"
+        shown = "; ".join(f"{key}: {v:.3g}" for key, v in values)
+        return text, shown, "met" if all(ok(v) for _, v in values) else "missed"
+
+    def over(*names: str) -> Callable[[Row], float | None]:
+        """The fastest of the named others' time over ours."""
+
+        def ratio(row: Row) -> float | None:
+            times = [row[n]["both ms"] for n in names if "both ms" in row.get(n, {})]
+            return min(times) / ours(row, "both ms") if times else None
+
+        return ratio
+
+    def fastest_peer(row: Row) -> float | None:
+        return over(*(n for n in row if n not in (*NOT_OURS, "plain", "compiled")))(row)
+
+    def own_symmetric(row: Row) -> float | None:
+        same = of("clip", rows=row["rows"], width=row["width"])
+        return ours(same[0], "both ms") / ours(row, "both ms") if same else None
+
+    wide = [r for r in of("clip") if r["rows"] >= 32768 and r["width"] >= 512]
+    triangle = [*of("nt_xent"), *of("sup_con")]
+    memory = [*of("goodness + normalise"), *of("pair cosine")]
+    million = of("clip, a million")
+    yield bar("CLIP, D >= 512, N >= 32k, forward: >= 80 % of the product", wide,
+              lambda r: ours(r, "forward fraction"), lambda v: v >= 0.8)  # fmt: skip
+    yield bar("CLIP, D >= 512, N >= 32k, both: >= 70 % of the product", wide,
+              lambda r: ours(r, "both fraction"), lambda v: v >= 0.7)  # fmt: skip
+    yield bar("CLIP, N = 65536, D = 512, both: <= 32 ms", of("clip", rows=65536, width=512),
+              lambda r: ours(r, "both ms"), lambda v: v <= 32)  # fmt: skip
+    yield bar("CLIP: >= 1.5 x memeff", of("clip"), over("memeff"), lambda v: v >= 1.5)
+    yield bar("CLIP: >= 2 x eager", wide, over("open_clip", "plain"), lambda v: v >= 2)
+    yield bar("CLIP, N <= 8k: not slower than compiled eager", [r for r in of("clip") if r["rows"] <= 8192],
+              over("compiled"), lambda v: v >= 1)  # fmt: skip
+    yield bar("NT-Xent, SupCon: >= 1.7 x our own symmetric path", triangle, own_symmetric, lambda v: v >= 1.7)
+    yield bar("NT-Xent, SupCon: >= 2.5 x the fastest peer", triangle, fastest_peer, lambda v: v >= 2.5)
+    yield bar("1M x 1M, D = 512, both: < 8.5 s", million, lambda r: ours(r, "both ms") / 1e3, lambda v: v < 8.5)
+    yield bar("1M x 1M, D = 512: < 8 GB", million, lambda r: ours(r, "MiB") * 2**20 / 1e9, lambda v: v < 8)
+    for which in ("forward", "both"):
+        yield bar(f"Goodness, normalise, pair cosine, {which}: >= 88 % of a copy", memory,
+                  lambda r, which=which: ours(r, f"{which} fraction"), lambda v: v >= 0.88)  # fmt: skip
+    yield bar("The same bits on every run", done, lambda r: r["ours"].get("same bits"), lambda v: bool(v))
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())), end="")

@@ -1,0 +1,174 @@
+"""What ``tools.gpu_measure`` measures: shapes, our calls, the plain losses, and the work that counts as useful.
+
+The order is that of worth: a run that is cut has measured the bars of peers.md first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ffcl_fast import functional
+
+from .gpu_peers import SCALE
+
+PLAIN_LIMIT = 16384  # rows up to which the plain losses, which store N x M, are run beside ours
+MILLION = 1 << 20
+
+
+@dataclass(frozen=True)
+class Products:
+    """Similarity of (rows, width) with (cols, width): `work` is (forward, both passes) in units of 2 N M D."""
+
+    name: str
+    rows: int
+    cols: int
+    width: int
+    work: tuple[float, float]
+    ours: Callable[..., Tensor]
+    plain: Callable[..., Tensor] | None = None
+    once: bool = False  # too long to repeat
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.rows}x{self.cols}x{self.width}"
+
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        def unit(n: int) -> Tensor:
+            return F.normalize(torch.randn(n, self.width, device=device), dim=1).bfloat16().requires_grad_()
+
+        return unit(self.rows), unit(self.cols), torch.tensor(SCALE, device=device, requires_grad=True)
+
+    def useful(self) -> tuple[float, float]:
+        """Floating-point operations of the forward pass and of both."""
+        unit = 2.0 * self.rows * self.cols * self.width
+        return self.work[0] * unit, self.work[1] * unit
+
+    def small(self) -> Products:
+        return Products(self.name, 32, 32, 16, self.work, self.ours, self.plain)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Memory-bound work on tensors of `shape`: `reads` is how often (forward, both) they cross the memory bus."""
+
+    name: str
+    shape: tuple[int, ...]
+    tensors: int
+    reads: tuple[float, float]
+    ours: Callable[..., Tensor]
+    plain: Callable[..., Tensor] | None = None
+    once: bool = field(default=False, init=False)
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {'x'.join(map(str, self.shape))}"
+
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.randn(self.shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(self.tensors)
+        )
+
+    def useful(self) -> tuple[float, float]:
+        """Bytes of the forward pass and of both."""
+        size = 2.0 * math.prod(self.shape)
+        return self.reads[0] * size, self.reads[1] * size
+
+    def small(self) -> Bytes:
+        return Bytes(self.name, (6, *(4,) * (len(self.shape) - 1)), self.tensors, self.reads, self.ours, self.plain)
+
+
+Workload = Products | Bytes
+
+
+def clip(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+    return functional.clip(q, k, scale, backend="triton")
+
+
+def plain_clip(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+    s, labels = scale * (q @ k.T).float(), torch.arange(q.shape[0], device=q.device)
+    return 0.5 * (F.cross_entropy(s, labels) + F.cross_entropy(s.T, labels))
+
+
+def info_nce(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+    return functional.similarity_lse(q, k, scale, both=False, backend="triton")[0].mean()
+
+
+def plain_info_nce(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+    return (scale * (q @ k.T).float()).logsumexp(1).mean()
+
+
+def nt_xent(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+    return functional.nt_xent(*q.chunk(2), 1 / scale, backend="triton")
+
+
+def sup_con(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+    labels = torch.arange(q.shape[0] // 2, device=q.device) % 10
+    return functional.sup_con(q.unflatten(0, (-1, 2)), labels, backend="triton")
+
+
+def siglip(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+    return functional.siglip(q, k, scale, -10.0, backend="triton")
+
+
+def goodness(h: Tensor) -> Tensor:
+    g, out = functional.goodness_and_normalize(h, relu=True, backend="triton")
+    return torch.dot(g, g.detach()) + _seed(out)
+
+
+def plain_goodness(h: Tensor) -> Tensor:
+    a = h.relu()
+    g = a.float().square().sum(1)
+    out = (a / ((g / h.shape[1]).sqrt() + 1e-6)[:, None]).to(h.dtype)
+    return torch.dot(g, g.detach()) + _seed(out)
+
+
+class _Seed(torch.autograd.Function):
+    """A scalar whose gradient by x is x: what a next layer would hand back, at no traffic of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0]
+
+
+_seed = _Seed.apply
+
+
+def pair_cosine(h1: Tensor, h2: Tensor) -> Tensor:
+    target = torch.ones(h1.shape[0], device=h1.device)
+    return functional.pair_cosine(h1, h2, target, backend="triton")
+
+
+def plain_pair_cosine(h1: Tensor, h2: Tensor) -> Tensor:
+    return F.cosine_embedding_loss(h1.flatten(1), h2.flatten(1), torch.ones(h1.shape[0], device=h1.device))
+
+
+CLIP = [(65536, 512), (32768, 768), (32768, 1024), (4096, 512), (8192, 512), (131072, 512)]
+WORKLOADS: tuple[Workload, ...] = (
+    *(Products("clip", n, n, d, (1, 4), clip, plain_clip) for n, d in CLIP),
+    *(
+        Products(name, 32768, 32768, d, work, ours)
+        for d in (128, 256)
+        for name, work, ours in (("clip", (1, 4), clip), ("nt_xent", (0.5, 2), nt_xent), ("sup_con", (0.5, 2), sup_con))
+    ),
+    Bytes("goodness + normalise", (65536, 2048), 1, (2, 5), goodness, plain_goodness),
+    Bytes("goodness + normalise", (65536, 4096), 1, (2, 5), goodness, plain_goodness),
+    Bytes("pair cosine", (65536, 2048), 2, (2, 4), pair_cosine, plain_pair_cosine),
+    Bytes("pair cosine", (64, 64, 56, 56), 2, (2, 4), pair_cosine, plain_pair_cosine),
+    Products("siglip", 65536, 65536, 768, (1, 3), siglip),
+    Products("clip, a million", MILLION, MILLION, 512, (1, 4), clip, once=True),
+    Products("info_nce", 4096, 65536, 128, (1, 4), info_nce, plain_info_nce),
+    Products("info_nce", 8192, 262144, 768, (1, 4), info_nce),
+    *(Products("nt_xent", n, n, 128, (0.5, 2), nt_xent) for n in (8192, 131072)),
+    *(Products("ragged clip", 30011, 30011, d, (1, 4), clip) for d in (96, 200, 384, 1152)),
+)
