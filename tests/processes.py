@@ -25,7 +25,9 @@ TIMEOUT = 30  # seconds a collective waits
 LONGEST = 300  # seconds until a test is given up
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "ffcl_fast.losses", "numpy"])
+# DistributedDataParallel imports torch._dynamo, which takes longer than all of a test. Not the package itself: the fork
+# server does not know the path that the test has it from.
+_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "numpy"])
 # A started process imports the test by its name: the folder of the tests, and the package's, must be on its path.
 _PATHS = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
