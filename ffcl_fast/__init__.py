@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import functional, nn
+    from . import distributed, functional, nn
+    from .cached import cached_step
     from .losses import (
         ClipLoss,
         GoodnessLoss,
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
         LayerwiseLoss,
         NTXentLoss,
         PairCosineLoss,
+        Queue,
         SigLipLoss,
         SupConLoss,
     )
@@ -25,13 +27,16 @@ __all__ = [
     "LayerwiseLoss",
     "NTXentLoss",
     "PairCosineLoss",
+    "Queue",
     "SigLipLoss",
     "SupConLoss",
+    "cached_step",
+    "distributed",
     "functional",
     "nn",
 ]
 
-_SUBMODULES = ("functional", "losses", "nn")
+_SUBMODULES = ("distributed", "functional", "losses", "nn")
 
 
 def __getattr__(name: str):
@@ -39,7 +44,8 @@ def __getattr__(name: str):
     if name in _SUBMODULES:
         return import_module(f".{name}", __name__)
     if name in __all__:
-        value = globals()[name] = getattr(import_module(".losses", __name__), name)
+        home = ".cached" if name == "cached_step" else ".losses"
+        value = globals()[name] = getattr(import_module(home, __name__), name)
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

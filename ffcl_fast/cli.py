@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .pretrain import config as pretrain_config
 from .train.config import FIELDS, base_type, load_config
 from .train.errors import UserError
 
@@ -52,6 +53,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", metavar="RUN", help="folder of a finished run, as runs/NAME")
     for name in _EVALUATE:
         _add_setting(evaluate, name)
+
+    pretrain_config.add_arguments(
+        commands.add_parser(
+            "pretrain",
+            help="contrastive pretraining: SimCLR, SupCon or CLIP-style, on any number of processes",
+            description="Contrastive pretraining, alone or on the processes of torchrun (torchrun --nproc-per-node 2 -m"
+            " ffcl_fast.pretrain ...). Writes runs/NAME/: backbone.safetensors for ffcl train --init, metrics.json,"
+            " TensorBoard events, curves.png, a checkpoint an epoch.",
+            allow_abbrev=False,
+        )
+    )
 
     doctor = commands.add_parser(
         "doctor",
@@ -163,6 +175,20 @@ def _evaluate(flags: dict[str, Any]) -> int:
     return 0
 
 
+def _pretrain(flags: dict[str, Any]) -> int:
+    resume = flags.pop("resume")
+    config = pretrain_config.Config(**flags)
+    from .distributed import LostRank
+    from .pretrain.run import pretrain
+
+    try:
+        folder = pretrain(config, resume=resume, log=_say)
+    except LostRank as error:
+        raise UserError(str(error)) from None
+    _say(f"backbone: {folder / 'backbone.safetensors'}")
+    return 0
+
+
 def _doctor(flags: dict[str, Any]) -> int:
     from . import doctor
 
@@ -183,7 +209,7 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "doctor": _doctor}
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "pretrain": _pretrain, "doctor": _doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,6 +3,7 @@
 from .contrastive import ClipLoss, InfoNCELoss, NTXentLoss, SigLipLoss, SupConLoss
 from .goodness import GoodnessLoss, PairCosineLoss
 from .layerwise import LayerwiseLoss
+from .queue import Queue
 
 __all__ = [
     "ClipLoss",
@@ -11,6 +12,7 @@ __all__ = [
     "LayerwiseLoss",
     "NTXentLoss",
     "PairCosineLoss",
+    "Queue",
     "SigLipLoss",
     "SupConLoss",
 ]

@@ -2,6 +2,13 @@
 
 Embeddings may be float16, bfloat16, float32 or float64; losses are float32, or float64 for float64. ``backend`` is one
 of :data:`ffcl_fast.backends.NAMES`. What else is common to all is said in :mod:`ffcl_fast.functional.contrastive`.
+
+Across processes, every loss takes ``distributed="auto"`` ("gather" or "ring" to choose the way) and an optional process
+``group``: the batch is then that of all processes, which may hold different numbers of rows, and after the averaging of
+DistributedDataParallel every parameter has the gradient of the single-process loss on the concatenated batch. The mean
+over processes of the returned values is that loss. Without a process group, or with one process, nothing changes.
+Arguments that are wrong, not finite or unlike the other ranks' raise on every rank; a rank that is gone raises
+:class:`ffcl_fast.distributed.LostRank` on the others within the group's timeout. See docs/large_batches.md.
 """
 
 from __future__ import annotations
@@ -9,21 +16,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import distributed
+from .. import distributed as processes
+from ..distributed import losses as across
 from ..functional import _checks, contrastive
-from ..functional.similarity import normalized, prepare
+from ..functional.similarity import prepare
 from .memory_bank import MemoryBank
+from .queue import Queue
 
 
-class InfoNCELoss(nn.Module):
+class _Spread(nn.Module):
+    """What all have in common: the options ``distributed`` and ``group``."""
+
+    def __init__(self, distributed: str | None, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        if distributed is not None:
+            _checks.choice("distributed", distributed, processes.STRATEGIES)
+        self.distributed = distributed
+        self.group = group
+
+    @property
+    def _spread(self) -> bool:
+        return self.distributed is not None and processes.world_size(self.group) > 1
+
+
+class InfoNCELoss(_Spread):
     """InfoNCE as ``info_nce.InfoNCE`` of info-nce-pytorch: embeddings are L2-normalised here.
 
     Args:
         temperature: divides the cosines; a number, or a one-element tensor or parameter that gets a gradient.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         negative_mode: ``"unpaired"``: negative_keys (M, D) serve every row; ``"paired"``: (N, M, D), each row its own.
+        distributed: None, or the exact loss across processes: "auto", "gather" or "ring"; see the module's text.
+        group: the processes; None for all.
 
     Raises:
         ValueError: an unknown option, or a temperature of zero.
@@ -36,9 +63,11 @@ class InfoNCELoss(nn.Module):
         negative_mode: str = "unpaired",
         *,
         decoupled: bool = False,
+        distributed: str | None = None,
+        group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(distributed, group)
         _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         _checks.choice("negative_mode", negative_mode, contrastive.NEGATIVE_MODES)
         _checks.backend(backend)
@@ -49,8 +78,32 @@ class InfoNCELoss(nn.Module):
         self.decoupled = decoupled
         self.backend = backend
 
-    def forward(self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None) -> Tensor:
-        """Loss of query (N, D) and positive_key (N, D); see :func:`ffcl_fast.functional.info_nce`."""
+    def forward(self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | Queue | None = None) -> Tensor:
+        """Loss of query (N, D) and positive_key (N, D); see :func:`ffcl_fast.functional.info_nce`.
+
+        ``negative_keys`` may be a :class:`Queue`, read without a copy. Across processes unpaired negative_keys of all
+        serve every row, and a queue is taken to be the same on all; ``"none"`` gives this process's rows.
+        """
+        queue = negative_keys.keys if isinstance(negative_keys, Queue) else None
+        if queue is not None and self.negative_mode == "paired":
+            raise ValueError("negative_keys must be (N, M, D) with negative_mode='paired', not a Queue")
+        if self._spread:
+            return across.info_nce(
+                query,
+                positive_key,
+                negative_keys if queue is None else queue,
+                self.temperature,
+                self.reduction,
+                self.negative_mode,
+                self.group,
+                self.distributed,
+                decoupled=self.decoupled,
+                shared=queue is not None,
+                backend=self.backend,
+            )
+        if queue is not None:
+            options = {"decoupled": self.decoupled, "reduction": self.reduction, "backend": self.backend}
+            return contrastive.nt_xent(query, positive_key, self.temperature, queue, **options)
         return contrastive.info_nce(
             query,
             positive_key,
@@ -66,7 +119,7 @@ class InfoNCELoss(nn.Module):
         return f"temperature={self.temperature}, reduction={self.reduction!r}, negative_mode={self.negative_mode!r}"
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(_Spread):
     """NT-Xent as ``lightly.loss.NTXentLoss``: embeddings are L2-normalised here.
 
     Args:
@@ -75,6 +128,8 @@ class NTXentLoss(nn.Module):
             ``out1``; a bare size takes D from the first batch. The bank is a buffer and is saved with the module.
         gather_distributed: contrast with the rows of all processes, which get their gradients; or fill the memory bank
             with them.
+        distributed: None, or the exact loss across processes: "auto", "gather" or "ring"; see the module's text.
+        group: the processes; None for all.
 
     Raises:
         ValueError: an impossible memory bank, or a temperature of zero.
@@ -87,12 +142,16 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
         *,
         decoupled: bool = False,
+        distributed: str | None = None,
+        group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(distributed, group)
         _checks.backend(backend)
         _check_temperature(temperature)
         self.memory_bank = MemoryBank(memory_bank_size, gather_distributed)
+        if self.memory_bank.size and distributed is not None:
+            raise ValueError("distributed must be None with a memory bank: take InfoNCELoss and a Queue")
         self.temperature = temperature
         self.gather_distributed = gather_distributed
         self.decoupled = decoupled
@@ -109,26 +168,16 @@ class NTXentLoss(nn.Module):
             _checks.embeddings("out1", out1)
             negatives = self.memory_bank(prepare(out1.detach(), True), update=out0.requires_grad)
             return contrastive.nt_xent(out0, out1, self.temperature, negatives, **options)
-        if not self.gather_distributed or distributed.world_size() == 1:
+        strategy = self.distributed or ("auto" if self.gather_distributed else None)
+        if strategy is None or processes.world_size(self.group) == 1:
             return contrastive.nt_xent(out0, out1, self.temperature, **options)
-        _checks.embeddings("out0", out0)
-        _checks.embeddings("out1", out1)
-        _checks.alike("out1", out1, "out0", out0, rows=True)
-        scale = _checks.inverse_temperature(self.temperature, out0)
-        # Cast for autocast after the gather: the gradients of all processes are then summed in the outputs' dtype.
-        z = normalized(torch.cat((out0, out1)), out0.dtype)
-        world, n = distributed.world_size(), out0.shape[0]
-        # Sample numbers over all processes; each process holds both views of its own.
-        everyone = torch.arange(world * n, device=z.device).view(world, 1, n).expand(world, 2, n)
-        own = distributed.rank() * n + torch.arange(n, device=z.device)
-        all_z, all_ids = prepare(distributed.gather_with_grad(z), False), everyone.reshape(-1)
-        return contrastive.two_views(prepare(z, False), scale, own, all_z=all_z, all_ids=all_ids, **options).mean()
+        return across.nt_xent(out0, out1, self.temperature, self.group, strategy, **options)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(_Spread):
     """Supervised contrastive loss as SupContrast's ``SupConLoss``: normalise the features first.
 
     Anchors without a positive contribute 0 and are left out of the mean, see
@@ -138,6 +187,8 @@ class SupConLoss(nn.Module):
         temperature: divides the dot products; a number, or a one-element tensor or parameter that gets a gradient.
         contrast_mode: ``"all"``: every view is an anchor; ``"one"``: the first one only.
         base_temperature: the loss is multiplied by temperature / base_temperature.
+        distributed: None, or the exact loss across processes: "auto", "gather" or "ring"; see the module's text.
+        group: the processes; None for all.
 
     Raises:
         ValueError: an unknown option, or a temperature of zero.
@@ -149,9 +200,11 @@ class SupConLoss(nn.Module):
         contrast_mode: str = "all",
         base_temperature: float = 0.07,
         *,
+        distributed: str | None = None,
+        group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(distributed, group)
         _checks.choice("contrast_mode", contrast_mode, contrastive.CONTRAST_MODES)
         _checks.backend(backend)
         _check_temperature(temperature)
@@ -162,6 +215,18 @@ class SupConLoss(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Loss () of features (B, views, ...) with labels (B,), a mask (B, B), or neither for SimCLR's loss."""
+        if self._spread:
+            return across.sup_con(
+                features,
+                labels,
+                mask,
+                self.temperature,
+                self.contrast_mode,
+                self.base_temperature,
+                self.group,
+                self.distributed,
+                self.backend,
+            )
         return contrastive.sup_con(
             features,
             labels,
@@ -176,16 +241,20 @@ class SupConLoss(nn.Module):
         return f"temperature={self.temperature}, contrast_mode={self.contrast_mode!r}"
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(_Spread):
     """CLIP's symmetric loss as ``open_clip.ClipLoss``.
 
     Args:
-        local_loss: with several processes, contrast this one's rows with everyone's instead of all with all.
-        gather_with_grad: with several processes, send the gradients of gathered features back to their owners.
+        local_loss: with several processes, return the loss of this one's rows instead of the whole.
+        gather_with_grad: with several processes, send the gradients of gathered features back to their owners. As in
+            open_clip, without it the gradients are not those of the whole batch: take ``distributed`` for those, or
+            ``gather_with_grad``, whose features get the same.
         cache_labels: accepted for compatibility: no labels are ever made.
         rank: this process's number.
         world_size: the number of processes.
         use_horovod: must be false.
+        distributed: None, or the exact loss across processes: "auto", "gather" or "ring"; see the module's text.
+        group: the processes; None for all.
 
     Raises:
         ValueError: ``use_horovod``, or a rank outside the world.
@@ -200,9 +269,11 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
+        distributed: str | None = None,
+        group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(distributed, group)
         if use_horovod:
             raise ValueError("use_horovod must be False: only torch.distributed is supported")
         _check_world(rank, world_size)
@@ -227,33 +298,42 @@ class ClipLoss(nn.Module):
 
         The softmax does not depend on ``logit_bias``; it gets a gradient of 0.
         """
-        if self.world_size == 1:
-            loss = contrastive.clip(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
+        options = (logit_scale, logit_bias)
+        if self._spread:
+            loss, _ = across.clip(
+                image_features, text_features, *options, self.group, self.distributed, self.backend, "ClipLoss"
+            )
+        elif self.world_size == 1:
+            loss = contrastive.clip(image_features, text_features, *options, backend=self.backend)
         else:
-            loss = self._across_processes(image_features, text_features, logit_scale, logit_bias)
+            _check_group(self.rank, self.world_size, self.group)
+            loss = self._as_open_clip(image_features, text_features, *options)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _across_processes(self, image_features, text_features, logit_scale, logit_bias) -> Tensor:
-        contrastive.check_pair(image_features, text_features)
-        if self.gather_with_grad:
-            gather = distributed.gather_with_grad
-        else:
-            gather = distributed.gather if self.local_loss else distributed.gather_own_grad
-        all_images, all_texts = gather(image_features), gather(text_features)
-        if not self.local_loss:
-            return contrastive.clip(all_images, all_texts, logit_scale, logit_bias, backend=self.backend)
-        first = self.rank * image_features.shape[0]
-        loss = (
-            contrastive.clip_local(image_features, all_texts, logit_scale, first, self.backend)
-            + contrastive.clip_local(text_features, all_images, logit_scale, first, self.backend)
-        ) / 2
-        return contrastive.with_bias(loss, logit_bias, image_features)
+    def _as_open_clip(self, image_features, text_features, logit_scale, logit_bias) -> Tensor:
+        """Each option's value and gradients of the features; the scale's is the mean over processes."""
+        if self.local_loss and not self.gather_with_grad:  # no gradient through what was gathered: two products
+            contrastive.check_pair(image_features, text_features)
+            all_images, all_texts = (processes.gather(x, self.group) for x in (image_features, text_features))
+            first = self.rank * image_features.shape[0]
+            loss = (
+                contrastive.clip_local(image_features, all_texts, logit_scale, first, self.backend)
+                + contrastive.clip_local(text_features, all_images, logit_scale, first, self.backend)
+            ) / 2
+            return contrastive.with_bias(loss, logit_bias, image_features)
+        if not self.gather_with_grad:  # own rows only, of the whole loss: DDP's averaging makes that 1 / world_size
+            image_features, text_features = (_times(x, 1 / self.world_size) for x in (image_features, text_features))
+        name = f"ClipLoss {self.local_loss} {self.gather_with_grad}"
+        share, meeting = across.clip(
+            image_features, text_features, logit_scale, logit_bias, self.group, "auto", self.backend, name
+        )
+        return share if self.local_loss else across.mean_value(share, meeting)
 
     def extra_repr(self) -> str:
         return f"local_loss={self.local_loss}, rank={self.rank}, world_size={self.world_size}"
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(_Spread):
     """SigLIP's pairwise sigmoid loss as ``open_clip.SigLipLoss``.
 
     Args:
@@ -261,7 +341,10 @@ class SigLipLoss(nn.Module):
         rank: this process's number.
         world_size: the number of processes; each contrasts its images with the texts of all.
         dist_impl: None, ``"bidir"``, ``"shift"``, ``"reduce"`` or ``"gather"``. Value and gradients are the same for
-            all of them, and here so is the way: one gather of the texts.
+            all of them: here ``"bidir"`` and ``"shift"`` are the ring, ``"gather"`` and ``"reduce"`` the gather, None
+            the one that memory allows.
+        distributed: None, or the exact loss across processes: "auto", "gather" or "ring"; see the module's text.
+        group: the processes; None for all.
 
     Raises:
         ValueError: an unknown ``dist_impl``, or a rank outside the world.
@@ -274,12 +357,15 @@ class SigLipLoss(nn.Module):
         world_size: int = 1,
         dist_impl: str | None = None,
         *,
+        distributed: str | None = None,
+        group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(distributed, group)
         _check_world(rank, world_size)
         _checks.backend(backend)
         self.dist_impl = dist_impl or "bidir"
+        self._strategy = {None: "auto", "bidir": "ring", "shift": "ring"}.get(dist_impl, "gather")
         _checks.choice("dist_impl", self.dist_impl, ("bidir", "shift", "reduce", "gather"))
         self.cache_labels = cache_labels
         self.rank = rank
@@ -295,12 +381,14 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """Loss () of matching rows (N, D) and (N, D), or ``{"contrastive_loss": loss}`` with ``output_dict``."""
-        args = {"logit_scale": logit_scale, "logit_bias": logit_bias, "backend": self.backend}
-        loss = contrastive.siglip(image_features, text_features, **args)
-        if self.world_size > 1:
-            texts = distributed.gather_with_grad(text_features).split(text_features.shape[0])
-            others = torch.cat([t for i, t in enumerate(texts) if i != self.rank])
-            loss = loss + contrastive.siglip(image_features, others, negative_only=True, **args)
+        args = (image_features, text_features, logit_scale, logit_bias)
+        if self._spread:
+            loss = across.siglip(*args, self.group, self.distributed, self.backend)
+        elif self.world_size > 1:
+            _check_group(self.rank, self.world_size, self.group)
+            loss = across.siglip(*args, self.group, self._strategy, self.backend, mean=False)
+        else:
+            loss = contrastive.siglip(*args, backend=self.backend)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
@@ -317,3 +405,20 @@ def _check_temperature(temperature: float | Tensor) -> None:
 def _check_world(rank: int, world_size: int) -> None:
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size): got rank={rank}, world_size={world_size}")
+
+
+def _check_group(rank: int, world_size: int, group: dist.ProcessGroup | None) -> None:
+    actual = processes.world_size(group)
+    if actual != world_size:
+        raise ValueError(f"world_size must be that of the process group: got {world_size}, it has {actual}")
+    if processes.rank(group) != rank:
+        raise ValueError(f"rank must be this process's own: got {rank}, it is {processes.rank(group)}")
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    """``x``, whose gradient is multiplied by ``factor``."""
+    if not isinstance(x, Tensor) or not x.requires_grad:
+        return x
+    x = x.view_as(x)
+    x.register_hook(lambda grad: grad * factor)
+    return x

@@ -1,4 +1,8 @@
-"""Gathering embeddings from every process, with the gradients that open_clip's and lightly's losses give them."""
+"""Losses over processes: gathers with the gradients of open_clip's and lightly's, and what the exact losses stand on.
+
+``losses.py`` has the contract of the exact losses, ``similarity.py`` the two ways they go, gather and ring,
+``meeting.py`` what the processes check together first, ``exchange.py`` what is sent.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .exchange import LostRank, gather_rows
 
-def world_size() -> int:
-    """Number of processes of the default group, 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+STRATEGIES = ("auto", "gather", "ring")
+
+__all__ = [
+    "STRATEGIES",
+    "LostRank",
+    "gather",
+    "gather_own_grad",
+    "gather_uneven",
+    "gather_with_grad",
+    "rank",
+    "world_size",
+]
 
 
-def rank() -> int:
-    """This process's number in the default group, 0 without one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Number of processes of ``group`` (None: the default one), 1 where there is none."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """This process's number in ``group`` (None: the default one), 0 where there is none."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
 def gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -27,6 +46,12 @@ def gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     out = x.new_empty((world * x.shape[0], *x.shape[1:]))
     dist.all_gather(list(out.chunk(world)), x, group=group)
     return out
+
+
+def gather_uneven(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """As :func:`gather`, of processes with different numbers of rows: (sum of them, D), no gradient."""
+    rows = x.new_tensor([x.shape[0]], dtype=torch.int64)
+    return gather_rows(x, gather(rows, group).tolist(), group)
 
 
 def gather_with_grad(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -1,0 +1,82 @@
+"""MoCo's queue of keys (He et al. 2020) as ``negative_keys``, read where it lies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import distributed
+from ..functional.similarity import normalized
+
+
+class Queue(nn.Module):
+    """The last ``size`` keys, unit rows (size, dim), random at first, in ``state_dict`` as ``bank`` and ``position``.
+
+    Pass it as ``InfoNCELoss``'s ``negative_keys`` and enqueue the batch's keys at any time of the step:
+
+        loss = criterion(query, key, queue)
+        queue.enqueue(key)
+        loss.backward()
+
+    No copy is made of it. A backward pass reads the very rows that its forward pass read, so enqueued keys wait, and
+    are written over the oldest ones when the queue is next read: by the next forward pass, by ``keys`` or by
+    ``state_dict``. A backward pass that comes later than that fails with PyTorch's error on changed tensors.
+
+    Args:
+        size: keys held.
+        dim: their width.
+        dtype: of the keys; that of the embeddings, or autocast's, for them to be used without a cast.
+        gather: enqueue the keys of every process, in the order of ranks, so that all hold the same queue. Without a
+            process group nothing changes.
+
+    Raises:
+        ValueError: a size or dim below 1.
+    """
+
+    def __init__(self, size: int, dim: int, *, dtype: torch.dtype | None = None, gather: bool = True) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        self.size, self.dim, self.gather = size, dim, gather
+        self.bank: Tensor
+        self.position: Tensor
+        self.register_buffer("bank", normalized(torch.randn(size, dim), dtype or torch.get_default_dtype()))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+        self._waiting: list[Tensor] = []
+        self.register_state_dict_pre_hook(lambda module, *_: module._write())
+        self.register_load_state_dict_pre_hook(lambda module, *_: module._waiting.clear())
+
+    @property
+    def keys(self) -> Tensor:
+        """(size, dim) the keys, not a copy."""
+        self._write()
+        return self.bank
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Let ``keys`` (n, dim), normalised here, replace the oldest ones before the queue is next read.
+
+        Raises:
+            ValueError: another width.
+        """
+        if keys.dim() != 2 or keys.shape[1] != self.dim:
+            raise ValueError(f"keys must have shape (n, {self.dim}), got {tuple(keys.shape)}")
+        keys = normalized(keys.detach(), self.bank.dtype)
+        if self.gather and distributed.world_size() > 1:
+            keys = distributed.gather_uneven(keys)
+        self._waiting.append(keys)
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        for keys in self._waiting:
+            skipped = max(0, keys.shape[0] - self.size)
+            keys = keys[skipped:].to(self.bank)
+            # Positions as a tensor: reading the number would stall an accelerator.
+            places = (self.position + skipped + torch.arange(keys.shape[0], device=keys.device)) % self.size
+            self.bank.index_copy_(0, places, keys)
+            self.position.copy_((self.position + skipped + keys.shape[0]) % self.size)
+        self._waiting.clear()
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, dim={self.dim}"

@@ -1,0 +1,190 @@
+"""What each process trains on: its share of every batch, as augmented views or as images and captions.
+
+Random choices depend on (seed, epoch, sample) alone, so an epoch repeated after a restart is the same epoch.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from ..train.batches import derive_seed
+from ..train.config import Config as TrainConfig
+from ..train.data import Split, prepare
+from ..train.errors import UserError
+from ..train.folder import FOLDER_SIZE, FORMATS
+from .config import Config
+
+CAPTION = 64  # bytes of a caption that the text encoder reads
+_IMAGES = ";".join(suffix[1:] for suffix in FORMATS)
+_SHUFFLED = 1000  # samples of a shard that are mixed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A process's samples: first (n, 1, S, S) float32, second the other view or captions (n, CAPTION) uint8, labels."""
+
+    first: Tensor
+    second: Tensor
+    labels: Tensor
+
+
+class Source:
+    """Training samples by epoch; ``classes`` may be empty for shards."""
+
+    def __init__(self, config: Config, image_size: int, classes: tuple[str, ...], samples: int) -> None:
+        self.config, self.image_size, self.classes, self.samples = config, image_size, classes, samples
+        self.augment = v2.Compose(
+            [
+                v2.RandomResizedCrop(image_size, scale=(0.3, 1.0), antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.ColorJitter(brightness=0.4, contrast=0.4),
+            ]
+        )
+
+    def steps(self, world: int) -> int:
+        """Steps of an epoch, the same on every process."""
+        raise NotImplementedError
+
+    def epoch(self, number: int, rank: int, world: int) -> Iterable[Batch]:
+        """This process's batches; on every process as many."""
+        raise NotImplementedError
+
+    def item(self, image: Tensor, label: int, caption: str, seed: int) -> tuple[Tensor, Tensor, int]:
+        torch.default_generator.manual_seed(seed & (2**62 - 1))
+        first = self.augment(image)
+        second = caption_bytes(caption) if self.config.method == "clip" else self.augment(image)
+        return first, second, label
+
+
+def caption_bytes(text: str) -> Tensor:
+    """The first bytes of a caption in UTF-8, with zeros after it."""
+    raw = text.encode()[:CAPTION].ljust(CAPTION, b"\0")
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
+def collate(items: list[tuple[Tensor, Tensor, int]]) -> Batch:
+    first, second, labels = zip(*items, strict=True)
+    first, second = torch.stack(first), torch.stack(second)
+    return Batch(first.float() / 255, second if second.dim() == 2 else second.float() / 255, torch.tensor(labels))
+
+
+def open_source(config: Config) -> Source:
+    """The data that ``config.data`` names. Raises UserError for what cannot be read."""
+    shards = _shards(config.data)
+    if shards:
+        return Shards(config, shards)
+    flags = {"data": config.data, "image_size": config.image_size or None, "data_dir": config.data_dir or None}
+    data = prepare(TrainConfig(**flags))
+    return Images(config, data.train, data.classes)
+
+
+class Images(Source, Dataset):
+    """A data set that ``ffcl train`` reads: every process has it whole in memory and takes its part of a batch."""
+
+    def __init__(self, config: Config, split: Split, classes: tuple[str, ...]) -> None:
+        super().__init__(config, split.images.shape[-1], classes, config.epoch_samples or len(split))
+        self.split = split
+        self.number = 0
+
+    def steps(self, world: int) -> int:
+        return len(self._parts(0, 0, world))
+
+    def epoch(self, number: int, rank: int, world: int) -> Iterable[Batch]:
+        self.number = number
+        parts = self._parts(number, rank, world)
+        return DataLoader(self, batch_sampler=parts, num_workers=self.config.workers, collate_fn=collate)
+
+    def _parts(self, number: int, rank: int, world: int) -> list[list[int]]:
+        """A process's sample numbers of every global batch; the last one may be smaller, and uneven over processes.
+
+        Fewer than two samples a process are left out: BatchNorm cannot train on one.
+        """
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", number))
+        order = torch.randperm(len(self.split), generator=generator)[: self.samples].tolist()
+        together = self.config.batch_size * world
+        batches = [order[i : i + together] for i in range(0, len(order), together)]
+        batches = [batch for batch in batches if len(batch) >= 2 * world]
+        return [[int(i) for i in np.array_split(batch, world)[rank]] for batch in batches]
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        label = int(self.split.labels[index])
+        seed = derive_seed(self.config.seed, "views", self.number) + index
+        return self.item(self.split.images[index], label, self.classes[label], seed)
+
+
+class Shards(Source):
+    """WebDataset shards through the ``webdataset`` package: every process draws shards for as long as an epoch."""
+
+    def __init__(self, config: Config, urls: list[str]) -> None:
+        if not config.epoch_samples:
+            raise UserError("epoch_samples: needed for shards, whose number of samples is not known")
+        super().__init__(config, config.image_size or FOLDER_SIZE, (), config.epoch_samples)
+        self.urls = urls
+
+    def steps(self, world: int) -> int:
+        return max(1, self.samples // (self.config.batch_size * world))
+
+    def epoch(self, number: int, rank: int, world: int) -> Iterator[Batch]:
+        import webdataset as wds
+
+        seed = derive_seed(self.config.seed, "shards", number, rank)
+        pipeline = wds.DataPipeline(
+            wds.ResampledShards(self.urls, seed=seed, deterministic=True),
+            wds.tarfile_to_samples(),
+            wds.shuffle(_SHUFFLED, rng=random.Random(seed)),
+            wds.map(lambda sample: self._decoded(sample, seed)),
+        )
+        loader = DataLoader(
+            pipeline, batch_size=self.config.batch_size, num_workers=self.config.workers, collate_fn=collate
+        )
+        for _, batch in zip(range(self.steps(world)), loader, strict=False):
+            yield batch
+
+    def _decoded(self, sample: dict, seed: int) -> tuple[Tensor, Tensor, int]:
+        key = sample.get("__key__", "?")
+        kind = next((suffix for suffix in _IMAGES.split(";") if suffix in sample), None)
+        if kind is None:
+            raise UserError(f"data {self.config.data}: sample {key!r} has no image ({_IMAGES.replace(';', ', ')})")
+        try:
+            with Image.open(io.BytesIO(sample[kind]), formats=sorted(set(FORMATS.values()))) as image:
+                size = (self.image_size, self.image_size)
+                pixels = np.asarray(image.convert("L").resize(size, Image.Resampling.BILINEAR))
+            label = int(sample["cls"]) if "cls" in sample else -1
+            caption = sample["txt"].decode() if "txt" in sample else ""
+        except Exception as error:  # Pillow's decoders raise anything on hostile bytes
+            raise UserError(f"data {self.config.data}: sample {key!r} cannot be decoded ({error})") from None
+        needed = {"supcon": ("cls", label < 0), "clip": ("txt", not caption)}.get(self.config.method)
+        if needed and needed[1]:
+            raise UserError(f"data {self.config.data}: sample {key!r} has no .{needed[0]}, for {self.config.method}")
+        return self.item(torch.from_numpy(pixels.copy())[None], label, caption, derive_seed(seed, key))
+
+
+def _shards(data: str) -> list[str]:
+    """The shard files that ``data`` means, or none: then it is not about shards."""
+    if "{" in data or data.startswith(("http://", "https://")):
+        import webdataset as wds
+
+        return list(wds.shardlists.expand_urls(data))
+    if "*" in data:
+        found = sorted(glob.glob(data))
+        if not found:
+            raise UserError(f"data {data!r}: no such files")
+        return found
+    if os.path.isdir(data) and not os.path.isdir(os.path.join(data, "train")):
+        return sorted(glob.glob(os.path.join(glob.escape(data), "*.tar")))
+    return []

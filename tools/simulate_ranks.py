@@ -1,0 +1,324 @@
+"""Plays the schedules of W processes in one: the library's own code and real tiles, a simulated clock and network.
+
+    python -m tools.simulate_ranks --ranks 64 --rows 128     both ways, numerics checked, times predicted
+    python -m tools.simulate_ranks --real 2 --rows 2048      a step on 2 real processes, by the wall clock
+    python -m tools.simulate_ranks --paper --rate 4e14 --bandwidth 4e10 --latency 2e-5    tables from assumptions
+
+Every rank is a thread that runs ``ffcl_fast.distributed.similarity``; only what it sends and receives goes through
+mailboxes here. A rank's clock advances by the processor time of its tiles (or by ``--rate``), and by waiting for
+messages that take latency + bytes / bandwidth. Results are compared with one process that has the whole batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from contextlib import ExitStack
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ffcl_fast import functional
+from ffcl_fast.distributed import similarity
+from ffcl_fast.distributed.exchange import Ring
+from ffcl_fast.distributed.meeting import Meeting
+
+from .schedule_model import Machine, Problem, crossover, memory, seconds, traffic
+
+WAIT = 600
+
+
+class Network:
+    """Mailboxes and clocks of ``world`` ranks."""
+
+    def __init__(self, world: int, machine: Machine, block: float | None) -> None:
+        self.world, self.machine, self.block = world, machine, block
+        self.clock, self.sent = [0.0] * world, [0.0] * world
+        self.boxes: dict[tuple[int, int], queue.Queue] = defaultdict(queue.Queue)
+        self.barrier = threading.Barrier(world, timeout=WAIT)
+        self.board: list = [None] * world
+        self.local = threading.local()
+
+    @property
+    def rank(self) -> int:
+        return self.local.rank
+
+    def together(self, value: Tensor, cost: float, size: float) -> list[Tensor]:
+        """Everyone's value; all clocks meet, then advance by ``cost``."""
+        self.board[self.rank] = (value, self.clock[self.rank])
+        self.sent[self.rank] += size
+        self.barrier.wait()
+        everyone = list(self.board)
+        self.barrier.wait()
+        self.clock[self.rank] = max(when for _, when in everyone) + cost
+        return [value for value, _ in everyone]
+
+    def gather_rows(self, x: Tensor, rows, group) -> Tensor:
+        size = x.numel() * x.element_size()
+        cost = (self.world - 1) * self.machine.message(size)
+        return torch.cat(self.together(x, cost, (self.world - 1) * size))
+
+    def all_reduce_lse(self, x: Tensor, group) -> Tensor:
+        size = 8 * x.numel() / self.world
+        steps = 4 * (self.world - 1)  # two all-reduces, of the maxima and of the sums
+        everyone = self.together(x, steps * self.machine.message(size), steps * size)
+        return torch.logsumexp(torch.stack(everyone), 0)
+
+    def reduce_scatter_rows(self, x: Tensor, rows, group) -> Tensor:
+        size = x.numel() * x.element_size() / self.world
+        everyone = self.together(x, (self.world - 1) * self.machine.message(size), (self.world - 1) * size)
+        first = sum(rows[: self.rank])
+        return sum(part[first : first + rows[self.rank]] for part in everyone)
+
+
+class SimulatedRing(Ring):
+    """The library's rotation over mailboxes."""
+
+    def __init__(self, network: Network) -> None:
+        self.network, self.rank, self.world = network, network.rank, network.world
+
+    def start(self, tensors, rows: int, hops: int = 1):
+        network, rank = self.network, self.rank
+        size = sum(x.numel() * x.element_size() for x in tensors)
+        network.sent[rank] += size
+        arrival = network.clock[rank] + network.machine.message(size)
+        network.boxes[(rank - hops) % self.world, hops].put(([x.clone() for x in tensors], arrival))
+
+        def wait() -> list[Tensor]:
+            received, when = network.boxes[rank, hops].get(timeout=WAIT)
+            network.clock[rank] = max(network.clock[rank], when)
+            assert all(x.shape[0] == rows for x in received)
+            return received
+
+        return wait
+
+
+class SimulatedMeeting(Meeting):
+    @property
+    def rank(self) -> int:
+        return self.group.rank
+
+    @property
+    def ring(self) -> Ring:
+        return SimulatedRing(self.group)
+
+
+def simulate(problem: Problem, strategy: str, machine: Machine, timed: bool, sizes=None, seed: int = 0) -> dict:
+    """Play one forward and backward pass. Returns times, bytes sent and the largest error against one process."""
+    world, generator = problem.world, torch.Generator().manual_seed(seed)
+    sizes = tuple(sizes or [problem.rows] * world)
+
+    def unit() -> Tensor:
+        return torch.nn.functional.normalize(torch.randn(sum(sizes), problem.dim, generator=generator), dim=1)
+
+    q = unit()
+    k = None if problem.symmetric else unit()
+    scale = torch.tensor(10.0)
+    u, v = (torch.rand(sum(sizes), generator=generator) for _ in range(2))
+    network = Network(world, machine, None if timed else problem.block)
+    results: list = [None] * world
+
+    def rank_body(rank: int) -> None:
+        network.local.rank = rank
+        torch.set_num_threads(1)  # this thread's own number
+        try:
+            results[rank] = _play(problem, strategy, network, sizes, q, k, scale, u, v)
+        except BaseException as error:  # into the report, and the others out of their waits
+            results[rank] = error
+            network.barrier.abort()
+
+    threads = [threading.Thread(target=rank_body, args=(rank,), daemon=True) for rank in range(world)]
+    with ExitStack() as stack:
+        for name in ("gather_rows", "all_reduce_lse", "reduce_scatter_rows"):
+            stack.enter_context(mock.patch.object(similarity, name, getattr(network, name)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT)
+    failed = [r for r in results if not isinstance(r, dict)]
+    if failed:
+        raise next((f for f in failed if not isinstance(f, threading.BrokenBarrierError)), RuntimeError("a rank hangs"))
+    return {
+        "error": _error(problem, results, q, k, scale, u, v),
+        "seconds": max(network.clock),
+        "sent": max(network.sent),
+    }
+
+
+def _play(problem: Problem, strategy: str, network: Network, sizes, q, k, scale, u, v) -> dict:
+    meeting = SimulatedMeeting(network, sizes, sizes, strategy)
+    own = meeting.own(sizes)
+    both = problem.both and not problem.symmetric
+    work = _TimedBlocks(scale, False, both, meeting, "auto", problem.symmetric)
+    work.network = network
+    mine, keys = q[own], None if k is None else k[own]
+    gather = strategy == "gather"
+    forward = similarity._gather_forward if gather else similarity._ring_forward
+    row, col, gathered = forward(work, mine, keys, None, None)
+    sides = [similarity._Side(row, u[own])] + ([similarity._Side(col, v[own])] if both else [])
+    backward = similarity._gather_backward if gather else similarity._ring_backward
+    dq, dk = backward(work, mine, keys, None, None, sides, gathered, True, k is not None)
+    return {"row": row, "col": col, "dq": dq, "dk": dk}
+
+
+class _TimedBlocks(similarity._Blocks):
+    """Tiles that move their rank's clock."""
+
+    network: Network
+
+    def forward(self, q, k, *rest):
+        return self._timed(super().forward, q, k, 1, q, k, *rest)
+
+    def backward(self, q, k, *rest):
+        return self._timed(super().backward, q, k, 3, q, k, *rest)
+
+    def _timed(self, run, q, k, passes, *args):
+        began = time.thread_time()
+        result = run(*args)
+        network = self.network
+        if network.block is None:
+            spent = time.thread_time() - began
+        else:
+            pairs = q.shape[0] * (q.shape[0] / 2 if k is None else k.shape[0])
+            spent = passes * 2.0 * pairs * q.shape[1] / network.machine.rate
+        network.clock[network.rank] += spent
+        return result
+
+
+def _error(problem: Problem, results, q, k, scale, u, v) -> float:
+    """The largest relative error of all results against one process with everything, in float64."""
+    leaf_q = q.double().requires_grad_()
+    leaf_k = leaf_q if k is None else k.double().requires_grad_()
+    rows, cols = functional.similarity_lse(leaf_q, None if k is None else leaf_k, scale.double(), both=k is not None)
+    both = problem.both and not problem.symmetric
+    (rows @ u.double() + (cols @ v.double() if both else 0.0)).backward()
+    truth = {"row": rows.detach(), "dq": leaf_q.grad}
+    if k is not None:
+        truth["dk"] = leaf_k.grad
+    if both:
+        truth["col"] = cols.detach()
+    errors = []
+    for name, expected in truth.items():
+        ours = torch.cat([r[name] for r in results]).double()
+        errors.append(float((ours - expected).norm() / expected.norm()))
+    return max(errors)
+
+
+# --- real processes --------------------------------------------------------------------------------------------------
+
+
+def measure(world: int, rows: int, dim: int, repeats: int) -> dict[str, float]:
+    """Wall-clock seconds of a step of CLIP's loss on real processes, and what the network does, by ping-pong."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = torch.multiprocessing.get_context("spawn")
+        answers = context.SimpleQueue()
+        args = (world, f"file://{folder}/rendezvous", rows, dim, repeats, answers)
+        torch.multiprocessing.spawn(_real, args=args, nprocs=world)
+        return answers.get()
+
+
+def _real(rank: int, world: int, address: str, rows: int, dim: int, repeats: int, answers) -> None:
+    import torch.distributed as dist
+
+    import ffcl_fast as ff
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    ring, found = Ring(None), {}
+    for name, size in (("latency", 1), ("large", 1 << 20)):
+        x = torch.zeros(size)
+        found[name] = _median(lambda x=x: ring.start([x], x.shape[0])(), repeats)
+    found["bandwidth"] = 4 * (1 << 20) / max(found.pop("large") - found["latency"], 1e-9)
+    x, y = (torch.nn.functional.normalize(torch.randn(rows, dim), dim=1).requires_grad_() for _ in range(2))
+    for strategy in ("gather", "ring"):
+        loss = ff.ClipLoss(distributed=strategy)
+        found[strategy] = _median(lambda loss=loss: loss(x, y, 10.0).backward(), repeats)
+    alone = ff.ClipLoss()
+    found["product"] = _median(lambda: alone(x, y, 10.0).backward(), repeats)  # with all processes at it
+    if rank == 0:
+        answers.put(found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _median(run, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return sorted(times[1:])[repeats // 2]
+
+
+def _cell(p: Problem, way: str, machine: Machine) -> str:
+    sent, held = traffic(p, way) / 1e9, memory(p, way) / 1e9
+    return f"{sent:.2f} GB, {held:.2f} GB, {1e3 * seconds(p, way, machine):.2f} ms"
+
+
+def paper(machine: Machine, free: float, dim: int, element: int) -> str:
+    """Markdown: per step and process, for CLIP, by processes and batch, from the assumptions alone."""
+    lines = [
+        "| GPUs | rows each | batch | gather: sent, memory, time | ring: sent, memory, time | take |",
+        "|--:|--:|--:|---|---|---|",
+    ]
+    for world in (8, 64, 256, 1024):
+        for rows in (256, 1024, 4096, 16384):
+            p = Problem(world, rows, dim, element)
+            ways = [_cell(p, way, machine) for way in ("gather", "ring")]
+            lines.append(
+                f"| {world} | {rows} | {world * rows:,} | {ways[0]} | {ways[1]} | {crossover(p, machine, free)} |"
+            )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="simulate_ranks", description=__doc__.partition("\n")[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4, 8, 16, 32, 64])
+    parser.add_argument("--rows", type=int, default=64, help="anchors a rank")
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--element", type=int, default=2, help="bytes an element, for --paper")
+    parser.add_argument("--rate", type=float, help="operations a second of a rank; default: its tiles are timed")
+    parser.add_argument("--bandwidth", type=float, default=1e9, help="bytes a second")
+    parser.add_argument("--latency", type=float, default=1e-4, help="seconds a message")
+    parser.add_argument("--free", type=float, default=20e9, help="bytes a gather may take, for --paper")
+    parser.add_argument("--real", type=int, help="run that many real processes and compare with the prediction")
+    parser.add_argument("--paper", action="store_true", help="tables from --rate, --bandwidth and --latency alone")
+    flags = parser.parse_args(argv)
+    machine = Machine(flags.rate or 1e10, flags.bandwidth, flags.latency)
+    if flags.paper:
+        print(paper(machine, flags.free, flags.dim, flags.element))
+        return 0
+    if flags.real:
+        found = measure(flags.real, flags.rows, flags.dim, 9)
+        p = Problem(flags.real, flags.rows, flags.dim)
+        actual = Machine(4 * p.block / found["product"], found["bandwidth"], found["latency"])
+        print(f"measured: {actual}")
+        for way in ("gather", "ring"):
+            print(f"{way}: predicted {1e3 * seconds(p, way, actual):.2f} ms, real {1e3 * found[way]:.2f} ms")
+        return 0
+    torch.set_num_threads(1)
+    wrong = 0
+    for symmetric in (False, True):
+        for world in flags.ranks:
+            for way in ("gather", "ring"):
+                if world == 1 and way == "ring":
+                    continue
+                p = Problem(world, flags.rows, flags.dim, symmetric=symmetric)
+                r = simulate(p, way, machine, flags.rate is None)
+                wrong += r["error"] > 1e-5
+                print(
+                    f"{'NT-Xent' if symmetric else 'CLIP':8} W={world:3} {way:6} error {r['error']:.1e}"
+                    f"  simulated {1e3 * r['seconds']:9.3f} ms  paper {1e3 * seconds(p, way, machine):9.3f} ms"
+                    f"  sent {r['sent'] / 1e6:8.3f} MB  paper {traffic(p, way) / 1e6:8.3f} MB"
+                )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
