@@ -197,20 +197,19 @@ FFCL_HD inline uint64_t swizzled_operand(uint32_t address) {
   return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-// What a cluster multiplies, in order: a super-tile's tiles of 256 x 128, two columns of tiles at a time. Consumer `w`
-// has every other column, so while one takes exponentials the other multiplies. Calls use(i, j, w).
+// What a cluster multiplies, in order: a super-tile's tiles of 256 x 128, two columns of tiles at a time, of which each
+// consumer `w` has one. The consumers strictly take turns (product90 relies on it), so a tile past the last column, or
+// below the diagonal where its neighbour is not, is computed for nothing. Calls use(i, j, w).
 template <class Use>
 FFCL_HD void walk_super_tile(const SumsPlan& p, const Mask& m, int end, int row, int col, Use use) {
   FFCL_NO_UNROLL
-  for (int pair = 0; pair < p.span; pair += CONSUMERS90) {
+  for (int pair = 0; pair < p.span && col + pair * TILE < m.cols; pair += CONSUMERS90) {
     FFCL_NO_UNROLL
     for (int i = 0; i < p.span / CLUSTER90; ++i) {
+      const int r = row + i * CLUSTER90 * TILE;
+      if (r >= end || (m.triangle && r >= col + (pair + CONSUMERS90) * TILE)) break;
       FFCL_NO_UNROLL
-      for (int w = 0; w < CONSUMERS90; ++w) {
-        const int r = row + i * CLUSTER90 * TILE, c = col + (pair + w) * TILE;
-        if (r >= end || c >= m.cols || (m.triangle && r >= c + TILE)) continue;
-        use(i, pair + w, w);
-      }
+      for (int w = 0; w < CONSUMERS90; ++w) use(i, pair + w, w);
     }
   }
 }

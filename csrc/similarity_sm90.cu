@@ -3,8 +3,7 @@
 //
 // How it works: a cluster of two blocks multiplies tiles of 256 x 128. In each block one thread loads steps of 64 along
 // the depth into a ring of stages, its own rows and half of the columns, which TMA writes to both blocks; two warpgroups
-// take turns at the tiles. They share nothing but the ring, whose order makes one of them multiply while the other is
-// at its exponentials. A stage is free again when the group that used it says so, to both blocks.
+// take turns at the tiles, so that one multiplies while the other is at its exponentials. A stage is free again when the group that used it says so, to both blocks.
 // Bound by: tensor cores; below a width of 128, exp2.
 #define FFCL_SM90A 1
 
@@ -23,6 +22,7 @@ struct Ring {
   unsigned char* stages = shared_memory();
   uint64_t* full = reinterpret_cast<uint64_t*>(shared_memory() + STAGES * 2 * OPERAND90);
   uint64_t* empty = full + STAGES;
+  uint64_t* turn = empty + STAGES;  // phase n ends with the product of tile n
   unsigned char* rest = shared_memory() + STAGES * 2 * OPERAND90 + BARRIERS90;
 
   // All threads of the cluster call it.
@@ -32,6 +32,7 @@ struct Ring {
         barrier_init(full + s, 1);
         barrier_init(empty + s, CLUSTER90 * 4);  // the warps of one group in each block
       }
+      barrier_init(turn, 4);
       barriers_ready();
     }
     cluster_meet();
@@ -56,9 +57,15 @@ struct Ring {
   }
 };
 
-// acc = this block's 128 rows times the 128 columns of steps first, first + 1, ... of the ring.
+// acc = this block's 128 rows times the 128 columns of tile `n`, whose steps are n * steps, ... of the ring.
+//
+// A barrier tells only the parity of its phase, so nobody may wait for a stage's next phase but one: the groups take
+// turns, and each starts when the other has waited for all that came before.
 template <class T, int STAGES>
-__device__ __forceinline__ void product90(float (&acc)[MF][NF][4], const Ring<STAGES>& ring, unsigned first, int steps) {
+__device__ __forceinline__ void product90(float (&acc)[MF][NF][4], const Ring<STAGES>& ring, unsigned n, int steps,
+                                          unsigned rank) {
+  const unsigned first = n * steps;
+  if (n > 0) barrier_wait(ring.turn, (n - 1) % 2);
   for (int step = 0; step < steps; ++step) {
     const unsigned count = first + step;
     ring.wait(count);
@@ -78,6 +85,7 @@ __device__ __forceinline__ void product90(float (&acc)[MF][NF][4], const Ring<ST
   }
   products_wait<0>();
   ring.release(first + steps - 1);
+  if (threadIdx.x % 32 == 0) barrier_arrive(ring.turn, rank);
 }
 
 // One exp2 an element feeds both sums: column sums stay in a group's registers down its column of tiles, row sums in
@@ -115,7 +123,7 @@ __global__ void __launch_bounds__(THREADS90, 1)
       for (int i = thread; i < ROWS; i += 128) row_sums[group * ROWS + i] = 0.f;
       meet(1 + group, 128);
       float acc[MF][NF][4], col_sums[NF][2] = {};
-      unsigned count = 0;
+      unsigned tile = 0;
       int open = -1;  // the column of tiles whose sums are in col_sums
       auto close = [&] {
         if (open < 0 || !a.both) return;
@@ -134,12 +142,12 @@ __global__ void __launch_bounds__(THREADS90, 1)
         if (w == group) {
           if (j != open) close();
           open = j;
-          product90<T>(acc, ring, count, steps);
+          product90<T>(acc, ring, tile, steps, rank);
           const int r = row + i * CLUSTER90 * TILE + own, at = col + j * TILE;
           exponentials<APART90>(acc, a.mask, needs_mask(a.mask, r, at, TILE, TILE), r + 16 * warp, at, x);
           add_sums<APART90>(acc, row_sums + group * ROWS + i * TILE + 16 * warp, col_sums);
         }
-        count += steps;
+        ++tile;
       });
       close();
       meet(1 + CONSUMERS90, 128 * CONSUMERS90);
@@ -181,10 +189,10 @@ __global__ void __launch_bounds__(THREADS90, 1)
     unsigned char* tile = ring.rest + group * TILE * PANEL_PITCH;
     const float factor = *a.scale * LOG2E;
     float acc[MF][NF][4];
-    unsigned count = 0;
+    unsigned number = 0;
     walk_panel(height, width, cluster, clusters, [&](int row, int col, int w) {
       if (w == group) {
-        product90<T>(acc, ring, count, steps);
+        product90<T>(acc, ring, number, steps, rank);
         const int r = a.row_begin + row + own, c = a.col_begin + col;
         pair_gradients<APART90>(acc, a.mask, needs_mask(a.mask, r, c, TILE, TILE), r + 16 * warp, c, factor, a.rows,
                                 a.cols, a.frame);
@@ -193,7 +201,7 @@ __global__ void __launch_bounds__(THREADS90, 1)
         store_tile(tile, a.panel, a.stride, row + own, col, height, width, thread, 128);
         meet(1 + group, 128);
       }
-      count += steps;
+      ++number;
     });
   }
   cluster_meet();

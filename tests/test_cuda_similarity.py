@@ -16,7 +16,7 @@ OPS = torch.ops.ffcl_fast
 HALVES = (torch.bfloat16, torch.float16)
 WAYS = {"sm80": 80, "sm90": 90}
 # (N, M, D): tails of rows, columns and depth, several tiles, several super-tiles, one row, one column.
-SHAPES = ((1, 70, 8), (131, 1, 24), (150, 260, 72), (300, 129, 64), (129, 150, 200))
+SHAPES = ((1, 70, 8), (131, 1, 24), (150, 260, 72), (300, 129, 64), (129, 150, 200), (40, 140, 520))
 
 
 def compare(q, k, scale, row_ids, col_ids, exclude, both=True):
