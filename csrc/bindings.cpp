@@ -15,7 +15,8 @@ namespace py = pybind11;
 
 void bind_goodness(py::module_& m);       // bindings_goodness.cpp
 void bind_similarity(py::module_& m);     // bindings_similarity.cpp
-void bind_goodness_cuda(py::module_& m);  // bindings_goodness_cuda.cpp, where nvcc was found
+void bind_goodness_cuda(py::module_& m);    // bindings_goodness_cuda.cpp, where nvcc was found
+void bind_similarity_cuda(py::module_& m);  // bindings_similarity_cuda.cpp, where nvcc was found
 
 namespace {
 
@@ -68,5 +69,6 @@ PYBIND11_MODULE(_native, m) {
   bind_similarity(m);
 #ifdef FFCL_CUDA_BUILT
   bind_goodness_cuda(m);
+  bind_similarity_cuda(m);
 #endif
 }

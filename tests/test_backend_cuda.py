@@ -46,7 +46,7 @@ def test_refuses_where_it_was_not_built(monkeypatch):
 
 def test_refuses_operators_it_lacks():
     q = torch.randn(3, 5)
-    assert cuda.unavailable("similarity_forward", q) == "not written in CUDA"
+    assert cuda.unavailable("siglip", q) == "not written in CUDA"
 
 
 def test_auto_never_means_cuda():

@@ -1,0 +1,164 @@
+// How the CUDA kernels of the goodness family are cut into blocks: plain arithmetic, no CUDA, tested on the CPU.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FFCL_HD __host__ __device__
+#define FFCL_NO_UNROLL _Pragma("unroll 1")  // a loop whose body is all of a kernel
+#else
+#define FFCL_HD
+#define FFCL_NO_UNROLL
+#endif
+
+namespace ffcl {
+
+struct Chip {
+  int capability = 0;  // 80, 90, 100
+  int processors = 1;
+  int shared = 0;  // bytes of shared memory that a block may ask for
+};
+
+struct Grid {
+  int64_t blocks = 0;
+  int threads = 0;
+  int64_t shared = 0;  // dynamic shared memory, bytes
+  int cluster = 1;     // blocks that share theirs
+};
+
+template <class Int>
+FFCL_HD constexpr Int ceil_div(Int a, Int b) {
+  return (a + b - 1) / b;
+}
+template <class Int>
+FFCL_HD constexpr Int least(Int a, Int b) {
+  return a < b ? a : b;
+}
+template <class Int>
+FFCL_HD constexpr Int most(Int a, Int b) {
+  return a > b ? a : b;
+}
+
+constexpr int GOODNESS_THREADS = 256;
+constexpr int PART_BYTES = 64;  // a float for each warp of a block, at the start of its shared memory
+
+// Rows a warp or a block each. `lanes`: threads a row.
+inline Grid row_grid(int64_t rows, int lanes) {
+  const int64_t each = GOODNESS_THREADS / lanes;
+  return {ceil_div<int64_t>(rows, each), GOODNESS_THREADS, PART_BYTES, 1};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pair cosine: where a sample's pair is kept between the sums and the gradients.
+// ---------------------------------------------------------------------------------------------------------------------
+struct PairPlan {
+  int lanes = 32;    // threads a sample in each block: a warp, or all
+  int cluster = 1;   // blocks a sample
+  int share = 0;     // packs of each tensor that one block has; the last may have fewer
+  int kept = 0;      // of those, packs in shared memory; the rest is read a second time
+  Grid grid;
+};
+
+// packs: of `pack_bytes` in a sample of one tensor. `gradients`: without them nothing is kept.
+inline PairPlan plan_pair(int64_t rows, int packs, int pack_bytes, bool gradients, const Chip& chip) {
+  PairPlan p;
+  const int64_t room = chip.shared - PART_BYTES, both = 2 * pack_bytes;
+  // A warp a sample while eight samples fit in a quarter of the room: a multiprocessor then has several blocks.
+  const bool narrow = packs <= 32 * 8 && 8 * both * packs <= room / 4;
+  p.lanes = narrow ? 32 : GOODNESS_THREADS;
+  if (!narrow && gradients && chip.capability >= 90)
+    // Half of the room at most, so that two blocks share a multiprocessor; a cluster of more than 8 is not portable.
+    while (p.cluster < 8 && both * ceil_div(packs, p.cluster) > room / 2) p.cluster *= 2;
+  p.share = ceil_div(packs, p.cluster);
+  if (gradients) p.kept = static_cast<int>(least<int64_t>(p.share, room / (narrow ? 8 * both : both)));
+  const int samples = GOODNESS_THREADS / p.lanes;
+  p.grid = {ceil_div<int64_t>(rows, samples) * p.cluster, GOODNESS_THREADS, PART_BYTES + samples * p.kept * both,
+            p.cluster};
+  return p;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pooling: how the positions of a channel, or the channels of a position, are shared out.
+// ---------------------------------------------------------------------------------------------------------------------
+enum class PoolWay : int {
+  warp = 0,    // channels first: a warp a channel
+  staged = 1,  // channels first, few positions: channels are copied to shared memory, then a thread a channel
+  last = 2,    // channels last: threads side by side along the channels, groups of them along the positions
+};
+
+constexpr int STAGED_CHANNELS = 128;
+constexpr int STAGED_POSITIONS = 128;  // fewer than this
+
+struct PoolPlan {
+  PoolWay way = PoolWay::warp;
+  int pack = 1;    // elements a load
+  int parts = 1;   // blocks a sample
+  int across = 1;  // `last`: packs of channels that a block has
+  Grid grid;
+};
+
+// wide: elements in 16 bytes; `aligned`: the base and the samples' stride are multiples of 16 bytes.
+inline PoolPlan plan_pool(int64_t samples, int channels, int positions, bool channels_last, int wide, bool aligned) {
+  PoolPlan p;
+  const int bytes = 16 / wide;
+  if (channels_last) {
+    p.way = PoolWay::last;
+    p.pack = aligned && channels % wide == 0 ? wide : 1;
+    const int packs = channels / p.pack;
+    p.across = least(packs, 32);
+    p.parts = ceil_div(packs, p.across);
+    p.grid = {samples * p.parts, GOODNESS_THREADS, static_cast<int64_t>(GOODNESS_THREADS) * p.pack * 4, 1};
+    return p;
+  }
+  const bool whole = static_cast<int64_t>(channels) * positions % wide == 0;
+  if (positions < STAGED_POSITIONS && aligned && whole) {
+    p.way = PoolWay::staged;
+    p.pack = wide;
+    p.parts = ceil_div(channels, STAGED_CHANNELS);
+    p.grid = {samples * p.parts, STAGED_CHANNELS, static_cast<int64_t>(STAGED_CHANNELS) * positions * bytes, 1};
+    return p;
+  }
+  p.pack = aligned && positions % wide == 0 ? wide : 1;
+  p.parts = ceil_div(channels, GOODNESS_THREADS / 32);
+  p.grid = {samples * p.parts, GOODNESS_THREADS, PART_BYTES, 1};
+  return p;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Many layers in one launch.
+// ---------------------------------------------------------------------------------------------------------------------
+constexpr int MANY_LAYERS = 32;
+
+struct ManyLayer {
+  const void* h;
+  void* dh;
+  int64_t rows, stride, first_block, first_row;
+  int dim, lanes;
+};
+
+struct ManyLayers {
+  ManyLayer layer[MANY_LAYERS];
+  int count;
+};
+
+// The layer of a block: the last whose first block is not after it.
+FFCL_HD inline int layer_of(const ManyLayers& all, int64_t block) {
+  int found = 0;
+  for (int i = 1; i < all.count; ++i)
+    if (all.layer[i].first_block <= block) found = i;
+  return found;
+}
+
+// Fills in `lanes` and `first_block`; a row is a warp's while `kept` packs a lane hold it. Blocks in all.
+inline int64_t plan_many(ManyLayers& all, int pack, int kept) {
+  int64_t blocks = 0;
+  for (int i = 0; i < all.count; ++i) {
+    ManyLayer& l = all.layer[i];
+    l.lanes = l.dim / pack <= 32 * kept ? 32 : GOODNESS_THREADS;
+    l.first_block = blocks;
+    blocks += row_grid(l.rows, l.lanes).blocks;
+  }
+  return blocks;
+}
+
+}  // namespace ffcl

@@ -1,0 +1,227 @@
+// Pair cosine loss and its gradient for CUDA; contract in goodness.h.
+#include "goodness.h"
+#include "goodness_cuda.h"
+#include "goodness_rows.cuh"
+
+namespace ffcl {
+namespace {
+
+struct Pair {
+  int64_t rows, stride_1, stride_2;
+  int dim;
+  bool relu;
+};
+
+// The gradient with respect to h: nothing where ReLU cut it.
+template <class T>
+__device__ T masked(float h, float grad, bool relu) {
+  T x;
+  assign(x, relu && h <= 0.f ? 0.f : grad);
+  return x;
+}
+
+// d1 = c0 a2 - c1 a1 and d2 = c0 a1 - c2 a2 of one pack; either may be null.
+template <class T, int N>
+__device__ void write_gradients(const Pack<T, N>& p1, const Pack<T, N>& p2, const float (&c)[3], bool relu, T* d1,
+                                T* d2) {
+  Pack<T, N> g1, g2;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const float h1 = to_float(p1.x[j]), h2 = to_float(p2.x[j]);
+    const float a1 = activation(h1, relu), a2 = activation(h2, relu);
+    g1.x[j] = masked<T>(h1, c[0] * a2 - c[1] * a1, relu);
+    g2.x[j] = masked<T>(h2, c[0] * a1 - c[2] * a2, relu);
+  }
+  if (d1) g1.store(d1);
+  if (d2) g2.store(d2);
+}
+
+// How it works: a warp, a block or a cluster of blocks has a sample. Its pair is read once, 16 bytes a thread and load,
+// summed on the way, and put into shared memory, where the same thread finds it again for the gradients: no thread
+// reads what another wrote but the three sums. In a cluster each block has a share of the sample, and the blocks read
+// each other's sums from shared memory. What shared memory cannot hold is read a second time.
+// Bound by memory: two reads, two writes.
+template <class T, int N, int LANES>
+__global__ void __launch_bounds__(GOODNESS_THREADS)
+    pair_forward(Pair p, PairPlan plan, const T* h1, const T* h2, const float* target, float margin, float scale,
+                 float* loss, float* coefficients, T* d1, T* d2) {
+  using P = Pack<T, N>;
+  const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES;
+  const bool cluster = LANES > 32 && plan.cluster > 1;
+  const unsigned rank = cluster ? cluster_rank() : 0;
+  const int64_t row = LANES > 32 ? blockIdx.x / plan.cluster
+                                 : blockIdx.x * static_cast<int64_t>(GOODNESS_THREADS / LANES) + slot;
+  if (row >= p.rows) return;  // whole warps, or none
+  const int packs = p.dim / N;
+  const int begin = least(packs, static_cast<int>(rank) * plan.share), end = least(packs, begin + plan.share);
+  const int kept = least(end - begin, plan.kept);
+  float* part = warp_parts();
+  auto* kept_1 = reinterpret_cast<P*>(shared_memory() + PART_BYTES) + static_cast<int64_t>(slot) * 2 * plan.kept;
+  auto* kept_2 = kept_1 + plan.kept;
+  h1 += row * p.stride_1 + static_cast<int64_t>(begin) * N;
+  h2 += row * p.stride_2 + static_cast<int64_t>(begin) * N;
+
+  float sums[3] = {0.f, 0.f, 0.f};
+  auto add = [&](const P& p1, const P& p2) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float a1 = activation(to_float(p1.x[j]), p.relu), a2 = activation(to_float(p2.x[j]), p.relu);
+      sums[0] = fmaf(a1, a2, sums[0]);
+      sums[1] = fmaf(a1, a1, sums[1]);
+      sums[2] = fmaf(a2, a2, sums[2]);
+    }
+  };
+#pragma unroll 4
+  for (int i = lane; i < kept; i += LANES) {
+    const P p1 = P::load(h1 + static_cast<int64_t>(i) * N), p2 = P::load(h2 + static_cast<int64_t>(i) * N);
+    p1.store(reinterpret_cast<T*>(kept_1 + i));
+    p2.store(reinterpret_cast<T*>(kept_2 + i));
+    add(p1, p2);
+  }
+#pragma unroll 4
+  for (int i = kept + lane; i < end - begin; i += LANES)
+    add(P::load(h1 + static_cast<int64_t>(i) * N), P::load(h2 + static_cast<int64_t>(i) * N));
+#pragma unroll
+  for (float& sum : sums) sum = row_sum<LANES, GOODNESS_THREADS>(sum, part);
+  if (cluster) {
+    __syncthreads();  // everyone has read the last sum's parts
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < 3; ++i) part[i] = sums[i];
+    }
+    cluster_meet();
+#pragma unroll
+    for (float& sum : sums) sum = 0.f;
+    for (int block = 0; block < plan.cluster; ++block) {
+      const float* theirs = in_block(part, block);
+#pragma unroll
+      for (int i = 0; i < 3; ++i) sums[i] += theirs[i];
+    }
+    cluster_meet();  // no block ends while another reads its sums
+  }
+
+  const float m1 = sums[1] + static_cast<float>(PAIR_COSINE_EPS), m2 = sums[2] + static_cast<float>(PAIR_COSINE_EPS);
+  const float product = sqrtf(m1) * sqrtf(m2), cosine = sums[0] / product, sign = target[row];
+  const float over = cosine - margin;
+  const bool positive = sign == 1.f, negative = sign == -1.f;
+  const float w = positive ? -1.f : negative && !(cosine <= margin) ? 1.f : 0.f;
+  const float c[3] = {w / product, w * cosine / m1, w * cosine / m2};
+  if (lane == 0 && rank == 0) {
+    loss[row] = positive ? 1.f - cosine : negative ? (over < 0.f ? 0.f : over) : 0.f;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) coefficients[3 * row + i] = c[i];
+  }
+  if (!d1 && !d2) return;
+  const float scaled[3] = {scale * c[0], scale * c[1], scale * c[2]};
+  const int64_t at = row * p.dim + static_cast<int64_t>(begin) * N;
+  auto write = [&](const P& p1, const P& p2, int i) {
+    const int64_t to = at + static_cast<int64_t>(i) * N;
+    write_gradients<T, N>(p1, p2, scaled, p.relu, d1 ? d1 + to : nullptr, d2 ? d2 + to : nullptr);
+  };
+  for (int i = lane; i < kept; i += LANES)
+    write(P::load(reinterpret_cast<const T*>(kept_1 + i)), P::load(reinterpret_cast<const T*>(kept_2 + i)), i);
+  for (int i = kept + lane; i < end - begin; i += LANES)
+    write(P::load(h1 + static_cast<int64_t>(i) * N), P::load(h2 + static_cast<int64_t>(i) * N), i);
+}
+
+// How it works: a row a warp or a block, every pack by itself. Bound by memory: two reads, up to two writes.
+template <class T, int N>
+__global__ void __launch_bounds__(GOODNESS_THREADS) pair_backward(Pair p, int lanes, const T* h1, const T* h2,
+                                                                  const float* coefficients, const float* grad, T* d1,
+                                                                  T* d2) {
+  const int64_t row = blockIdx.x * static_cast<int64_t>(GOODNESS_THREADS / lanes) + threadIdx.x / lanes;
+  if (row >= p.rows) return;
+  float c[3];
+#pragma unroll
+  for (int i = 0; i < 3; ++i) c[i] = grad[row] * coefficients[3 * row + i];
+  h1 += row * p.stride_1;
+  h2 += row * p.stride_2;
+#pragma unroll 2
+  for (int i = threadIdx.x % lanes; i < p.dim / N; i += lanes) {
+    const int64_t from = static_cast<int64_t>(i) * N, to = row * p.dim + from;
+    write_gradients<T, N>(Pack<T, N>::load(h1 + from), Pack<T, N>::load(h2 + from), c, p.relu, d1 ? d1 + to : nullptr,
+                          d2 ? d2 + to : nullptr);
+  }
+}
+
+// How it works: a thread has a pack. Bound by memory, or nothing at all where the factor is 1.
+template <class T, int N>
+__global__ void __launch_bounds__(GOODNESS_THREADS) scale_kernel(T* x, int64_t packs, const float* factor) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(GOODNESS_THREADS) + threadIdx.x;
+  const float by = *factor;
+  if (by == 1.f || i >= packs) return;
+  auto p = Pack<T, N>::load(x + i * N);
+#pragma unroll
+  for (int j = 0; j < N; ++j) assign(p.x[j], to_float(p.x[j]) * by);
+  p.store(x + i * N);
+}
+
+bool sensible(const PairRows& g) { return g.rows >= 0 && g.dim > 0 && g.dim <= INT_MAX - GOODNESS_THREADS; }
+
+bool wide(const PairRows& g, int n, const void* d1, const void* d2) {
+  return g.dim % n == 0 && g.stride_1 % n == 0 && g.stride_2 % n == 0 && aligned(g.h1) && aligned(g.h2) &&
+         aligned(d1) && aligned(d2);
+}
+
+Pair shape(const PairRows& g) { return {g.rows, g.stride_1, g.stride_2, static_cast<int>(g.dim), g.relu}; }
+
+template <class T, int N>
+int forward(const PairRows& g, const Chip& chip, const float* target, float margin, float scale, float* loss,
+            float* coefficients, void* d1, void* d2) {
+  const PairPlan plan = plan_pair(g.rows, static_cast<int>(g.dim) / N, sizeof(T) * N, d1 || d2, chip);
+  const auto kernel = plan.lanes == 32 ? pair_forward<T, N, 32> : pair_forward<T, N, GOODNESS_THREADS>;
+  return launch(kernel, plan.grid, g.stream, shape(g), plan, static_cast<const T*>(g.h1), static_cast<const T*>(g.h2),
+                target, margin, scale, loss, coefficients, static_cast<T*>(d1), static_cast<T*>(d2));
+}
+
+template <class T, int N>
+int backward(const PairRows& g, const float* coefficients, const float* grad, void* d1, void* d2) {
+  const int lanes = g.dim / N <= 256 ? 32 : GOODNESS_THREADS;
+  return launch(pair_backward<T, N>, row_grid(g.rows, lanes), g.stream, shape(g), lanes, static_cast<const T*>(g.h1),
+                static_cast<const T*>(g.h2), coefficients, grad, static_cast<T*>(d1), static_cast<T*>(d2));
+}
+
+}  // namespace
+
+int pair_cosine_forward_cuda(const PairRows& g, const float* target, float margin, float scale, float* loss,
+                             float* coefficients, void* d1, void* d2) {
+  if (!sensible(g)) return bad_argument;
+  OnDevice guard(g.device);
+  const Chip chip = guard.chip();
+  if (guard.error != cudaSuccess) return status_of(guard.error);
+  return with_type(g.dtype, [&](auto type) {
+    using T = decltype(type);
+    constexpr int N = 16 / sizeof(T);
+    if (wide(g, N, d1, d2)) return forward<T, N>(g, chip, target, margin, scale, loss, coefficients, d1, d2);
+    return forward<T, 1>(g, chip, target, margin, scale, loss, coefficients, d1, d2);
+  });
+}
+
+int pair_cosine_backward_cuda(const PairRows& g, const float* coefficients, const float* grad, void* d1, void* d2) {
+  if (!sensible(g)) return bad_argument;
+  if (!d1 && !d2) return ok;
+  const OnDevice guard(g.device);
+  if (guard.error != cudaSuccess) return status_of(guard.error);
+  return with_type(g.dtype, [&](auto type) {
+    using T = decltype(type);
+    constexpr int N = 16 / sizeof(T);
+    if (wide(g, N, d1, d2)) return backward<T, N>(g, coefficients, grad, d1, d2);
+    return backward<T, 1>(g, coefficients, grad, d1, d2);
+  });
+}
+
+int scale_cuda(void* x, int64_t size, DType dtype, const float* factor, int device, void* stream) {
+  if (size < 0) return bad_argument;
+  const OnDevice guard(device);
+  if (guard.error != cudaSuccess) return status_of(guard.error);
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    constexpr int N = 16 / sizeof(T);
+    const bool packed = size % N == 0 && aligned(x);
+    const int64_t packs = packed ? size / N : size;
+    const Grid grid{ceil_div<int64_t>(packs, GOODNESS_THREADS), GOODNESS_THREADS, 0, 1};
+    return launch(packed ? scale_kernel<T, N> : scale_kernel<T, 1>, grid, stream, static_cast<T*>(x), packs, factor);
+  });
+}
+
+}  // namespace ffcl

@@ -1,0 +1,242 @@
+// How the CUDA similarity kernels cut S = scale q k^T: tiles, super-tiles, masks, shared-memory layouts. Plain
+// arithmetic that host and device share, tested on the CPU.
+//
+// A block (on sm_90: a cluster of two) owns a super-tile: `span` x `span` tiles of 128 x 128. It leaves one partial sum a
+// row and one a column, so rows x cols / (128 span) floats of each kind leave the chip. A long problem runs once per
+// chunk of rows, so that the partial sums fit into a bounded workspace. No atomics: everything is added in one order.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda_plan.h"
+
+namespace ffcl {
+
+constexpr int TILE = 128;  // rows and columns of a tile of S
+constexpr int MAX_SPAN = 8;
+constexpr int GROUP = 8;  // super-tile rows that walk the columns together: their operands share L2
+constexpr int NORM_PARTS = 128;
+inline int64_t sums_workspace_limit = 64 << 20;  // bytes of partial sums of one launch; tests lower it
+constexpr float LOG2E = 1.4426950408889634f;
+// One offset serves exponents about 195 powers of two below their bound; what is lower is lost to it and rescued. Past
+// this bound nearly everything would be: then the rescue does all the work.
+constexpr float BOUND_LIMIT = 512.f;
+
+// What is left out of S: see ffcl_fast/ops.py.
+struct Mask {
+  int rows = 0, cols = 0;
+  int exclude = 0;  // ffcl::Exclude
+  bool triangle = false;  // k = q: only pairs on or above the diagonal count, the mirror speaks for the others
+  const int64_t *row_ids = nullptr, *col_ids = nullptr;
+};
+
+FFCL_HD inline bool kept(const Mask& m, int i, int j) {
+  if (i >= m.rows || j >= m.cols || (m.triangle && i > j)) return false;
+  switch (m.exclude) {
+    case 0: return true;
+    case 1: return i != j;
+    case 2: return m.row_ids[i] != m.col_ids[j];
+    case 3: return m.row_ids[i] != m.col_ids[j] || i == j;
+    default: return m.row_ids[i] == m.col_ids[j];
+  }
+}
+
+// Whether the tile of height x width at (row, col) has a pair that needs kept(), or one on the triangle's diagonal.
+FFCL_HD inline bool needs_mask(const Mask& m, int row, int col, int height, int width) {
+  if (row + height > m.rows || col + width > m.cols || m.exclude > 1) return true;
+  if (m.triangle) return row + height > col;
+  return m.exclude == 1 && row < col + width && col < row + height;
+}
+
+struct Cell {
+  int row, col;  // col < 0: nothing to do
+};
+
+// Cell of a height x width grid in an order where GROUP rows walk the columns together.
+FFCL_HD inline Cell grouped(int64_t at, int height, int width) {
+  const int64_t area = static_cast<int64_t>(GROUP) * width;
+  const int first = static_cast<int>(at / area) * GROUP, size = least(height - first, GROUP);
+  const int within = static_cast<int>(at % area);
+  return {first + within % size, within / size};
+}
+
+// Cell (row, col >= row) of the rows first..last-1 of a total x total triangle. Rows first + a and last - 1 - a together
+// always hold the same number of cells, so a pair of rows is one line of a rectangle.
+FFCL_HD inline Cell folded(int64_t at, int first, int last, int total) {
+  const Cell c = grouped(at, (last - first + 1) / 2, 2 * total - first - last + 1);
+  const int upper = first + c.row, lower = last - 1 - c.row, length = total - upper;
+  if (c.col < length) return {upper, upper + c.col};
+  if (upper == lower) return {upper, -1};
+  return {lower, lower + c.col - length};
+}
+
+struct SumsPlan {
+  int span = 1;    // tiles on a side of a super-tile
+  int blocks = 1;  // blocks of a cluster, which share a super-tile's rows
+  int side = TILE;
+  int supers = 1;  // super-tiles along the columns
+  int chunk = TILE;  // rows a launch
+  bool triangle = false;
+
+  // Floats of workspace: largest norms, then the partial sums of rows and of columns.
+  FFCL_HD int64_t row_floats() const { return static_cast<int64_t>(supers) * chunk; }
+  FFCL_HD int64_t col_slots() const { return static_cast<int64_t>(chunk / side) * blocks; }
+};
+
+inline SumsPlan plan_sums(int rows, int cols, bool triangle, bool cluster, int processors) {
+  SumsPlan p;
+  p.triangle = triangle;
+  p.blocks = cluster ? 2 : 1;
+  const int64_t wanted = static_cast<int64_t>(triangle ? 8 : 4) * processors / p.blocks;
+  for (p.span = MAX_SPAN; p.span > p.blocks; p.span /= 2) {
+    const int side = p.span * TILE;
+    if (static_cast<int64_t>(ceil_div(rows, side)) * ceil_div(cols, side) >= wanted) break;
+  }
+  p.side = p.span * TILE;
+  p.supers = ceil_div(cols, p.side);
+  const int64_t fit = most<int64_t>(1, sums_workspace_limit / (4 * (1 + p.blocks) * static_cast<int64_t>(most(cols, 1))));
+  p.chunk = static_cast<int>(least<int64_t>(ceil_div(rows, p.side), fit)) * p.side;
+  return p;
+}
+
+inline int64_t sums_workspace(const SumsPlan& p, int cols) {
+  return 2 * NORM_PARTS + p.row_floats() + p.col_slots() * cols;
+}
+
+// Clusters of the launch for rows begin..end-1.
+inline int64_t sums_clusters(const SumsPlan& p, int begin, int end) {
+  const int first = begin / p.side, last = ceil_div(end, p.side);
+  if (!p.triangle) return static_cast<int64_t>(last - first) * p.supers;
+  return static_cast<int64_t>((last - first + 1) / 2) * (2 * p.supers - first - last + 1);
+}
+
+// Super-tile of a cluster.
+FFCL_HD inline Cell super_of(const SumsPlan& p, int64_t cluster, int begin, int end) {
+  const int first = begin / p.side, last = ceil_div(end, p.side);
+  if (p.triangle) return folded(cluster, first, last, p.supers);
+  const Cell c = grouped(cluster, last - first, p.supers);
+  return {first + c.row, c.col};
+}
+
+// The slots of partial sums that make up normaliser `index` after the chunk begin..end-1.
+struct Slots {
+  int first_row = 0, last_row = 0;  // of row_part
+  int last_col = 0;                 // of col_part, from 0
+};
+FFCL_HD inline Slots slots_of(const SumsPlan& p, bool is_col, int index, int begin, int end) {
+  const int first = begin / p.side, last = ceil_div(end, p.side), own = index / p.side;
+  Slots s;
+  if (p.triangle) {
+    if (index < end) s.first_row = own, s.last_row = p.supers;
+    s.last_col = (least(own + 1, last) - first) * p.blocks;
+  } else if (is_col) {
+    s.last_col = (last - first) * p.blocks;
+  } else {
+    s.last_row = p.supers;
+  }
+  return s;
+}
+
+// Sums of `rows` or `cols` exponentials 2^(t - c) <= 2^headroom stay finite; a sum under `lost` has lost too much to
+// underflow: n terms lose at most n 2^-126, which 24 bits cannot show unless the sum is under n 2^-102.
+struct Headroom {
+  float headroom, lost;
+};
+inline Headroom headroom(int rows, int cols) {
+  int bits = 1;
+  while (bits < 31 && (int64_t{1} << bits) < most(rows, cols)) ++bits;
+  float lost = 1.f;
+  for (int i = bits; i < 102; ++i) lost *= 0.5f;
+  return {126.f - bits, lost};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Layouts
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Element e of a thread's fragment (m, n) of a product by mma or wgmma, whose 16 x 8 tiles are `apart` rows apart.
+FFCL_HD inline int fragment_row(int lane, int m, int e, int apart) { return apart * m + lane / 4 + e / 2 * 8; }
+FFCL_HD inline int fragment_col(int lane, int n, int e) { return 8 * n + lane % 4 * 2 + e % 2; }
+
+// sm_80: a step is 32 deep, so a row has four 16-byte parts, moved about so that eight rows of one part lie in different
+// banks. Bytes from the start of an operand's stage.
+constexpr int STEP80 = 32, STAGES80 = 4, OPERAND80 = TILE * STEP80 * 2;
+FFCL_HD inline int part_offset80(int row, int part) { return row * (STEP80 * 2) + ((part ^ (row / 2 % 4)) * 16); }
+
+// The row and part whose address lane gives to ldmatrix: a 16 x 16 block of the left operand, or two 8 x 16 blocks of
+// the right one.
+FFCL_HD inline int left_row(int lane) { return lane / 8 % 2 * 8 + lane % 8; }
+FFCL_HD inline int left_part(int lane) { return lane / 16; }
+FFCL_HD inline int right_row(int lane) { return lane / 16 * 8 + lane % 8; }
+FFCL_HD inline int right_part(int lane) { return lane / 8 % 2; }
+
+constexpr int APART80 = 16;  // rows between a warp's fragments
+constexpr int WARPS80 = 8;
+// Row sums by column of warps, column sums by row of warps, after the stages.
+constexpr int SUMS_SHARED80 = STAGES80 * 2 * OPERAND80 + (2 * MAX_SPAN * TILE + 4 * TILE) * 4;
+constexpr int PANEL_PITCH = TILE * 2 + 16;  // bytes between rows of a tile of G on its way out
+constexpr int PANEL_SHARED80 = STAGES80 * 2 * OPERAND80;
+static_assert(TILE * PANEL_PITCH <= PANEL_SHARED80);
+static_assert(SUMS_SHARED80 <= 99 << 10, "sm_86 and sm_89 have no more");
+
+// sm_90: a step is 64 deep, 128 bytes a row, which TMA writes and wgmma reads in the 128-byte swizzle. A cluster of two
+// blocks has 256 rows of S against the same 128 columns: each block loads its own rows, and half of the columns for both.
+constexpr int APART90 = 64;
+constexpr int CLUSTER90 = 2, STEP90 = 64, OPERAND90 = TILE * STEP90 * 2;
+constexpr int SUMS_STAGES90 = 6, PANEL_STAGES90 = 4, CONSUMERS90 = 2;
+constexpr int THREADS90 = 128 * (1 + CONSUMERS90);
+constexpr int BARRIERS90 = 256;  // bytes before the rest
+constexpr int SUMS_SHARED90 =
+    SUMS_STAGES90 * 2 * OPERAND90 + BARRIERS90 + CONSUMERS90 * (MAX_SPAN / 2 * TILE + 4 * TILE) * 4;
+constexpr int PANEL_SHARED90 = PANEL_STAGES90 * 2 * OPERAND90 + BARRIERS90 + CONSUMERS90 * TILE * PANEL_PITCH;
+static_assert(SUMS_SHARED90 <= 227 << 10 && PANEL_SHARED90 <= 227 << 10);
+
+// wgmma's description of an operand at `address` of shared memory whose rows are 128 bytes, in the 128-byte swizzle:
+// eight rows are 1024 bytes. 16 elements further along the depth are 32 bytes further.
+FFCL_HD inline uint64_t swizzled_operand(uint32_t address) {
+  return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// What a cluster multiplies, in order: a super-tile's tiles of 256 x 128, two columns of tiles at a time, of which each
+// consumer `w` has one. The consumers strictly take turns (product90 relies on it), so a tile past the last column, or
+// below the diagonal where its neighbour is not, is computed for nothing. Calls use(i, j, w).
+template <class Use>
+FFCL_HD void walk_super_tile(const SumsPlan& p, const Mask& m, int end, int row, int col, Use use) {
+  FFCL_NO_UNROLL
+  for (int pair = 0; pair < p.span && col + pair * TILE < m.cols; pair += CONSUMERS90) {
+    FFCL_NO_UNROLL
+    for (int i = 0; i < p.span / CLUSTER90; ++i) {
+      const int r = row + i * CLUSTER90 * TILE;
+      if (r >= end || (m.triangle && r >= col + (pair + CONSUMERS90) * TILE)) break;
+      FFCL_NO_UNROLL
+      for (int w = 0; w < CONSUMERS90; ++w) use(i, pair + w, w);
+    }
+  }
+}
+
+// The tiles of 256 x 128 of a panel that cluster `first` of `clusters` has. Calls use(row, col, w).
+template <class Use>
+FFCL_HD void walk_panel(int height, int width, int64_t first, int64_t clusters, Use use) {
+  const int down = ceil_div(height, CLUSTER90 * TILE), across = ceil_div(width, TILE);
+  int w = 0;
+  FFCL_NO_UNROLL
+  for (int64_t at = first; at < static_cast<int64_t>(down) * across; at += clusters) {
+    const Cell c = grouped(at, down, across);
+    use(c.row * CLUSTER90 * TILE, c.col * TILE, w);
+    w = (w + 1) % CONSUMERS90;
+  }
+}
+
+// How TMA sees (rows, dim) elements of two bytes: what cuTensorMapEncodeTiled is given.
+struct TensorMapPlan {
+  uint64_t sizes[2];   // elements, the depth first
+  uint64_t strides[1]; // bytes between rows
+  uint32_t box[2];
+};
+inline TensorMapPlan plan_tensor_map(int64_t rows, int64_t dim, int64_t stride, int box_rows) {
+  return {{static_cast<uint64_t>(dim), static_cast<uint64_t>(rows)},
+          {static_cast<uint64_t>(stride) * 2},
+          {STEP90, static_cast<uint32_t>(box_rows)}};
+}
+
+}  // namespace ffcl

@@ -1,0 +1,209 @@
+// What happens to a tile of S once its product is in registers, whatever instruction made it: exponentials and their
+// sums, or the gradient of each pair. acc[m][n] is a thread's part of a 16 x 8 tile (see fragment_row).
+#pragma once
+
+#include "cuda_launch.cuh"
+#include "similarity_plan.h"
+
+namespace ffcl {
+
+// Weights, shifts and parts of rows or columns: see similarity_cuda.h.
+struct Vectors {
+  const float* at;
+  int n;
+
+  __device__ float weight(int i) const { return i < n ? at[i] : 0.f; }
+  __device__ float shift(int i) const { return i < n ? at[static_cast<int64_t>(n) + i] : INFINITY; }
+  __device__ float part(int i) const { return i < n ? at[2 * static_cast<int64_t>(n) + i] : 0.f; }
+};
+
+// The arguments of a launch of partial sums.
+struct SumsArgs {
+  const void *q, *k;
+  int64_t q_stride, k_stride;
+  int dim;
+  Mask mask;
+  SumsPlan plan;
+  int begin, end;  // rows of the chunk
+  float headroom;
+  bool both;  // column sums are wanted
+  const float *scale, *norms;
+  float *row_part, *col_part;  // (supers, end - begin), (slots, cols)
+};
+
+// The arguments of a panel.
+struct PanelArgs {
+  const void *q, *k;
+  int64_t q_stride, k_stride;
+  int dim;
+  Mask mask;
+  int row_begin, row_end, col_begin, col_end;
+  const float *scale, *frame;
+  Vectors rows, cols;
+  void* panel;
+  int64_t stride;
+};
+
+namespace {
+
+constexpr float NEVER = -INFINITY;
+
+// What is one for the whole launch: t = factor <q, k>, and |t| <= bound.
+struct Exponent {
+  float factor, bound, offset;
+};
+
+__device__ inline float warp_max(float x) {
+  for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
+}
+
+// Every warp reads the norms for itself.
+__device__ inline Exponent exponent_of(const float* scale, const float* norms, float headroom) {
+  float q = 0.f, k = 0.f;
+  for (int i = threadIdx.x % 32; i < NORM_PARTS; i += 32) {
+    q = fmaxf(q, norms[i]);
+    k = fmaxf(k, norms[NORM_PARTS + i]);
+  }
+  Exponent e;
+  e.factor = *scale * LOG2E;
+  e.bound = fabsf(e.factor) * warp_max(q) * warp_max(k);
+  // No offset where none is needed: t - c is rounded, and small t are worth their own precision.
+  e.offset = e.bound > headroom ? e.bound - headroom : 0.f;
+  return e;
+}
+
+// acc becomes 2^(t - offset), 0 where the pair is left out; (row, col) is the place of the fragment's first tile.
+template <int APART, int MF, int NF>
+__device__ __forceinline__ void exponentials(float (&acc)[MF][NF][4], const Mask& mask, bool masked, int row, int col,
+                                             const Exponent& x) {
+  const int lane = threadIdx.x % 32;
+  // Columns outside, so that nothing of a column has to stay in registers.
+#pragma unroll
+  for (int n = 0; n < NF; ++n)
+#pragma unroll
+    for (int m = 0; m < MF; ++m)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float t = fmaf(acc[m][n][e], x.factor, -x.offset);
+        if (masked) {
+          const int i = row + fragment_row(lane, m, e, APART), j = col + fragment_col(lane, n, e);
+          if (!kept(mask, i, j)) t = NEVER;
+          // A diagonal pair is added to its row and to its column, which are the same sum: half each.
+          if (mask.triangle && i == j) t -= 1.f;
+        }
+        acc[m][n][e] = exp2_fast(t);
+      }
+}
+
+// Adds a tile's exponentials to the sums of its rows (`to`: shared memory, of this warp alone) and columns.
+template <int APART, int MF, int NF>
+__device__ __forceinline__ void add_sums(const float (&acc)[MF][NF][4], float* to, float (&col_sums)[NF][2]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < MF; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = 0.f;
+#pragma unroll
+      for (int n = 0; n < NF; ++n) {
+        sum += acc[m][n][2 * half] + acc[m][n][2 * half + 1];
+        col_sums[n][0] += acc[m][n][2 * half];
+        col_sums[n][1] += acc[m][n][2 * half + 1];
+      }
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      if (lane % 4 == 0) to[fragment_row(lane, m, 2 * half, APART)] += sum;
+    }
+}
+
+// The sums of a warp's columns, over its rows, into shared memory; the registers start again from zero.
+template <int NF>
+__device__ __forceinline__ void put_col_sums(float (&col_sums)[NF][2], float* to) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < NF; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float sum = col_sums[n][e];
+      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      if (lane < 4) to[fragment_col(lane, n, e)] = sum;
+      col_sums[n][e] = 0.f;
+    }
+}
+
+// acc becomes the pairs' gradients.
+template <int APART, int MF, int NF>
+__device__ __forceinline__ void pair_gradients(float (&acc)[MF][NF][4], const Mask& mask, bool masked, int row, int col,
+                                               float factor, const Vectors& rows, const Vectors& cols,
+                                               const float* frame) {
+  const int lane = threadIdx.x % 32;
+  const bool both = cols.at != nullptr, shared = both && frame[1] > 0.f;
+  const float centre = frame[0];
+  float row_shift[MF][2], row_weight[MF][2];
+#pragma unroll
+  for (int m = 0; m < MF; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = row + fragment_row(lane, m, 2 * half, APART);
+      row_shift[m][half] = shared ? centre : rows.shift(i);
+      row_weight[m][half] = shared ? rows.part(i) : rows.weight(i);
+    }
+#pragma unroll
+  for (int n = 0; n < NF; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int j = col + fragment_col(lane, n, e);
+      // Of the column: what is added to the weight where one exponential serves both, else the second term's.
+      const float weight = !both ? 0.f : shared ? cols.part(j) : cols.weight(j), shift = both ? cols.shift(j) : 0.f;
+#pragma unroll
+      for (int m = 0; m < MF; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& x = acc[m][n][2 * half + e];
+          const int i = row + fragment_row(lane, m, 2 * half, APART);
+          const float t = masked && !kept(mask, i, j) ? NEVER : x * factor;
+          const float first = exp2_fast(t - row_shift[m][half]);
+          x = first * (shared ? row_weight[m][half] + weight : row_weight[m][half]);
+          if (both && !shared) x = fmaf(exp2_fast(t - shift), weight, x);
+        }
+    }
+}
+
+// A warp's fragment, rounded, into a tile of T in shared memory whose rows are PANEL_PITCH bytes apart.
+template <class T, int APART, int MF, int NF>
+__device__ __forceinline__ void stage_tile(const float (&acc)[MF][NF][4], unsigned char* tile, int row, int col) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < MF; ++m)
+#pragma unroll
+    for (int n = 0; n < NF; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        T pair[2];
+        assign(pair[0], acc[m][n][2 * half]);
+        assign(pair[1], acc[m][n][2 * half + 1]);
+        const int at = (row + fragment_row(lane, m, 2 * half, APART)) * PANEL_PITCH + (col + fragment_col(lane, n, 0)) * 2;
+        uint32_t bits;
+        memcpy(&bits, pair, 4);
+        *reinterpret_cast<uint32_t*>(tile + at) = bits;
+      }
+}
+
+// From there to the panel, 16 bytes a thread and store; `threads` threads, of which this is number `thread`.
+__device__ inline void store_tile(const unsigned char* tile, void* panel, int64_t stride, int row, int col, int height,
+                                  int width, int thread, int threads) {
+  for (int i = thread; i < TILE * (TILE / 8); i += threads) {
+    const int r = i / (TILE / 8), c = i % (TILE / 8) * 8;
+    if (row + r < height && col + c < width)
+      store16(static_cast<uint16_t*>(panel) + (row + r) * stride + col + c, load16(tile + r * PANEL_PITCH + c * 2));
+  }
+}
+
+}  // namespace
+
+// similarity_sm90.cu; not_built where the build has no sm_90a.
+int sums_sm90(const SumsArgs&, int dtype, int64_t clusters, void* stream);
+int panel_sm90(const PanelArgs&, int dtype, int processors, void* stream);
+
+}  // namespace ffcl

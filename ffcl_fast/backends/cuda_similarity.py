@@ -1,0 +1,164 @@
+"""Normalisers of S = scale q k^T and their gradients on CUDA devices, for float16 and bfloat16.
+
+The gradient goes through panels of G that stay in the L2 cache: a kernel writes a panel, the library's matrix product
+reads it for dq and again for dk. Workspace: 64 MiB of partial sums at most in the forward pass; one panel and float32
+sums of a panel's rows and of dk (or of dq where k is q) in the backward pass. No atomics: equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cuda, native
+
+PANEL_SIDE = 4096  # 32 MiB of 16-bit numbers, which stay in the L2 cache of a Hopper chip
+LOG2E = 1.4426950408889634
+SPREAD = 120.0  # one exponential serves both sides while all normalisers lie within this many powers of two
+SM80, SM90 = 0, 1  # ffcl::SimilarityWay
+
+
+def way(x: Tensor) -> int:
+    """The kernels that multiply tiles of ``x``: wgmma and TMA on compute capability 9.0, mma elsewhere."""
+    return SM90 if cuda.chip(x.device).capability == 90 and native.module.sm90_built() else SM80
+
+
+class _Problem(NamedTuple):
+    """Arguments in the form the kernels want: 16-byte aligned rows, dense ids. k is q for a triangle."""
+
+    q: Tensor
+    k: Tensor
+    scale: Tensor
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    exclude: int
+    triangle: bool
+
+    def native(self):
+        q, k = self.q, self.k
+        addresses = (0 if x is None else x.data_ptr() for x in (self.scale, self.row_ids, self.col_ids))
+        return native.module.SimilarityCuda(
+            q.data_ptr(), k.data_ptr(), q.shape[0], k.shape[0], q.shape[1], q.stride(0), k.stride(0),
+            native.DTYPES[q.dtype], *addresses, self.exclude, self.triangle, way(q), *cuda.where(q),
+        )  # fmt: skip
+
+
+def _problem(q, k, scale, row_ids, col_ids, exclude) -> _Problem:
+    ids = cuda.dense(row_ids)
+    other = ids if k is None or col_ids is None else cuda.dense(col_ids)
+    left = aligned(q)
+    return _Problem(left, left if k is None else aligned(k), scale.float(), ids, other, exclude, k is None)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy padded with zeros to a multiple of 8 columns where its rows do not start at 16-byte addresses."""
+    rows, width = x.shape
+    if x.stride(1) == 1 and width % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    padded = x.new_empty(rows, -(-width // 8) * 8)
+    padded[:, width:] = 0
+    padded[:, :width] = x
+    return padded
+
+
+def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
+    p = _problem(q, k, scale, row_ids, col_ids, exclude)
+    both = both and k is not None
+    arguments = p.native()
+    row_lse = q.new_empty(q.shape[0], dtype=torch.float32)
+    col_lse = q.new_empty(k.shape[0] if both else 0, dtype=torch.float32)
+    size = native.module.similarity_workspace_cuda(arguments)
+    workspace = q.new_empty(max(0, size), dtype=torch.float32)
+    cuda.run(
+        "similarity_forward", arguments, row_lse, col_lse if both else None, workspace, workspace.numel(), q=q, k=p.k
+    )
+    return row_lse, col_lse, q.new_empty(0, dtype=torch.float32)
+
+
+def similarity_backward(
+    q, k, scale, row_ids, col_ids, exclude, row_lse, col_lse, row_grad, col_grad, cache, need_q, need_k
+):
+    need_k = need_k and k is not None
+    p = _problem(q, k, scale, row_ids, col_ids, exclude)
+    gain = 2.0**14 if q.dtype == torch.float16 else 1.0  # keeps small probabilities out of float16's subnormals
+    sides = [(row_lse, row_grad)]
+    if k is not None and col_grad.numel():
+        sides.append((col_lse, col_grad))
+    vectors, frame, largest = _vectors(sides, p.scale, gain)
+    rows_vectors = vectors[0]
+    cols_vectors = rows_vectors if k is None else vectors[1] if len(vectors) > 1 else None
+    factor = p.scale * (largest / gain)
+    arguments = p.native()
+
+    def fill(panel: Tensor, r0: int, r1: int, c0: int, c1: int) -> Tensor:
+        cuda.run(
+            "similarity_panel", arguments, rows_vectors, cols_vectors, frame, r0, r1, c0, c1, panel, panel.stride(0),
+            q=q, k=p.k,
+        )  # fmt: skip
+        return panel[: r1 - r0, : c1 - c0]
+
+    return _walk(q, k, fill, factor, need_q, need_k)
+
+
+def _walk(q: Tensor, k: Tensor | None, fill, factor: Tensor, need_q: bool, need_k: bool) -> tuple[Tensor, Tensor]:
+    """dq = factor G k and dk = factor G^T q panel by panel; without k, G is symmetric and its upper half is enough."""
+    other = q if k is None else k
+    (rows, width), cols = q.shape, other.shape[0]
+    dq, dk = q.new_empty(rows if need_q else 0, width), q.new_empty(cols if need_k else 0, width)
+    if not (need_q or need_k):
+        return dq, dk
+    panel = q.new_empty(min(PANEL_SIDE, rows), -(-min(PANEL_SIDE, cols) // 16) * 16)
+    row_sums = q.new_zeros(rows if k is None else min(PANEL_SIDE, rows), width, dtype=torch.float32)
+    col_sums = row_sums if k is None else q.new_zeros(cols if need_k else 0, width, dtype=torch.float32)
+    for r0 in range(0, rows, PANEL_SIDE):
+        r1 = min(rows, r0 + PANEL_SIDE)
+        sums = row_sums[r0:r1] if k is None else row_sums[: r1 - r0].zero_()
+        for c0 in range(r0 if k is None else 0, cols, PANEL_SIDE):
+            c1 = min(cols, c0 + PANEL_SIDE)
+            g = fill(panel, r0, r1, c0, c1)
+            if need_q:
+                _add_product(sums, g, other[c0:c1])
+            if need_k or (k is None and c0 != r0):
+                _add_product(col_sums[c0:c1], g.T, q[r0:r1])
+        if need_q:
+            dq[r0:r1] = sums.mul_(factor)
+    if need_k:
+        dk.copy_(col_sums.mul_(factor))
+    return dq, dk
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a b`` in float32."""
+    if a.is_cuda:
+        total += torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+def _vectors(sides: list[tuple[Tensor, Tensor]], scale: Tensor, gain: float) -> tuple[list[Tensor], Tensor, Tensor]:
+    """What the kernels read of rows and of columns, (3, n) each; the frame they share; the unit of the weights.
+
+    See similarity_cuda.h. The shift is the normaliser in powers of two by the factor that the kernel uses, rounded;
+    what rounding takes from it goes into the weight. A normaliser of -inf gives a weight of 0 and a shift of +inf.
+    """
+    unit = torch.where(scale == 0, LOG2E, (scale * LOG2E).double() / torch.where(scale == 0, 1.0, scale).double())
+    normalisers = torch.cat([lse.float() for lse, _ in sides])
+    finite = normalisers.isfinite()
+    low = (torch.where(finite, normalisers, torch.inf).amin() * unit).float()
+    high = (torch.where(finite, normalisers, -torch.inf).amax() * unit).float()
+    weights = torch.cat([grad.float().abs() for _, grad in sides])
+    largest = torch.where(weights < torch.inf, weights, 0.0).amax()
+    largest = torch.where(largest > 0, largest, 1.0)
+    centre = torch.where(low <= high, 0.5 * (low + high), 0.0)
+    frame = torch.stack((centre, (high - low <= SPREAD).float()))
+    vectors = []
+    for lse, grad in sides:
+        empty = lse == -torch.inf
+        exact = lse.double().masked_fill(empty, 0.0) * unit
+        shift = exact.float()
+        weight = (grad.float() * (gain / largest) * torch.exp2((shift - exact).float())).masked_fill(empty, 0.0)
+        part = (weight * torch.exp2(centre - shift)).masked_fill(empty, 0.0)
+        vectors.append(torch.stack((weight, shift.masked_fill(empty, torch.inf), part)))
+    return vectors, frame, largest

@@ -1,0 +1,138 @@
+// What csrc/*.cu use of the CUDA runtime, for the emulator.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <utility>
+
+#include "emulator.h"
+
+#define FFCL_EMULATED 1
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+
+#define threadIdx (emulated::self->index)
+#define blockIdx (emulated::self->block->index)
+static const emulated::Index &blockDim = emulated::block_size, &gridDim = emulated::grid;
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+// The device that is emulated: tests set it (see module.cpp).
+namespace emulated {
+struct Device {
+  int major = 9, minor = 0, processors = 2, shared = 227 << 10;
+};
+extern Device device;
+extern size_t largest_shared;  // that a kernel was allowed by cudaFuncSetAttribute
+extern long launches;
+}  // namespace emulated
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidValue ? "invalid argument" : "emulated CUDA error";
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  emulated::largest_shared = bytes;
+  return bytes <= emulated::device.shared ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = emulated::device.processors; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = emulated::device.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = emulated::device.minor; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulated::device.shared; break;
+  }
+  return cudaSuccess;
+}
+
+template <class... Expected, class... Given>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Given&&... given) {
+  emulated::Launch launch;
+  launch.grid = {config->gridDim.x, config->gridDim.y, config->gridDim.z};
+  launch.block = {config->blockDim.x, config->blockDim.y, config->blockDim.z};
+  launch.shared = config->dynamicSmemBytes;
+  for (unsigned i = 0; i < config->numAttrs; ++i) launch.cluster = config->attrs[i].val.clusterDim.x;
+  const bool bad = !launch.grid.x || launch.block.x > 1024 || launch.shared > size_t(emulated::device.shared) ||
+                   (launch.shared > (48 << 10) && launch.shared > emulated::largest_shared) ||
+                   (launch.cluster > 1 && emulated::device.major < 9);
+  emulated::largest_shared = 0;
+  ++emulated::launches;
+  if (bad) return cudaErrorInvalidValue;
+  emulated::run(launch, [&] { kernel(static_cast<Expected>(given)...); });
+  return cudaSuccess;
+}
+
+inline void __syncthreads() {
+  emulated::self->block->barriers[0].arrive_and_wait(blockDim.x * blockDim.y * blockDim.z);
+}
+inline void __syncwarp() { emulated::self->warp().barrier.arrive_and_wait(emulated::self->lanes()); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+  const unsigned from = emulated::self->lane() ^ static_cast<unsigned>(mask);
+  return emulated::exchange(x, [&](auto lane) { return lane(from); });
+}
+inline bool __any_sync(unsigned, bool x) {
+  return emulated::exchange(x, [&](auto lane) {
+    bool any = false;
+    for (unsigned i = 0; i < emulated::self->lanes(); ++i) any |= lane(i);
+    return any;
+  });
+}
+
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+using std::max;
+using std::min;

@@ -1,0 +1,136 @@
+// A CUDA device on the CPU, for tests: the kernels of csrc/*.cu are compiled unchanged by the C++ compiler, with this
+// folder in place of the toolkit's headers, and every thread of a cluster of blocks runs as a fiber.
+//
+// It is made to find mistakes, not to be fast. The order of the threads is random. Shared memory starts as NaN.
+// What the hardware does asynchronously (cp.async, TMA, wgmma) is done as late as the program's waits allow, so that a
+// missing wait reads poison. Threads that wait for each other for ever, misaligned vector accesses and barriers that a
+// block leaves behind are errors. Blocks of different clusters run one after the other.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace emulated {
+
+struct Index {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+void yield();     // let the other threads run
+void progress();  // something happened that may let a waiting thread go on
+
+template <class Condition>
+void wait_until(Condition holds) {
+  while (!holds()) yield();
+  progress();
+}
+
+[[noreturn]] void fail(const std::string& what);
+
+class Barrier {
+ public:
+  void arrive_and_wait(unsigned expected) {
+    const unsigned mine = generation_;
+    if (++arrived_ == expected) {
+      arrived_ = 0;
+      ++generation_;
+      progress();
+    } else {
+      wait_until([&] { return generation_ != mine; });
+    }
+  }
+  bool idle() const { return arrived_ == 0; }
+
+ private:
+  unsigned arrived_ = 0, generation_ = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  unsigned char slots[32][64];  // what each lane shows to the others
+  unsigned lanes = 0;
+};
+
+// The four warps that issue one wgmma.
+struct Group {
+  Barrier barrier;
+  std::vector<std::function<void()>> issued;                 // since the last commit
+  std::deque<std::vector<std::function<void()>>> committed;  // not yet waited for
+  float acc[2][128][128];
+};
+
+struct Block {
+  Index index;
+  unsigned rank = 0;  // in its cluster
+  struct Cluster* cluster = nullptr;
+  std::unique_ptr<unsigned char[]> storage;
+  unsigned char* shared = nullptr;
+  size_t shared_size = 0;
+  std::vector<Warp> warps;
+  std::vector<std::unique_ptr<Group>> groups;
+  Barrier barriers[16];  // 0 is __syncthreads
+
+  bool owns(const void* p) const { return p >= shared && p < shared + shared_size; }
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  Barrier barrier;
+  std::deque<std::function<void()>> pending;  // bulk copies under way
+};
+
+struct Thread {
+  Index index;
+  unsigned linear = 0;
+  Block* block = nullptr;
+  std::vector<std::function<void()>> copies;               // cp.async since the last commit
+  std::deque<std::vector<std::function<void()>>> batches;  // committed, not yet waited for
+  ucontext_t context;
+  bool done = false;
+
+  Warp& warp() const { return block->warps[linear / 32]; }
+  unsigned lane() const { return linear % 32; }
+  unsigned lanes() const { return warp().lanes; }
+};
+
+extern Thread* self;  // the thread that runs
+extern Index grid, block_size;
+
+struct Launch {
+  Index grid, block;
+  size_t shared = 0;
+  unsigned cluster = 1;
+};
+
+// Runs `body` once for every thread of the grid. Throws std::runtime_error on the errors above.
+void run(const Launch&, const std::function<void()>& body);
+
+inline void require_aligned(const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("misaligned access of " + std::to_string(bytes) + " bytes");
+}
+
+// `mine` of every lane of the warp, by lane. All lanes call it.
+template <class T, class Use>
+auto exchange(const T& mine, Use use) {
+  static_assert(sizeof(T) <= sizeof(Warp::slots[0]));
+  Warp& warp = self->warp();
+  std::memcpy(warp.slots[self->lane()], &mine, sizeof(T));
+  warp.barrier.arrive_and_wait(warp.lanes);
+  auto result = use([&](unsigned lane) {
+    T other;
+    std::memcpy(&other, warp.slots[lane], sizeof(T));
+    return other;
+  });
+  warp.barrier.arrive_and_wait(warp.lanes);
+  return result;
+}
+
+}  // namespace emulated

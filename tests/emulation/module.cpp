@@ -1,0 +1,28 @@
+// The Python module _emulated: the entry points of csrc/bindings_*_cuda.cpp over the emulator, and the device to emulate.
+#include <pybind11/pybind11.h>
+
+#include "cuda_runtime.h"
+#include "similarity_plan.h"
+
+namespace emulated {
+Device device;
+size_t largest_shared = 0;
+long launches = 0;
+}  // namespace emulated
+
+void bind_goodness_cuda(pybind11::module_& m);
+void bind_similarity_cuda(pybind11::module_& m);
+
+PYBIND11_MODULE(_emulated, m) {
+  bind_goodness_cuda(m);
+  bind_similarity_cuda(m);
+  m.def("cuda_built", [] { return true; });
+  m.def(
+      "set_device",
+      [](int capability, int processors, int shared) {
+        emulated::device = {capability / 10, capability % 10, processors, shared};
+      },
+      "Emulate a device of compute capability 80, 90, ... with so many processors and bytes of shared memory a block.");
+  m.def("set_sums_workspace", [](int64_t bytes) { ffcl::sums_workspace_limit = bytes; });
+  m.def("launches", [] { return emulated::launches; }, "Kernels launched so far.");
+}
