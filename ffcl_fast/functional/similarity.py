@@ -227,7 +227,9 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, eps, dtype):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=ops.accumulator_dtype(x)).clamp_min(eps)
-        z = (x / norm).to(dtype)
+        z = x / norm
+        if z.dtype != dtype:  # torch.compile of torch 2.11 loses the gradient of an output that `to` hands through
+            z = z.to(dtype)
         ctx.save_for_backward(z, norm)
         ctx.eps, ctx.dtype = eps, x.dtype
         return z
