@@ -134,6 +134,15 @@ def test_the_copy_engine_gets_only_what_it_can_read():
     assert pick("forward", x, k).descriptor and not pick("forward", x, k[:, 1:]).descriptor
 
 
+def test_without_the_copy_engine_a_thread_holds_fewer_sums():
+    for width in (64, 128, 512, 1024, 4096):
+        for op in ("forward", "panel", "siglip") if width > config.REGISTER_WIDTH else ("forward", "rows"):
+            for tile in candidates(op, "sm90", "half", width):
+                other = config.without_descriptor(tile)
+                assert not other.descriptor and other.rows * other.cols <= 64 * 32 * other.warps
+                assert other.fold in (0, other.warps) and bool(other.fold) == bool(tile.fold)
+
+
 def test_float32_is_float32_unless_torch_allows_tf32(monkeypatch):
     x, gpu = torch.zeros(2, 2), torch.device("cuda", 0)
 

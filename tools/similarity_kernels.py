@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from ffcl_fast import ops
 from ffcl_fast.backends.triton import config
@@ -104,7 +103,7 @@ def compilations(chip: str) -> Iterator[Compilation]:
         yield from _variants(op, tile, 512, "fp16", "ieee", False, False)
     for op in ("forward", "panel", "siglip", "rows"):  # bases and rows off 16 bytes: narrow loads, no descriptors
         width = 100 if op == "rows" else 500
-        tile = replace(config.candidates(op, chip, "half", width)[0], descriptor=False)
+        tile = config.without_descriptor(config.candidates(op, chip, "half", width)[0])
         yield from _variants(op, tile, width, "bf16", "ieee", False, False, aligned=False)
     yield from _vectors()
 

@@ -189,6 +189,14 @@ def descriptors_work(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and step % 16 == 0 and x.shape[1] <= x.stride(0) and step < 1 << 40
 
 
+def without_descriptor(tile: Tile) -> Tile:
+    """The tile for operands that the copy engine cannot read: a thread that holds 128 sums has no registers left for
+    the addresses of narrow loads, and would spill."""
+    if tile.rows * tile.cols > 64 * 32 * tile.warps:
+        tile = replace(tile, rows=128, warps=8, fold=8 if tile.fold else 0)
+    return replace(tile, descriptor=False)
+
+
 def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[], float] | None = None) -> Tile:
     """Tile of kernel `op` for these operands.
 
@@ -210,7 +218,7 @@ def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[],
             elif measure and os.environ.get("FFCL_TUNE") == "1" and not torch.cuda.is_current_stream_capturing():
                 tile = _tune(op, key, choices, measure, q.device)
     if tile.descriptor and not (descriptors_work(q) and descriptors_work(k)):
-        tile = replace(tile, descriptor=False)
+        tile = without_descriptor(tile)
     return tile
 
 
