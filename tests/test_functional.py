@@ -197,6 +197,13 @@ def test_second_derivative_is_refused():
         fn.clip(q, q, 3.0),
         fn.siglip(q, q, 3.0),
         fn.sup_con(q[:, None], q[:, 0] > 0),
+        fn.goodness(q).sum(),
+        fn.goodness_normalize(q, relu=True).sum(),
+        fn.pool_goodness(q[:, :, None])[0].sum(),
+        fn.goodness_many([q, q[:3]])[0].sum(),
+        fn.linear_goodness(q, torch.ones(3, 4)).sum(),
+        fn.pair_cosine(q, q.flip(0), torch.ones(8)),
+        fn.pair_cosine(q, q.flip(0), torch.ones(8), reduction="none").sum(),
     ):
         (gradient,) = torch.autograd.grad(loss, q, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate"):
@@ -314,6 +321,8 @@ X = torch.randn(4, 3)
         (TypeError, "positive_key", lambda: fn.info_nce(X, X.double())),
         (TypeError, "query", lambda: fn.info_nce(X.int(), X)),
         (TypeError, "query", lambda: fn.info_nce([1.0], X)),
+        (TypeError, "query", lambda: fn.info_nce(X.to_sparse(), X)),
+        (TypeError, "text_features", lambda: fn.clip(X, X.to_mkldnn(), 1.0)),
         (ValueError, "negative_keys", lambda: fn.info_nce(X, X, torch.randn(5, 4))),
         (ValueError, "negative_keys", lambda: fn.info_nce(X, X, torch.randn(0, 3))),
         (ValueError, "negative_keys", lambda: fn.info_nce(X, X, X, negative_mode="paired")),
@@ -332,6 +341,8 @@ X = torch.randn(4, 3)
         (ValueError, "features", lambda: fn.sup_con(torch.randn(0, 2, 3))),
         (ValueError, "labels", lambda: fn.sup_con(X[:, None], torch.arange(3))),
         (TypeError, "labels", lambda: fn.sup_con(X[:, None], torch.rand(4))),
+        (TypeError, "mask", lambda: fn.sup_con(X[:, None], mask=[[1]])),
+        (TypeError, "mask", lambda: fn.sup_con(X[:, None], mask=torch.eye(4, dtype=torch.complex64))),
         (ValueError, "mask", lambda: fn.sup_con(X[:, None], mask=torch.ones(3, 4))),
         (ValueError, "labels and mask", lambda: fn.sup_con(X[:, None], torch.arange(4), torch.ones(4, 4))),
         (ValueError, "contrast_mode", lambda: fn.sup_con(X[:, None], contrast_mode="two")),

@@ -124,6 +124,8 @@ def test_bad_arguments():
             ValueError,
             "weights must hold one number",
         ),
+        (lambda: LayerwiseLoss(PairCosineLoss(), 2.0), TypeError, "weights must be a list of numbers.* got 2.0"),
+        (lambda: LayerwiseLoss(PairCosineLoss(), ["a"]), TypeError, "weights must be a list of numbers"),
         (lambda: LayerwiseLoss("cosine"), TypeError, "loss must be a loss module or function; got str"),
         (lambda: loss(first, second, target[:2]), ValueError, "target must have shape"),
     ):

@@ -77,6 +77,19 @@ def test_impossible_options(make):
         make()
 
 
+@pytest.mark.parametrize("cls", [ff.InfoNCELoss, ff.NTXentLoss, ff.SupConLoss])
+@pytest.mark.parametrize("temperature", ["0.1", None, [0.1], True])
+def test_a_temperature_of_another_type_is_named(cls, temperature):
+    with pytest.raises(TypeError, match="temperature must be a number or a one-element tensor, got"):
+        cls(temperature)
+
+
+@pytest.mark.parametrize("size", [1.5, True, "9", (8, 2.0)])
+def test_a_memory_bank_of_another_type_is_named(size):
+    with pytest.raises(ValueError, match="memory_bank_size must be"):
+        ff.NTXentLoss(memory_bank_size=size)
+
+
 def test_memory_bank_is_saved_and_restored():
     loss = ff.NTXentLoss(memory_bank_size=(10, 6))
     loss(vectors(4, 6).requires_grad_(), vectors(4, 6))
@@ -122,6 +135,52 @@ def test_memory_bank_is_updated_for_training_only():
     assert torch.equal(loss.memory_bank.bank, before)
     loss(vectors(4, 6).requires_grad_(), vectors(4, 6)).backward()
     assert not torch.equal(loss.memory_bank.bank, before)
+
+
+def test_memory_bank_made_under_inference_mode_can_be_trained_with():
+    loss = ff.NTXentLoss(memory_bank_size=8)
+    with torch.inference_mode():
+        loss(vectors(4, 6), vectors(4, 6))
+    out0, out1 = vectors(4, 6).requires_grad_(), vectors(4, 6)
+    loss(out0, out1).backward()
+    assert out0.grad is not None
+    torch.testing.assert_close(loss.memory_bank.bank[:4], nn.functional.normalize(out1))
+
+
+def test_a_refused_batch_leaves_the_memory_bank_alone():
+    loss = ff.NTXentLoss(memory_bank_size=(8, 6))
+    before = loss.memory_bank.bank.clone()
+    with pytest.raises(ValueError, match="out1 must have as many rows as out0"):
+        loss(vectors(4, 6).requires_grad_(), vectors(3, 6))
+    assert torch.equal(loss.memory_bank.bank, before) and loss.memory_bank.bank_ptr == 0
+
+
+def test_a_used_memory_bank_of_a_bare_size_takes_an_unused_ones_state():
+    loss = ff.NTXentLoss(memory_bank_size=8)
+    start = copy.deepcopy(loss.state_dict())
+    loss(vectors(4, 6).requires_grad_(), vectors(4, 6))
+    loss.load_state_dict(start)
+    assert loss(vectors(4, 5).requires_grad_(), vectors(4, 5)).isfinite()
+
+
+@pytest.mark.parametrize("cls", [ff.InfoNCELoss, ff.NTXentLoss, ff.SupConLoss])
+def test_built_without_memory(cls):
+    with torch.device("meta"):
+        assert cls().temperature == cls().temperature
+        assert cls(nn.Parameter(torch.tensor(0.1))).temperature.is_meta
+
+
+def test_shapes_without_memory():
+    x, y = vectors(4, 6).to("meta").requires_grad_(), vectors(4, 6).to("meta")
+    for loss in (
+        ff.InfoNCELoss()(x, y),
+        ff.NTXentLoss()(x, y),
+        ff.SupConLoss()(torch.stack((x, y), 1)),
+        ff.ClipLoss()(x, y, 7.0),
+        ff.SigLipLoss()(x, y, 7.0, -3.0),
+    ):
+        loss.backward()
+        assert loss.shape == () and x.grad.shape == x.shape
 
 
 def test_memory_bank_compiles():

@@ -69,6 +69,22 @@ def test_an_unfit_backbone_is_named(tmp_path, settings, size, named):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("setting", ["batch_size", "epoch_samples"])
+def test_single_images_that_batch_norm_cannot_train_on_are_told_first(tmp_path, setting):
+    single = {"backbone": "timm/resnet10t", setting: 1}
+    with pytest.raises(UserError, match=f"{setting} 1: timm/resnet10t cannot train .* use 2 or more"):
+        build(tiny(tmp_path, **single), 16, 2)
+    build(tiny(tmp_path, **single, stages="local,global"), 16, 2)  # pairs are two images
+    torch.manual_seed(0)
+    network = build(tiny(tmp_path, **single), 64, 2)  # 2 x 2 activations at the end
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    other = build(tiny(tmp_path, backbone="timm/resnet10t"), 64, 2)
+    assert torch.equal(drawn, torch.rand(1))  # the check drew nothing and left no trace
+    pairs = zip(network.state_dict().values(), other.state_dict().values(), strict=True)
+    assert all(torch.equal(x, y) for x, y in pairs)
+
+
 def test_a_module_of_the_callers_own_must_return_rows(tmp_path):
     with pytest.raises(UserError, match="expected \\(N, features\\)"):
         build(tiny(tmp_path), 8, 2, backbone=nn.Conv2d(1, 3, 3))

@@ -17,17 +17,25 @@ def embeddings(name: str, x: Tensor, dim: int = 2) -> None:
     """``x`` must be a non-empty ``dim``-dimensional tensor of float16, bfloat16, float32 or float64.
 
     Raises:
-        TypeError: not a tensor, or another dtype.
+        TypeError: not a tensor, not a dense one, or another dtype.
         ValueError: another number of dimensions, or no elements.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    dense(name, x)
     if x.dim() != dim:
         raise ValueError(f"{name} must have {dim} dimensions, got shape {tuple(x.shape)}")
     if 0 in x.shape:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+
+
+def dense(name: str, x: Tensor) -> None:
+    """Raises TypeError for sparse, nested and MKL-DNN tensors: kernels read memory by strides."""
+    if x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise TypeError(f"{name} must be a dense tensor (torch.strided), got {kind}")
 
 
 def alike(name: str, x: Tensor, other_name: str, other: Tensor, rows: bool = False) -> None:
@@ -85,7 +93,7 @@ def ids(name: str, value: Tensor | None, rows: int, device: torch.device) -> Ten
 def compute_dtype(x: Tensor) -> torch.dtype:
     """dtype in which products with ``x`` run: its own, or autocast's where that is on (float64 stays)."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 

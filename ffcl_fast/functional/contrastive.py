@@ -251,6 +251,8 @@ def sup_con(
     if labels is not None and mask is not None:
         raise ValueError("labels and mask must not both be given")
     labels = _checks.ids("labels", labels, batch, features.device)
+    if mask is not None and (not isinstance(mask, Tensor) or mask.is_complex()):
+        raise TypeError(f"mask must be a real tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
     if mask is not None and tuple(mask.shape) != (batch, batch):
         raise ValueError(f"mask must have shape {(batch, batch)}, got {tuple(mask.shape)}")
     if isinstance(base_temperature, bool) or not isinstance(base_temperature, (int, float)) or base_temperature == 0:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import ops as ops  # registers torch.ops.ffcl_fast
 from . import _checks
+from .similarity import differentiable_once
 
 KINDS = ("sum_squares", "mean_squares")
 _ops = torch.ops.ffcl_fast
@@ -42,7 +42,7 @@ def goodness(
         (N,); (N, groups) with ``groups``; (N, ...) without dimension 1 for ``over="channels"``.
 
     Raises:
-        TypeError: ``h`` is no tensor of float16, bfloat16, float32 or float64.
+        TypeError: ``h`` is no dense tensor of float16, bfloat16, float32 or float64, or ``groups`` no whole number.
         ValueError: ``h`` is empty or has fewer than two dimensions, or another argument is not one of the above.
     """
     check_activation(h, "h")
@@ -55,6 +55,8 @@ def goodness(
         rows = h.movedim(1, -1)
         shape, rows = rows.shape[:-1], rows.reshape(-1, h.shape[1])
     elif groups is not None:
+        if isinstance(groups, bool) or not isinstance(groups, int):
+            raise TypeError(f"groups must be a whole number; got {type(groups).__name__}")
         if groups < 1 or h.shape[1] % groups:
             raise ValueError(f"groups must divide h's {h.shape[1]} channels (dimension 1); got {groups}")
         shape, rows = (h.shape[0], groups), h.reshape(h.shape[0] * groups, -1)
@@ -126,6 +128,7 @@ def check_activation(h: Tensor, name: str, dims: int = 2) -> None:
         raise TypeError(f"{name} must be a tensor; got {type(h).__name__}")
     if h.dtype not in _checks.FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {h.dtype}")
+    _checks.dense(name, h)
     if h.dim() < dims:
         raise ValueError(f"{name} must have a batch and at least {dims - 1} more dimensions; got {tuple(h.shape)}")
     if h.numel() == 0:
@@ -198,7 +201,7 @@ class _Goodness(Function):
         return g, out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_goodness, grad_out):
         h, g = ctx.saved_tensors
         if not ctx.normalize:
@@ -218,7 +221,7 @@ class _PoolGoodness(Function):
         return g, pooled
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_goodness, grad_pooled):
         h, pooled = ctx.saved_tensors
         grads = _vector(grad_goodness, pooled.dtype), _vector(grad_pooled, pooled.dtype)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import ops as ops  # registers torch.ops.ffcl_fast
 from . import _checks
 from .goodness import check_activation, flatten, is_mean
+from .similarity import differentiable_once
 
 _ops = torch.ops.ffcl_fast
 
@@ -58,7 +58,7 @@ class _GoodnessMany(Function):
         return _ops.goodness_many(h, mean, relu, backend)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         h, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
         some = [x for x, need in zip(h, needed, strict=True) if need]

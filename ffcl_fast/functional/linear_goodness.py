@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import ops as ops  # registers torch.ops.ffcl_fast
 from . import _checks
 from .goodness import is_mean
+from .similarity import differentiable_once
 
 _ops = torch.ops.ffcl_fast
 _PANEL = {"cpu": 1 << 20}  # elements of the activation that the backward pass holds: a CPU's caches
@@ -71,7 +71,7 @@ class _LinearGoodness(Function):
         return _ops.linear_goodness(x, weight, bias, mean, relu, backend)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
         mean, relu = ctx.options

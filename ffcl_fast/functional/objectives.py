@@ -89,6 +89,8 @@ def goodness_loss(
                 f" and {tuple(g_neg.shape)}"
             )
         return F.softplus(-alpha * (g_pos - g_neg)).mean()
+    if two_threshold is not None and not isinstance(two_threshold, TwoThreshold):
+        raise TypeError(f"two_threshold must be a TwoThreshold or None; got {type(two_threshold).__name__}")
     c = two_threshold or TwoThreshold()
     t1 = threshold if c.threshold_positive is None else c.threshold_positive
     t2 = threshold if c.threshold_negative is None else c.threshold_negative
@@ -109,6 +111,8 @@ def channel_group_loss(h: Tensor, labels: Tensor, classes: int, *, relu: bool = 
         0-dimensional float32 tensor. Raises as ``goodness`` does, and ValueError for labels of another shape.
     """
     g = goodness(h, "mean_squares", relu=relu, groups=classes, backend=backend)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor; got {type(labels).__name__}")
     if labels.shape != h.shape[:1]:
         raise ValueError(f"labels must have shape {(h.shape[0],)}; got {tuple(labels.shape)}")
     return F.cross_entropy(g, labels.long())
@@ -137,6 +141,8 @@ def margin_sup_con(features: Tensor, labels: Tensor, margin: float = 0.0, temper
     check_activation(features, "features")
     if features.dim() != 2:
         raise ValueError(f"features must be (N, D); got {tuple(features.shape)}")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor; got {type(labels).__name__}")
     if labels.shape != features.shape[:1]:
         raise ValueError(f"labels must have shape {(features.shape[0],)}; got {tuple(labels.shape)}")
     check_number(margin, "margin", minimum=0.0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import ops as ops  # registers torch.ops.ffcl_fast
 from . import _checks
 from .goodness import channels_last, check_activation, check_number, flatten
+from .similarity import differentiable_once
 
 _ops = torch.ops.ffcl_fast
 
@@ -110,7 +110,7 @@ class _PairCosine(Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         h1, h2, coefficients = ctx.saved_tensors
         relu, backend = ctx.options
@@ -139,7 +139,7 @@ class _ReducedPairCosine(Function):
         return loss.sum() * scale
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         h1, h2, coefficients = ctx.saved_tensors  # also raises, as everywhere, for a second pass without the graph
         relu, scale, backend = ctx.options

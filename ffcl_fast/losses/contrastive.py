@@ -13,6 +13,7 @@ Arguments that are wrong, not finite or unlike the other ranks' raise on every r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -166,6 +167,7 @@ class NTXentLoss(_Spread):
         if self.memory_bank.size:
             _checks.embeddings("out0", out0)
             _checks.embeddings("out1", out1)
+            _checks.alike("out1", out1, "out0", out0, rows=True)  # before the bank takes them in
             negatives = self.memory_bank(prepare(out1.detach(), True), update=out0.requires_grad)
             return contrastive.nt_xent(out0, out1, self.temperature, negatives, **options)
         strategy = self.distributed or ("auto" if self.gather_distributed else None)
@@ -397,8 +399,15 @@ class SigLipLoss(_Spread):
 
 def _check_temperature(temperature: float | Tensor) -> None:
     # A tensor is checked too: a module is built once, so reading its value costs nothing that matters.
-    value = temperature.detach() if isinstance(temperature, Tensor) else torch.tensor(float(temperature))
-    if value.numel() != 1 or not value.isfinite() or value.abs() < 1e-8:
+    if isinstance(temperature, Tensor):
+        if temperature.is_meta:  # built under torch.device("meta"): it has no value yet
+            return
+        value = float(temperature.detach()) if temperature.numel() == 1 else math.nan
+    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number or a one-element tensor, got {type(temperature).__name__}")
+    else:
+        value = float(temperature)
+    if not math.isfinite(value) or abs(value) < 1e-8:
         raise ValueError(f"temperature must be one finite number other than zero, got {temperature}")
 
 

@@ -33,7 +33,10 @@ class LayerwiseLoss(nn.Module):
         if not callable(loss):
             raise TypeError(f"loss must be a loss module or function; got {type(loss).__name__}")
         self.loss = loss
-        self.weights = None if weights is None else [float(w) for w in weights]
+        try:
+            self.weights = None if weights is None else [float(w) for w in weights]
+        except (TypeError, ValueError):
+            raise TypeError(f"weights must be a list of numbers, one a layer; got {weights!r}") from None
 
     def forward(
         self,

@@ -27,12 +27,13 @@ class MemoryBank(nn.Module):
 
     def __init__(self, size: int | Sequence[int] = 0, gather_distributed: bool = False) -> None:
         super().__init__()
-        shape = (size,) if isinstance(size, int) else tuple(size)
-        if any(not isinstance(n, int) or n < 0 for n in shape) or len(shape) not in (1, 2):
+        shape = tuple(size) if isinstance(size, Sequence) else (size,)
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape) or len(shape) not in (1, 2):
             raise ValueError(f"memory_bank_size must be 0, (size, dim) or size, none negative; got {size}")
         if len(shape) == 2 and not shape[1]:
             raise ValueError(f"memory_bank_size must have a dim of at least 1; got {size}")
         self.size: int = shape[0]
+        self.any_width = len(shape) == 1
         self.gather_distributed = gather_distributed
         self.bank: Tensor
         self.bank_ptr: Tensor
@@ -51,8 +52,9 @@ class MemoryBank(nn.Module):
             ValueError: ``output`` is not as wide as the bank.
         """
         if not self.bank.shape[1]:
-            bank = torch.randn(self.size, output.shape[1], dtype=self.bank.dtype, device=self.bank.device)
-            self.bank = F.normalize(bank, dim=-1)
+            with torch.inference_mode(False):  # a bank made by a validation batch is trained with later
+                bank = torch.randn(self.size, output.shape[1], dtype=self.bank.dtype, device=self.bank.device)
+                self.bank = F.normalize(bank, dim=-1)
         if output.shape[1] != self.bank.shape[1]:
             raise ValueError(
                 f"out1 must be as wide as the memory bank: got shapes {tuple(output.shape)} and "
@@ -79,7 +81,7 @@ class MemoryBank(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args) -> None:
         stored = state_dict.get(prefix + "bank")
-        if self.size and stored is not None and not self.bank.shape[1] and stored.dim() == 2:
+        if self.size and stored is not None and self.any_width and stored.dim() == 2:
             self.bank = self.bank.new_empty(self.size, stored.shape[1])
         own_missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own_missing, *args)

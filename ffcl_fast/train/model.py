@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -57,10 +58,23 @@ def build(
     backbone.train(was_training)
     if len(shape) != 2 or shape[0] != 2:
         raise UserError(f"backbone {what}: expected (N, features) from it, got {tuple(shape)} for N = 2")
+    if initialise and "downstream" in config.stages and 1 in (config.batch_size, config.epoch_samples):
+        _check_single(backbone, what, image_size, "batch_size" if config.batch_size == 1 else "epoch_samples")
     network = Classifier(backbone, shape[1], classes)
     if initialise and config.init not in ("random", "imagenet"):
         weights.load_into(backbone, config.init)
     return network
+
+
+def _check_single(backbone: nn.Module, what: str, image_size: int, setting: str) -> None:
+    """UserError that names ``setting`` where the backbone cannot train on a batch of one image: BatchNorm cannot on a
+    single 1 x 1 activation. Told before the stages that train on pairs, which would succeed."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            copy.deepcopy(backbone).train()(torch.zeros(1, 1, image_size, image_size))
+        except ValueError as error:
+            images = f"single {image_size} x {image_size} images"
+            raise UserError(f"{setting} 1: {what} cannot train on {images} ({error}); use 2 or more") from None
 
 
 def _named(config: Config, pretrained: bool) -> nn.Module:
