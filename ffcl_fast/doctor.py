@@ -2,8 +2,8 @@
 
 Each check runs one operator forward and backward on a backend and compares value and gradients with the reference
 in float64. A backend is called wrong by the project's test rule: more than twice the error of plain PyTorch in the
-same precision (three times for gradients), plus a few units in the last place; or where a second run has other bits.
-One that raises is reported with its message, and the rest goes on.
+same precision (three times for gradients), plus a few units in the last place; or where a second run has other bits
+(the reference makes no such promise). One that raises is reported with its message, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def _measured(
     if not (loss <= 2 * plain[0] + _SLACK[dtype] and grad <= 3 * plain[1] + _SLACK[dtype]):
         reason = f"plain PyTorch in {_short(dtype)} errs by {plain[0]:.1e} and {plain[1]:.1e}"
         return found | {"verdict": "WRONG", "reason": reason}
-    if not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
+    if backend != "reference" and not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
         return found | {"verdict": "WRONG", "reason": "a second run gave other bits"}
     return found
 
