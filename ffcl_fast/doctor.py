@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import __version__, backends, functional
 
+_ROWS, _WIDTH = 261, 96  # no multiple of any block
 _REPEATS = 3
 _SETTINGS = (  # environment variables that change what runs, or how fast
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "FFCL_ISA", "FFCL_TUNE", "FFCL_CACHE", "FFCL_DATA", "TRITON_INTERPRET",
@@ -92,7 +93,8 @@ def examine() -> dict[str, Any]:
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
             for name, (op, _) in _CHECKS.items():
-                backend, reason = backends.choose(op, device, dtype)
+                shape, capability = (_ROWS, _WIDTH), backends._capability(torch.device(device))
+                backend, reason = backends.choose(op, device, dtype, shape, capability)
                 choices.append(
                     {"operator": name, "device": device, "dtype": _short(dtype), "backend": backend, "reason": reason}
                 )
@@ -165,10 +167,9 @@ def _memory() -> str:
 
 
 def _inputs(device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    # sizes that are no multiple of any block
     random = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(261, 96, generator=random).to(device, dtype) for _ in range(2))
-    target = torch.randint(0, 2, (261,), generator=random).mul(2).sub(1).to(device)
+    q, k = (torch.randn(_ROWS, _WIDTH, generator=random).to(device, dtype) for _ in range(2))
+    target = torch.randint(0, 2, (_ROWS,), generator=random).mul(2).sub(1).to(device)
     return {"q": q, "k": k, "target": target}
 
 
