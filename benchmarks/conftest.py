@@ -23,6 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seconds", type=float, default=15.0, help="about how long to time each workload (default: 15)")
 
 
+_THOROUGH = 5.0  # seconds a workload, below which three rounds have to do
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _limits() -> None:
     limit_memory()
@@ -77,7 +80,8 @@ def side_by_side(request: pytest.FixtureRequest, benchmark, _measured):
             names = _selected(request, workload)
             size = workload.resized(workload.family.quick) if quick else workload
             seconds = 0.0 if quick else request.config.getoption("--seconds")
-            samples = measure(size, names, seconds, min_rounds=2 if quick else size.rounds)
+            rounds = 2 if quick else size.rounds if seconds >= _THOROUGH else min(3, size.rounds)
+            samples = measure(size, names, seconds, rounds)
             found = records(size, samples, store.stamp())
             _store(request, found)
             _measured[workload.name] = {r["provider"]: (samples[r["provider"]], r) for r in found}

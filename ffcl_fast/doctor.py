@@ -2,8 +2,8 @@
 
 Each check runs one operator forward and backward on a backend and compares value and gradients with the reference
 in float64. A backend is called wrong by the project's test rule: more than twice the error of plain PyTorch in the
-same precision (three times for gradients), plus a few units in the last place; or where a second run has other bits.
-One that raises is reported with its message, and the rest goes on.
+same precision (three times for gradients), plus a few units in the last place; or where a second run has other bits
+(the reference makes no such promise). One that raises is reported with its message, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import __version__, backends, functional
 
+_ROWS, _WIDTH = 261, 96  # no multiple of any block
 _REPEATS = 3
 _SETTINGS = (  # environment variables that change what runs, or how fast
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "FFCL_ISA", "FFCL_TUNE", "FFCL_CACHE", "FFCL_DATA", "TRITON_INTERPRET",
@@ -59,7 +60,7 @@ def _check_pool(x: dict[str, Tensor], backend: str) -> Tensor:
 
 def _check_many(x: dict[str, Tensor], backend: str) -> Tensor:
     layers = [x["q"], x["k"][:100]]
-    return sum(g.sum() for g in functional.goodness_many(layers, "mean_squares", backend=backend))
+    return torch.cat(functional.goodness_many(layers, "mean_squares", backend=backend)).sum()
 
 
 def _check_linear(x: dict[str, Tensor], backend: str) -> Tensor:
@@ -92,7 +93,8 @@ def examine() -> dict[str, Any]:
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
             for name, (op, _) in _CHECKS.items():
-                backend, reason = backends.choose(op, device, dtype)
+                shape, capability = (_ROWS, _WIDTH), backends._capability(torch.device(device))
+                backend, reason = backends.choose(op, device, dtype, shape, capability)
                 choices.append(
                     {"operator": name, "device": device, "dtype": _short(dtype), "backend": backend, "reason": reason}
                 )
@@ -165,10 +167,9 @@ def _memory() -> str:
 
 
 def _inputs(device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    # sizes that are no multiple of any block
     random = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(261, 96, generator=random).to(device, dtype) for _ in range(2))
-    target = torch.randint(0, 2, (261,), generator=random).mul(2).sub(1).to(device)
+    q, k = (torch.randn(_ROWS, _WIDTH, generator=random).to(device, dtype) for _ in range(2))
+    target = torch.randint(0, 2, (_ROWS,), generator=random).mul(2).sub(1).to(device)
     return {"q": q, "k": k, "target": target}
 
 
@@ -230,7 +231,7 @@ def _measured(
     if not (loss <= 2 * plain[0] + _SLACK[dtype] and grad <= 3 * plain[1] + _SLACK[dtype]):
         reason = f"plain PyTorch in {_short(dtype)} errs by {plain[0]:.1e} and {plain[1]:.1e}"
         return found | {"verdict": "WRONG", "reason": reason}
-    if not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
+    if backend != "reference" and not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
         return found | {"verdict": "WRONG", "reason": "a second run gave other bits"}
     return found
 

@@ -187,7 +187,7 @@ def test_doctor_reports_a_wrong_backend(capsys, monkeypatch):
     monkeypatch.setattr(panels, "goodness_forward", lambda *a: (real(*a)[0] * 1.001, real(*a)[1]))
     code, out, _ = run(capsys, "doctor", "--json")
     wrong = {(c["operator"], c["backend"]) for c in json.loads(out)["checks"] if c["verdict"] == "WRONG"}
-    assert code == 1 and wrong == {("goodness", "panels")}
+    assert code == 1 and wrong == {("goodness", "panels"), ("goodness_many", "panels")}
 
 
 def test_doctor_goes_on_where_a_backend_raises(capsys, monkeypatch):
