@@ -8,7 +8,7 @@ import torch
 from tools.schedule_model import Machine, Problem, crossover, memory, seconds, traffic
 from tools.simulate_ranks import main, simulate
 
-MACHINE = Machine(rate=1e9, bandwidth=1e9, latency=1e-5)
+MACHINE = Machine(rate=1e9, bandwidth=1e9, latency=1e-5, hop=2e-6, call=1e-6)
 
 
 @pytest.mark.parametrize("symmetric", (False, True))
