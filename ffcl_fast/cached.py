@@ -58,7 +58,7 @@ def cached_step(
     encoders = [encoders] * len(inputs) if callable(encoders) else list(encoders)
     if len(encoders) != len(inputs):
         raise ValueError(f"encoders must be one, or one for each of the {len(inputs)} inputs; got {len(encoders)}")
-    work = [
+    work: list[tuple[Any, Any]] = [
         (encoder, chunk)
         for i, (encoder, x) in enumerate(zip(encoders, inputs, strict=True))
         for chunk in _chunks(x, chunk_size, i)
