@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: help train test test-triton bench report kernels gpu-check lint format clean distclean
+.PHONY: help train test test-triton test-processes bench report kernels gpu-check lint format clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -54,11 +54,16 @@ train: $(VENV)/.train
 # Two threads a worker, so that the threaded paths run; passive, because workers share the cores.
 test: $(VENV)/.test
 	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
-		--ignore=tests/test_triton_similarity.py --ignore=tests/test_triton_goodness.py $(ARGS) tests
+		--ignore=tests/test_triton_similarity.py --ignore=tests/test_triton_goodness.py \
+		--ignore=tests/test_across_memory.py --ignore=tests/test_pretrain_processes.py $(ARGS) tests
 
 # Every Triton kernel under the interpreter: minutes a file.
 test-triton: $(VENV)/.test
 	@$(PY) -m pytest -q -n $(JOBS) $(ARGS) tests/test_triton_similarity.py tests/test_triton_goodness.py
+
+# Several processes at once, with a core each to be of use: memory of the losses, torchrun and its restarts.
+test-processes: $(VENV)/.test
+	@$(PY) -m pytest -q $(ARGS) tests/test_across_memory.py tests/test_pretrain_processes.py
 
 bench: $(VENV)/.bench
 	@$(PY) -m pytest benchmarks $(ARGS)
