@@ -55,15 +55,17 @@ train: $(VENV)/.train
 test: $(VENV)/.test
 	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
 		--ignore=tests/test_triton_similarity.py --ignore=tests/test_triton_goodness.py \
-		--ignore=tests/test_across_memory.py --ignore=tests/test_pretrain_processes.py $(ARGS) tests
+		--ignore=tests/test_across_memory.py --ignore=tests/test_pretrain.py \
+		--ignore=tests/test_pretrain_processes.py $(ARGS) tests
 
 # Every Triton kernel under the interpreter: minutes a file.
 test-triton: $(VENV)/.test
 	@$(PY) -m pytest -q -n $(JOBS) $(ARGS) tests/test_triton_similarity.py tests/test_triton_goodness.py
 
-# Several processes at once, with a core each to be of use: memory of the losses, torchrun and its restarts.
+# Pretraining, torchrun and its restarts, memory of the losses by number of processes: minutes on a free machine.
 test-processes: $(VENV)/.test
-	@$(PY) -m pytest -q $(ARGS) tests/test_across_memory.py tests/test_pretrain_processes.py
+	@$(PY) -m pytest -q $(ARGS) tests/test_across_memory.py tests/test_pretrain.py \
+		tests/test_pretrain_processes.py
 
 bench: $(VENV)/.bench
 	@$(PY) -m pytest benchmarks $(ARGS)
