@@ -8,9 +8,11 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -lt 8 ] && echo $$n || ec
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
+# Tests with a target of their own: what they need or cost is not for every run.
+PROCESSES := tests/test_across_memory.py tests/test_pretrain.py tests/test_pretrain_processes.py
 PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: help train test test-triton bench reproduce report kernels gpu-check docs wheel check-wheel lint format clean distclean
+.PHONY: help train test test-triton test-processes bench reproduce report kernels gpu-check docs wheel check-wheel lint format clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -61,11 +63,16 @@ train: $(VENV)/.train
 
 # Two threads a worker, so that the threaded paths run; passive, because workers share the cores.
 test: $(VENV)/.test
-	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS) tests
+	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
+		$(addprefix --ignore=,$(PROCESSES)) $(ARGS) tests
 
 # Every Triton kernel under the interpreter, which must be chosen before triton is imported.
 test-triton: $(VENV)/.test
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS) tests/interpreter/*.py
+
+# Pretraining, torchrun and its restarts, memory of the losses by number of processes: minutes on a free machine.
+test-processes: $(VENV)/.test
+	@$(PY) -m pytest -q $(ARGS) $(PROCESSES)
 
 bench: $(VENV)/.bench
 	@$(PY) -m pytest benchmarks $(ARGS)

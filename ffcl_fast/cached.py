@@ -41,7 +41,7 @@ def cached_step(
         inputs: what each embedding is made of: a tensor, a tuple of arguments or a dict of keyword arguments, whose
             tensors have the samples as their first dimension; what is no tensor is passed on as it is.
         loss: takes the embeddings of all samples, one argument an input, and returns a scalar.
-        chunk_size: samples encoded at a time.
+        chunk_size: samples encoded at a time, at most; the chunks of an input are as even as they can be.
         scaler: its ``scale`` multiplies the loss before backward.
 
     Returns:
@@ -58,7 +58,7 @@ def cached_step(
     encoders = [encoders] * len(inputs) if callable(encoders) else list(encoders)
     if len(encoders) != len(inputs):
         raise ValueError(f"encoders must be one, or one for each of the {len(inputs)} inputs; got {len(encoders)}")
-    work = [
+    work: list[tuple[Any, Any]] = [
         (encoder, chunk)
         for i, (encoder, x) in enumerate(zip(encoders, inputs, strict=True))
         for chunk in _chunks(x, chunk_size, i)
@@ -71,6 +71,7 @@ def cached_step(
         for encoder, chunk in work:
             states.append(_random_state(devices))
             embeddings.append(_call(encoder, chunk))
+    rows = [x.shape[0] for x in embeddings]
     after = _random_state(devices)
     torch.clear_autocast_cache()  # it holds casts of the weights that were made without a graph
 
@@ -87,9 +88,10 @@ def cached_step(
     value = value.detach()
     finished = _random_state(devices) if _differs(after, _random_state(devices)) else after
 
-    gradients: list[Tensor] = []
+    gradients: list[Tensor | None] = []
     for leaf, n in zip(leaves, count, strict=True):
-        gradients += leaf.grad.split(chunk_size) if leaf.grad is not None else [None] * n
+        sizes = rows[len(gradients) : len(gradients) + n]
+        gradients += leaf.grad.split(sizes) if leaf.grad is not None else [None] * n
     last = {id(encoder): i for i, (encoder, _) in enumerate(work)}
     for i, ((encoder, chunk), grad, state) in enumerate(zip(work, gradients, states, strict=True)):
         final = last[id(encoder)] == i
@@ -133,16 +135,19 @@ def _chunks(x: Any, size: int, number: int) -> Iterator[Any]:
         raise ValueError(f"inputs[{number}] must hold tensors of one length of at least 1; got {found}")
     length = lengths.pop()
 
-    def cut(value: Any, first: int) -> Any:
-        return value[first : first + size] if isinstance(value, Tensor) and value.dim() else value
+    def cut(value: Any) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.dim() else value
 
-    for first in range(0, length, size):
+    # even parts, no last chunk of one sample, on which BatchNorm could not train
+    parts = -(-length // size)
+    for i in range(parts):
+        rows = slice(i * length // parts, (i + 1) * length // parts)
         if isinstance(x, Tensor):
-            yield cut(x, first)
+            yield cut(x)
         elif isinstance(x, Mapping):
-            yield {key: cut(value, first) for key, value in x.items()}
+            yield {key: cut(value) for key, value in x.items()}
         else:
-            yield tuple(cut(value, first) for value in x)
+            yield tuple(cut(value) for value in x)
 
 
 def _call(encoder: Callable[..., Tensor], chunk: Any) -> Tensor:

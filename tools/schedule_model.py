@@ -19,14 +19,26 @@ FORWARD, BACKWARD = 1, 3  # passes over a block of S
 
 @dataclass(frozen=True)
 class Machine:
-    """rate: operations a second of one process; bandwidth: bytes a second of its link; latency: seconds a message."""
+    """What a process has. A collective passes W - 1 hops, a ring's blocks as many messages.
+
+    rate: operations a second; bandwidth: bytes a second of its link; latency: seconds a message takes besides;
+    hop: the same inside a collective, that of a message where not given; call: seconds an operator takes besides.
+    """
 
     rate: float
     bandwidth: float
     latency: float
+    hop: float | None = None
+    call: float = 0.0
 
     def message(self, size: float) -> float:
         return self.latency + size / self.bandwidth
+
+    def hopping(self, size: float) -> float:
+        return (self.latency if self.hop is None else self.hop) + size / self.bandwidth
+
+    def product(self, passes: float, block: float) -> float:
+        return self.call + passes * block / self.rate
 
 
 @dataclass(frozen=True)
@@ -83,27 +95,25 @@ def memory(p: Problem, strategy: str) -> float:
 
 def seconds(p: Problem, strategy: str, machine: Machine) -> float:
     """Predicted time of a step."""
-    product = p.block / machine.rate
     w = p.world
     if strategy == "gather":
         # all_gather of keys; MAX and SUM of the columns; all_gather of two vectors; reduce_scatter of gradients
-        time = p.passes() * product
-        time += (w - 1) * (machine.message(p.keys) + machine.message(p.gradients))
+        calls = 2 * (w // 2 + 1 if p.symmetric else 1)
+        time = p.passes() * p.block / machine.rate + calls * machine.call
+        time += (w - 1) * (machine.hopping(p.keys) + machine.hopping(p.gradients))
         if p.sums:
-            time += 4 * (w - 1) * machine.message(8 * p.rows) + (w - 1) * machine.message(8 * p.rows)
+            time += 5 * (w - 1) * machine.hopping(8 * p.rows)
         return time
     hops = w // 2 if p.symmetric else w - 1
     half = p.symmetric and w % 2 == 0
     own = 0.5 if p.symmetric else 1.0
-    time = (FORWARD + BACKWARD) * own * product
+    vectors = 8 * p.rows if p.sums else 0
+    time = machine.product(FORWARD, own * p.block) + machine.product(BACKWARD, own * p.block)
     for step in range(1, hops + 1):
-        part = 0.5 if half and step == hops else 1.0
-        for passes, travelling in (
-            (FORWARD, p.keys + (8 * p.rows if p.sums else 0)),
-            (BACKWARD, p.keys + p.gradients + (8 * p.rows if p.sums else 0)),
-        ):
-            time += max(part * passes * product, machine.message(travelling))
-    return time + machine.message(8 * p.rows if p.sums else 0) + machine.message(p.gradients)
+        part = p.block * (0.5 if half and step == hops else 1.0)
+        time += max(machine.product(FORWARD, part), machine.message(p.keys + vectors))
+        time += max(machine.product(BACKWARD, part), machine.message(p.keys + p.gradients + vectors))
+    return time + machine.message(vectors) + machine.message(p.gradients)
 
 
 def crossover(p: Problem, machine: Machine, free: float) -> str:

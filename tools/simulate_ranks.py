@@ -2,7 +2,7 @@
 
     python -m tools.simulate_ranks --ranks 64 --rows 128     both ways, numerics checked, times predicted
     python -m tools.simulate_ranks --real 2 --rows 2048      a step on 2 real processes, by the wall clock
-    python -m tools.simulate_ranks --paper --rate 4e14 --bandwidth 4e10 --latency 2e-5    tables from assumptions
+    python -m tools.simulate_ranks --paper --rate 4e14 --bandwidth 4e10    tables from assumptions alone
 
 Every rank is a thread that runs ``ffcl_fast.distributed.similarity``; only what it sends and receives goes through
 mailboxes here. A rank's clock advances by the processor time of its tiles (or by ``--rate``), and by waiting for
@@ -61,18 +61,18 @@ class Network:
 
     def gather_rows(self, x: Tensor, rows, group) -> Tensor:
         size = x.numel() * x.element_size()
-        cost = (self.world - 1) * self.machine.message(size)
+        cost = (self.world - 1) * self.machine.hopping(size)
         return torch.cat(self.together(x, cost, (self.world - 1) * size))
 
     def all_reduce_lse(self, x: Tensor, group) -> Tensor:
         size = 8 * x.numel() / self.world
         steps = 4 * (self.world - 1)  # two all-reduces, of the maxima and of the sums
-        everyone = self.together(x, steps * self.machine.message(size), steps * size)
+        everyone = self.together(x, steps * self.machine.hopping(size), steps * size)
         return torch.logsumexp(torch.stack(everyone), 0)
 
     def reduce_scatter_rows(self, x: Tensor, rows, group) -> Tensor:
         size = x.numel() * x.element_size() / self.world
-        everyone = self.together(x, (self.world - 1) * self.machine.message(size), (self.world - 1) * size)
+        everyone = self.together(x, (self.world - 1) * self.machine.hopping(size), (self.world - 1) * size)
         first = sum(rows[: self.rank])
         return sum(part[first : first + rows[self.rank]] for part in everyone)
 
@@ -186,7 +186,7 @@ class _TimedBlocks(similarity._Blocks):
             spent = time.thread_time() - began
         else:
             pairs = q.shape[0] * (q.shape[0] / 2 if k is None else k.shape[0])
-            spent = passes * 2.0 * pairs * q.shape[1] / network.machine.rate
+            spent = network.machine.product(passes, 2.0 * pairs * q.shape[1])
         network.clock[network.rank] += spent
         return result
 
@@ -286,11 +286,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, help="operations a second of a rank; default: its tiles are timed")
     parser.add_argument("--bandwidth", type=float, default=1e9, help="bytes a second")
     parser.add_argument("--latency", type=float, default=1e-4, help="seconds a message")
+    parser.add_argument("--hop", type=float, help="seconds a hop inside a collective; default: --latency")
+    parser.add_argument("--call", type=float, default=0.0, help="seconds an operator takes besides its work")
     parser.add_argument("--free", type=float, default=20e9, help="bytes a gather may take, for --paper")
     parser.add_argument("--real", type=int, help="run that many real processes and compare with the prediction")
     parser.add_argument("--paper", action="store_true", help="tables from --rate, --bandwidth and --latency alone")
     flags = parser.parse_args(argv)
-    machine = Machine(flags.rate or 1e10, flags.bandwidth, flags.latency)
+    machine = Machine(flags.rate or 1e10, flags.bandwidth, flags.latency, flags.hop, flags.call)
     if flags.paper:
         print(paper(machine, flags.free, flags.dim, flags.element))
         return 0

@@ -69,7 +69,8 @@ class Config:
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
-    kind, limits = type(field.default), field.metadata
+    kind: Any = type(field.default)
+    limits = field.metadata
     try:
         if isinstance(value, bool) or (kind is str) != isinstance(value, str) and kind is str:
             raise ValueError

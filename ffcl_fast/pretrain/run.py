@@ -185,11 +185,9 @@ class _Training:
         seconds = time.perf_counter() - began
         peak = torch.tensor([_peak_mib(self.device)], dtype=torch.float64)
         if self.world > 1:
-            where = torch.device("cpu")
-            total, peak = total.to(where), peak.to(where)
             dist.all_reduce(total)
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        record = {
+        record: dict[str, float] = {
             "epoch": number + 1,
             "loss": float(total[0] / total[2]),  # the mean over processes and steps
             "samples_per_second": float(total[1]) / seconds,
