@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: help train test test-triton bench report kernels gpu-check lint format clean distclean
+.PHONY: help train test test-triton test-cuda bench report kernels gpu-check lint format clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -54,11 +54,16 @@ train: $(VENV)/.train
 # Two threads a worker, so that the threaded paths run; passive, because workers share the cores.
 test: $(VENV)/.test
 	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
-		--ignore=tests/test_triton_similarity.py --ignore=tests/test_triton_goodness.py $(ARGS) tests
+		--ignore=tests/test_triton_similarity.py --ignore=tests/test_triton_goodness.py \
+		--ignore=tests/test_cuda_similarity.py --ignore=tests/test_cuda_goodness.py $(ARGS) tests
 
 # Every Triton kernel under the interpreter: minutes a file.
 test-triton: $(VENV)/.test
 	@$(PY) -m pytest -q -n $(JOBS) $(ARGS) tests/test_triton_similarity.py tests/test_triton_goodness.py
+
+# Every CUDA kernel, compiled for the CPU by tests/emulation/ (a minute, once) and run there: minutes.
+test-cuda: $(VENV)/.test
+	@$(PY) -m pytest -q -n $(JOBS) $(ARGS) tests/test_cuda_similarity.py tests/test_cuda_goodness.py
 
 bench: $(VENV)/.bench
 	@$(PY) -m pytest benchmarks $(ARGS)
@@ -66,9 +71,10 @@ bench: $(VENV)/.bench
 report: $(VENV)/.bench
 	@$(PY) -m benchmarks.report $(ARGS)
 
-# Every Triton kernel configuration for every chip, without a GPU.
+# Every Triton kernel configuration for every chip, and the CUDA kernels of the build, without a GPU.
 kernels: $(VENV)/.test
 	@$(PY) -m tools.kernels $(ARGS)
+	@$(PY) -m tools.cuda_kernels
 
 # On a machine with a GPU; ARGS=--dry-run checks what needs none.
 gpu-check: $(VENV)/.test
