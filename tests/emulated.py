@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from ffcl_fast.backends import cuda, native
 
@@ -67,5 +66,3 @@ def use(module: ModuleType, capability: int, processors: int = 2, shared: int | 
     """Emulate another device."""
     cuda.chip.cache_clear()
     module.set_device(capability, processors, SHARED[capability] if shared is None else shared)
-
-

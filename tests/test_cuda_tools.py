@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tools import cuda_kernels
 
 PREFIX = "_ZN4ffcl51_GLOBAL__N__e456faeb_18_similarity_sm90_cu_b9d2067c"

@@ -17,7 +17,9 @@ from helpers import assert_close_to_reference
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(native.module is None or not native.module.cuda_built(), reason="built without the CUDA kernels"),
+    pytest.mark.skipif(
+        native.module is None or not native.module.cuda_built(), reason="built without the CUDA kernels"
+    ),
 ]
 OPS = torch.ops.ffcl_fast
 EPS = 1e-4

@@ -18,8 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# What the machine code of a kernel must hold. "128" stands for 16-byte loads and is asked only of kernels cut into packs
-# of 16 bytes (see pack_bytes), the others always.
+# What the machine code of a kernel must hold. "128" stands for 16-byte loads and is asked only of kernels cut into
+# packs of 16 bytes, the rest always.
 EXPECTED = {
     "over_rows": ("128",),
     "many_rows": ("128",),
