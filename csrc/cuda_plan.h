@@ -5,9 +5,12 @@
 
 #ifdef __CUDACC__
 #define FFCL_HD __host__ __device__
-#define FFCL_NO_UNROLL _Pragma("unroll 1")  // a loop whose body is all of a kernel
 #else
 #define FFCL_HD
+#endif
+#ifdef __CUDA_ARCH__
+#define FFCL_NO_UNROLL _Pragma("unroll 1")  // a loop whose body is all of a kernel
+#else
 #define FFCL_NO_UNROLL
 #endif
 
