@@ -10,9 +10,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 # Tests with a target of their own: what they need or cost is not for every run.
 PROCESSES := tests/test_across_memory.py tests/test_pretrain.py tests/test_pretrain_processes.py
+EMULATED := tests/test_cuda_similarity.py tests/test_cuda_goodness.py
 PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: help train test test-triton test-processes bench reproduce report kernels gpu-check docs wheel check-wheel lint format clean distclean
+.PHONY: help train test test-triton test-cuda test-processes bench reproduce report kernels gpu-check docs wheel check-wheel lint format clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -64,7 +65,7 @@ train: $(VENV)/.train
 # Two threads a worker, so that the threaded paths run; passive, because workers share the cores.
 test: $(VENV)/.test
 	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
-		$(addprefix --ignore=,$(PROCESSES)) $(ARGS) tests
+		$(addprefix --ignore=,$(PROCESSES) $(EMULATED)) $(ARGS) tests
 
 # Every Triton kernel under the interpreter, which must be chosen before triton is imported.
 test-triton: $(VENV)/.test
@@ -73,6 +74,10 @@ test-triton: $(VENV)/.test
 # Pretraining, torchrun and its restarts, memory of the losses by number of processes: minutes on a free machine.
 test-processes: $(VENV)/.test
 	@$(PY) -m pytest -q $(ARGS) $(PROCESSES)
+
+# Every CUDA kernel, compiled for the CPU by tests/emulation/ (a minute, once) and run there: minutes.
+test-cuda: $(VENV)/.test
+	@$(PY) -m pytest -q -n $(JOBS) $(ARGS) $(EMULATED)
 
 bench: $(VENV)/.bench
 	@$(PY) -m pytest benchmarks $(ARGS)
@@ -85,9 +90,10 @@ reproduce: $(VENV)/.bench
 report: $(VENV)/.bench
 	@$(PY) -m benchmarks.report $(ARGS)
 
-# Every Triton kernel configuration for every chip, without a GPU.
+# Every Triton kernel configuration for every chip, and the CUDA kernels of the build, without a GPU.
 kernels: $(VENV)/.test
 	@$(PY) -m tools.kernels $(ARGS)
+	@$(PY) -m tools.cuda_kernels
 
 # On a machine with a GPU; ARGS=--dry-run checks what needs none.
 gpu-check: $(VENV)/.test

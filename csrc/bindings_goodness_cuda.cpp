@@ -45,20 +45,38 @@ ffcl::GoodnessMany many(const std::vector<Layer>& layers, int dtype, bool relu, 
 
 ffcl::PairRows pair(uintptr_t h1, uintptr_t h2, int64_t rows, int64_t dim, int64_t stride_1, int64_t stride_2,
                     int dtype, bool relu, int device, uintptr_t stream) {
-  return {pointer<const void>(h1), pointer<const void>(h2), rows, dim, stride_1, stride_2,
-          static_cast<ffcl::DType>(dtype), relu, device, pointer<void>(stream)};
+  return {pointer<const void>(h1),
+          pointer<const void>(h2),
+          rows,
+          dim,
+          stride_1,
+          stride_2,
+          static_cast<ffcl::DType>(dtype),
+          relu,
+          device,
+          pointer<void>(stream)};
 }
 
 ffcl::PoolMaps maps(uintptr_t h, int64_t samples, int64_t channels, int64_t positions, int64_t stride,
                     bool channels_last, int dtype, bool relu, bool mean, int device, uintptr_t stream) {
-  return {pointer<const void>(h), samples, channels, positions, stride, channels_last,
-          static_cast<ffcl::DType>(dtype), relu, mean, device, pointer<void>(stream)};
+  return {pointer<const void>(h),
+          samples,
+          channels,
+          positions,
+          stride,
+          channels_last,
+          static_cast<ffcl::DType>(dtype),
+          relu,
+          mean,
+          device,
+          pointer<void>(stream)};
 }
 
 }  // namespace
 
 void bind_goodness_cuda(py::module_& m) {
-  py::class_<ffcl::GoodnessRows>(m, "GoodnessRows", py::module_local(), "The arguments that both kernels share; see goodness_cuda.h.")
+  py::class_<ffcl::GoodnessRows>(m, "GoodnessRows", py::module_local(),
+                                 "The arguments that both kernels share; see goodness_cuda.h.")
       .def(py::init(&rows), py::arg("h"), py::arg("rows"), py::arg("dim"), py::arg("stride"), py::arg("dtype"),
            py::arg("relu"), py::arg("mean"), py::arg("eps"), py::arg("device"), py::arg("stream"));
   m.def(
@@ -69,10 +87,11 @@ void bind_goodness_cuda(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "goodness_backward_cuda",
-      [](const ffcl::GoodnessRows& args, uintptr_t goodness, uintptr_t grad_goodness, uintptr_t grad_out, uintptr_t dh) {
-        return ffcl::goodness_backward_cuda(
-            args, reinterpret_cast<const float*>(goodness), reinterpret_cast<const float*>(grad_goodness),
-            reinterpret_cast<const void*>(grad_out), reinterpret_cast<void*>(dh));
+      [](const ffcl::GoodnessRows& args, uintptr_t goodness, uintptr_t grad_goodness, uintptr_t grad_out,
+         uintptr_t dh) {
+        return ffcl::goodness_backward_cuda(args, reinterpret_cast<const float*>(goodness),
+                                            reinterpret_cast<const float*>(grad_goodness),
+                                            reinterpret_cast<const void*>(grad_out), reinterpret_cast<void*>(dh));
       },
       py::call_guard<py::gil_scoped_release>());
   m.attr("MANY_LAYERS") = ffcl::MANY_LAYERS;
@@ -91,7 +110,8 @@ void bind_goodness_cuda(py::module_& m) {
         return ffcl::goodness_many_backward_cuda(g, pointer<const float>(grad_goodness));
       },
       py::call_guard<py::gil_scoped_release>());
-  py::class_<ffcl::PairRows>(m, "PairRows", py::module_local(), "The arguments of the pair cosine kernels; see goodness_cuda.h.")
+  py::class_<ffcl::PairRows>(m, "PairRows", py::module_local(),
+                             "The arguments of the pair cosine kernels; see goodness_cuda.h.")
       .def(py::init(&pair), py::arg("h1"), py::arg("h2"), py::arg("rows"), py::arg("dim"), py::arg("stride_1"),
            py::arg("stride_2"), py::arg("dtype"), py::arg("relu"), py::arg("device"), py::arg("stream"));
   m.def(
@@ -116,7 +136,8 @@ void bind_goodness_cuda(py::module_& m) {
                                 device, pointer<void>(stream));
       },
       py::call_guard<py::gil_scoped_release>());
-  py::class_<ffcl::PoolMaps>(m, "PoolMaps", py::module_local(), "The arguments of the pooling kernels; see goodness_cuda.h.")
+  py::class_<ffcl::PoolMaps>(m, "PoolMaps", py::module_local(),
+                             "The arguments of the pooling kernels; see goodness_cuda.h.")
       .def(py::init(&maps), py::arg("h"), py::arg("samples"), py::arg("channels"), py::arg("positions"),
            py::arg("stride"), py::arg("channels_last"), py::arg("dtype"), py::arg("relu"), py::arg("mean"),
            py::arg("device"), py::arg("stream"));

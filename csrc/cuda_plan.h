@@ -5,9 +5,12 @@
 
 #ifdef __CUDACC__
 #define FFCL_HD __host__ __device__
-#define FFCL_NO_UNROLL _Pragma("unroll 1")  // a loop whose body is all of a kernel
 #else
 #define FFCL_HD
+#endif
+#ifdef __CUDA_ARCH__
+#define FFCL_NO_UNROLL _Pragma("unroll 1")  // a loop whose body is all of a kernel
+#else
 #define FFCL_NO_UNROLL
 #endif
 
@@ -52,10 +55,10 @@ inline Grid row_grid(int64_t rows, int lanes) {
 // Pair cosine: where a sample's pair is kept between the sums and the gradients.
 // ---------------------------------------------------------------------------------------------------------------------
 struct PairPlan {
-  int lanes = 32;    // threads a sample in each block: a warp, or all
-  int cluster = 1;   // blocks a sample
-  int share = 0;     // packs of each tensor that one block has; the last may have fewer
-  int kept = 0;      // of those, packs in shared memory; the rest is read a second time
+  int lanes = 32;   // threads a sample in each block: a warp, or all
+  int cluster = 1;  // blocks a sample
+  int share = 0;    // packs of each tensor that one block has; the last may have fewer
+  int kept = 0;     // of those, packs in shared memory; the rest is read a second time
   Grid grid;
 };
 

@@ -1,6 +1,5 @@
 // Goodness kernels for CUDA: rows of one tensor, and rows of many tensors in one launch. See goodness_rows.cuh.
 #include "goodness_cuda.h"
-
 #include "goodness_rows.cuh"
 
 namespace ffcl {

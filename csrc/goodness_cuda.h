@@ -13,11 +13,11 @@ struct GoodnessRows {
   const void* h;              // (rows, dim), elements of `dtype`, unit stride in dim
   int64_t rows, dim, stride;  // stride: elements between rows
   DType dtype;
-  bool relu;                  // a = max(h, 0), else a = h
-  bool mean;                  // goodness is the mean of a^2 over dim, else the sum
+  bool relu;  // a = max(h, 0), else a = h
+  bool mean;  // goodness is the mean of a^2 over dim, else the sum
   float eps;
-  int device;                 // CUDA ordinal
-  void* stream;               // cudaStream_t
+  int device;    // CUDA ordinal
+  void* stream;  // cudaStream_t
 };
 
 struct GoodnessMany {
@@ -53,8 +53,8 @@ int goodness_forward_cuda(const GoodnessRows&, float* goodness, void* out);
 
 // dh (rows, dim) of `dtype`, dense. goodness as the forward pass wrote it; grad_goodness (rows,) or null;
 // grad_out (rows, dim) of `dtype`, dense, or null.
-int goodness_backward_cuda(const GoodnessRows&, const float* goodness, const float* grad_goodness,
-                           const void* grad_out, void* dh);
+int goodness_backward_cuda(const GoodnessRows&, const float* goodness, const float* grad_goodness, const void* grad_out,
+                           void* dh);
 
 // goodness (all rows of all layers,), and dh of every layer from its gradient.
 int goodness_many_cuda(const GoodnessMany&, float* goodness);

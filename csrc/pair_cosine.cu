@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(GOODNESS_THREADS)
   const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES;
   const bool cluster = LANES > 32 && plan.cluster > 1;
   const unsigned rank = cluster ? cluster_rank() : 0;
-  const int64_t row = LANES > 32 ? blockIdx.x / plan.cluster
-                                 : blockIdx.x * static_cast<int64_t>(GOODNESS_THREADS / LANES) + slot;
+  const int64_t row =
+      LANES > 32 ? blockIdx.x / plan.cluster : blockIdx.x * static_cast<int64_t>(GOODNESS_THREADS / LANES) + slot;
   if (row >= p.rows) return;  // whole warps, or none
   const int packs = p.dim / N;
   const int begin = least(packs, static_cast<int>(rank) * plan.share), end = least(packs, begin + plan.share);
@@ -126,9 +126,9 @@ __global__ void __launch_bounds__(GOODNESS_THREADS)
 
 // How it works: a row a warp or a block, every pack by itself. Bound by memory: two reads, up to two writes.
 template <class T, int N>
-__global__ void __launch_bounds__(GOODNESS_THREADS) pair_backward(Pair p, int lanes, const T* h1, const T* h2,
-                                                                  const float* coefficients, const float* grad, T* d1,
-                                                                  T* d2) {
+__global__ void __launch_bounds__(GOODNESS_THREADS)
+    pair_backward(Pair p, int lanes, const T* h1, const T* h2, const float* coefficients, const float* grad, T* d1,
+                  T* d2) {
   const int64_t row = blockIdx.x * static_cast<int64_t>(GOODNESS_THREADS / lanes) + threadIdx.x / lanes;
   if (row >= p.rows) return;
   float c[3];

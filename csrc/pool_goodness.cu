@@ -135,8 +135,7 @@ __global__ void __launch_bounds__(GOODNESS_THREADS)
 }
 
 bool sensible(const PoolMaps& g) {
-  return g.samples >= 0 && g.channels > 0 && g.positions > 0 && g.channels <= INT_MAX / 2 &&
-         g.positions <= INT_MAX / 2;
+  return g.samples >= 0 && g.channels > 0 && g.positions > 0 && g.channels <= INT_MAX / 2 && g.positions <= INT_MAX / 2;
 }
 
 Map shape(const PoolMaps& g) {
@@ -153,7 +152,8 @@ int forward(const PoolMaps& g, float* pooled) {
   switch (plan.way) {
     case PoolWay::warp:
       return launch(plan.pack == 1 ? pool_warp<T, 1> : pool_warp<T, N>, plan.grid, g.stream, m, plan, h, pooled);
-    case PoolWay::staged: return launch(pool_staged<T, N>, plan.grid, g.stream, m, plan, h, pooled);
+    case PoolWay::staged:
+      return launch(pool_staged<T, N>, plan.grid, g.stream, m, plan, h, pooled);
     case PoolWay::last:
       return launch(plan.pack == 1 ? pool_last<T, 1> : pool_last<T, N>, plan.grid, g.stream, m, plan, h, pooled);
   }
@@ -192,9 +192,8 @@ int pool_goodness_backward_cuda(const PoolMaps& g, const float* pooled, const fl
   if (!sensible(g)) return bad_argument;
   const OnDevice guard(g.device);
   if (guard.error != cudaSuccess) return status_of(guard.error);
-  return with_type(g.dtype, [&](auto type) {
-    return backward<decltype(type)>(g, pooled, grad_goodness, grad_pooled, dh);
-  });
+  return with_type(g.dtype,
+                   [&](auto type) { return backward<decltype(type)>(g, pooled, grad_goodness, grad_pooled, dh); });
 }
 
 }  // namespace ffcl

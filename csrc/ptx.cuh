@@ -35,8 +35,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // 16 bytes from global to shared memory, in the background; zeros where not `valid`, and then nothing is read.
 __device__ __forceinline__ void copy16_async(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -129,9 +128,7 @@ __device__ __forceinline__ void barrier_init(uint64_t* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
 // The barriers of this thread are there for the other blocks and for the copy engine.
-__device__ __forceinline__ void barriers_ready() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Arrives, and adds bytes to what the phase waits for.
 __device__ __forceinline__ void barrier_expect(uint64_t* b, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
@@ -186,18 +183,21 @@ __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+// Nothing that reads x is moved before this, hence not before the wait for the product that makes it.
+__device__ __forceinline__ void settle(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+
 // d = a b^T, or d + a b^T where `add`, for the four warps of a group: a is 64 x 16 and b 128 x 16 in shared memory.
-#define FFCL_WGMMA(TYPE)                                                                                              \
-  asm volatile(                                                                                                       \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                                \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                                                    \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "   \
-      "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "     \
-      "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, "    \
+#define FFCL_WGMMA(TYPE)                                                                                            \
+  asm volatile(                                                                                                     \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                                  \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                                                  \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+      "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "   \
+      "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, "  \
       "%65, p, 1, 1, 0, 0;\n}"                                                                                      \
-      : FFCL_4(d[0]), FFCL_4(d[1]), FFCL_4(d[2]), FFCL_4(d[3]), FFCL_4(d[4]), FFCL_4(d[5]), FFCL_4(d[6]),             \
-        FFCL_4(d[7]), FFCL_4(d[8]), FFCL_4(d[9]), FFCL_4(d[10]), FFCL_4(d[11]), FFCL_4(d[12]), FFCL_4(d[13]),         \
-        FFCL_4(d[14]), FFCL_4(d[15])                                                                                  \
+      : FFCL_4(d[0]), FFCL_4(d[1]), FFCL_4(d[2]), FFCL_4(d[3]), FFCL_4(d[4]), FFCL_4(d[5]), FFCL_4(d[6]),           \
+        FFCL_4(d[7]), FFCL_4(d[8]), FFCL_4(d[9]), FFCL_4(d[10]), FFCL_4(d[11]), FFCL_4(d[12]), FFCL_4(d[13]),       \
+        FFCL_4(d[14]), FFCL_4(d[15])                                                                                \
       : "l"(a), "l"(b), "r"(static_cast<int>(add)))
 #define FFCL_4(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 

@@ -14,10 +14,10 @@ struct SimilarityCuda {
   int64_t rows, cols, dim;     // dim: a multiple of 8, 4096 at most
   int64_t q_stride, k_stride;  // elements between rows: multiples of 8
   DType dtype;
-  const float* scale;          // on the device
+  const float* scale;  // on the device
   const int64_t *row_ids, *col_ids;
-  int exclude;                 // ffcl::Exclude
-  bool triangle;               // k = q: S is symmetric and only its upper half is computed
+  int exclude;    // ffcl::Exclude
+  bool triangle;  // k = q: S is symmetric and only its upper half is computed
   SimilarityWay way;
   int device;
   void* stream;
@@ -33,10 +33,9 @@ int64_t similarity_workspace_cuda(const SimilarityCuda&);
 int similarity_forward_cuda(const SimilarityCuda&, float* row_lse, float* col_lse, float* workspace, int64_t size);
 
 // panel (row_end - row_begin, col_end - col_begin) of `dtype`, panel_stride elements between rows (a multiple of 8, and
-// at least the width rounded up to 8): G_ij = 2^(t_ij - shift_i) weight_i + 2^(t_ij - shift_j) weight_j, t = S log2 e, 0
-// where the pair is left out.
-// row_vectors (3, rows), col_vectors (3, cols) or null for no second term: weight, shift, and weight 2^(centre - shift).
-// frame (2,): centre, and 1 where one exponential 2^(t - centre) may serve both terms.
+// at least the width rounded up to 8): G_ij = 2^(t_ij - shift_i) weight_i + 2^(t_ij - shift_j) weight_j, t = S log2 e,
+// 0 where the pair is left out. row_vectors (3, rows), col_vectors (3, cols) or null for no second term: weight, shift,
+// and weight 2^(centre - shift). frame (2,): centre, and 1 where one exponential 2^(t - centre) may serve both terms.
 int similarity_panel_cuda(const SimilarityCuda&, const float* row_vectors, const float* col_vectors, const float* frame,
                           int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end, void* panel,
                           int64_t panel_stride);

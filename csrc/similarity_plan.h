@@ -1,8 +1,8 @@
 // How the CUDA similarity kernels cut S = scale q k^T: tiles, super-tiles, masks, shared-memory layouts. Plain
 // arithmetic that host and device share, tested on the CPU.
 //
-// A block (on sm_90: a cluster of two) owns a super-tile: `span` x `span` tiles of 128 x 128. It leaves one partial sum a
-// row and one a column, so rows x cols / (128 span) floats of each kind leave the chip. A long problem runs once per
+// A block (on sm_90: a cluster of two) owns a super-tile: `span` x `span` tiles of 128 x 128. It leaves one partial sum
+// a row and one a column, so rows x cols / (128 span) floats of each kind leave the chip. A long problem runs once per
 // chunk of rows, so that the partial sums fit into a bounded workspace. No atomics: everything is added in one order.
 #pragma once
 
@@ -25,7 +25,7 @@ constexpr float BOUND_LIMIT = 512.f;
 // What is left out of S: see ffcl_fast/ops.py.
 struct Mask {
   int rows = 0, cols = 0;
-  int exclude = 0;  // ffcl::Exclude
+  int exclude = 0;        // ffcl::Exclude
   bool triangle = false;  // k = q: only pairs on or above the diagonal count, the mirror speaks for the others
   const int64_t *row_ids = nullptr, *col_ids = nullptr;
 };
@@ -33,11 +33,16 @@ struct Mask {
 FFCL_HD inline bool kept(const Mask& m, int i, int j) {
   if (i >= m.rows || j >= m.cols || (m.triangle && i > j)) return false;
   switch (m.exclude) {
-    case 0: return true;
-    case 1: return i != j;
-    case 2: return m.row_ids[i] != m.col_ids[j];
-    case 3: return m.row_ids[i] != m.col_ids[j] || i == j;
-    default: return m.row_ids[i] == m.col_ids[j];
+    case 0:
+      return true;
+    case 1:
+      return i != j;
+    case 2:
+      return m.row_ids[i] != m.col_ids[j];
+    case 3:
+      return m.row_ids[i] != m.col_ids[j] || i == j;
+    default:
+      return m.row_ids[i] == m.col_ids[j];
   }
 }
 
@@ -60,8 +65,8 @@ FFCL_HD inline Cell grouped(int64_t at, int height, int width) {
   return {first + within % size, within / size};
 }
 
-// Cell (row, col >= row) of the rows first..last-1 of a total x total triangle. Rows first + a and last - 1 - a together
-// always hold the same number of cells, so a pair of rows is one line of a rectangle.
+// Cell (row, col >= row) of the rows first..last-1 of a total x total triangle. Rows first + a and last - 1 - a
+// together always hold the same number of cells, so a pair of rows is one line of a rectangle.
 FFCL_HD inline Cell folded(int64_t at, int first, int last, int total) {
   const Cell c = grouped(at, (last - first + 1) / 2, 2 * total - first - last + 1);
   const int upper = first + c.row, lower = last - 1 - c.row, length = total - upper;
@@ -74,7 +79,7 @@ struct SumsPlan {
   int span = 1;    // tiles on a side of a super-tile
   int blocks = 1;  // blocks of a cluster, which share a super-tile's rows
   int side = TILE;
-  int supers = 1;  // super-tiles along the columns
+  int supers = 1;    // super-tiles along the columns
   int chunk = TILE;  // rows a launch
   bool triangle = false;
 
@@ -94,7 +99,8 @@ inline SumsPlan plan_sums(int rows, int cols, bool triangle, bool cluster, int p
   }
   p.side = p.span * TILE;
   p.supers = ceil_div(cols, p.side);
-  const int64_t fit = most<int64_t>(1, sums_workspace_limit / (4 * (1 + p.blocks) * static_cast<int64_t>(most(cols, 1))));
+  const int64_t fit =
+      most<int64_t>(1, sums_workspace_limit / (4 * (1 + p.blocks) * static_cast<int64_t>(most(cols, 1))));
   p.chunk = static_cast<int>(least<int64_t>(ceil_div(rows, p.side), fit)) * p.side;
   return p;
 }
@@ -158,8 +164,8 @@ inline Headroom headroom(int rows, int cols) {
 FFCL_HD inline int fragment_row(int lane, int m, int e, int apart) { return apart * m + lane / 4 + e / 2 * 8; }
 FFCL_HD inline int fragment_col(int lane, int n, int e) { return 8 * n + lane % 4 * 2 + e % 2; }
 
-// sm_80: a step is 32 deep, so a row has four 16-byte parts, moved about so that eight rows of one part lie in different
-// banks. Bytes from the start of an operand's stage.
+// sm_80: a step is 32 deep, so a row has four 16-byte parts, moved about so that eight rows of one part lie in
+// different banks. Bytes from the start of an operand's stage.
 constexpr int STEP80 = 32, STAGES80 = 4, OPERAND80 = TILE * STEP80 * 2;
 FFCL_HD inline int part_offset80(int row, int part) { return row * (STEP80 * 2) + ((part ^ (row / 2 % 4)) * 16); }
 
@@ -180,7 +186,8 @@ static_assert(TILE * PANEL_PITCH <= PANEL_SHARED80);
 static_assert(SUMS_SHARED80 <= 99 << 10, "sm_86 and sm_89 have no more");
 
 // sm_90: a step is 64 deep, 128 bytes a row, which TMA writes and wgmma reads in the 128-byte swizzle. A cluster of two
-// blocks has 256 rows of S against the same 128 columns: each block loads its own rows, and half of the columns for both.
+// blocks has 256 rows of S against the same 128 columns: each block loads its own rows, and half of the columns for
+// both.
 constexpr int APART90 = 64;
 constexpr int CLUSTER90 = 2, STEP90 = 64, OPERAND90 = TILE * STEP90 * 2;
 constexpr int SUMS_STAGES90 = 6, PANEL_STAGES90 = 4, CONSUMERS90 = 2;
@@ -229,8 +236,8 @@ FFCL_HD void walk_panel(int height, int width, int64_t first, int64_t clusters, 
 
 // How TMA sees (rows, dim) elements of two bytes: what cuTensorMapEncodeTiled is given.
 struct TensorMapPlan {
-  uint64_t sizes[2];   // elements, the depth first
-  uint64_t strides[1]; // bytes between rows
+  uint64_t sizes[2];    // elements, the depth first
+  uint64_t strides[1];  // bytes between rows
   uint32_t box[2];
 };
 inline TensorMapPlan plan_tensor_map(int64_t rows, int64_t dim, int64_t stride, int box_rows) {

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(THREADS80) sums80(__grid_constant__ const Sums
   const int warp = threadIdx.x / 32, warp_row = warp % 4 * 32, warp_col = warp / 4 * 64;
   const int row = cell.row * a.plan.side, col = cell.col * a.plan.side, first = a.begin / a.plan.side;
   float* row_sums = reinterpret_cast<float*>(shared_memory() + STAGES80 * 2 * OPERAND80);  // (2, MAX_SPAN * TILE)
-  float* col_shares = row_sums + 2 * MAX_SPAN * TILE;                                       // (4, TILE)
+  float* col_shares = row_sums + 2 * MAX_SPAN * TILE;                                      // (4, TILE)
   for (int i = threadIdx.x; i < 2 * MAX_SPAN * TILE; i += THREADS80) row_sums[i] = 0.f;
   __syncthreads();
   float col_sums[NF][2] = {};
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(THREADS80) panel80(__grid_constant__ const Pan
   const int r = a.row_begin + row, c = a.col_begin + col;
   float acc[MF][NF][4];
   product80<T>(acc, q, k, r, c, warp_row, warp_col);
-  pair_gradients<APART80>(acc, a.mask, needs_mask(a.mask, r, c, TILE, TILE), r + warp_row, c + warp_col, *a.scale * LOG2E, a.rows,
-                 a.cols, a.frame);
+  pair_gradients<APART80>(acc, a.mask, needs_mask(a.mask, r, c, TILE, TILE), r + warp_row, c + warp_col,
+                          *a.scale * LOG2E, a.rows, a.cols, a.frame);
   stage_tile<T, APART80>(acc, shared_memory(), warp_row, warp_col);
   __syncthreads();
   store_tile(shared_memory(), a.panel, a.stride, row, col, height, width, threadIdx.x, THREADS80);
@@ -160,7 +160,8 @@ __device__ float warp_dot(const T* x, const T* y, int dim) {
 // Bound by memory: one read of q and k.
 template <class T>
 __global__ void __launch_bounds__(NORM_THREADS)
-    largest_norms(const T* q, const T* k, int rows, int cols, int64_t q_stride, int64_t k_stride, int dim, float* norms) {
+    largest_norms(const T* q, const T* k, int rows, int cols, int64_t q_stride, int64_t k_stride, int dim,
+                  float* norms) {
   const bool of_k = blockIdx.x >= NORM_PARTS;
   const T* x = of_k ? k : q;
   const int64_t stride = of_k ? k_stride : q_stride;
@@ -263,8 +264,8 @@ bool sensible(const SimilarityCuda& s) {
   constexpr int64_t LONGEST = INT_MAX - 4096;
   return s.rows > 0 && s.cols > 0 && s.rows <= LONGEST && s.cols <= LONGEST && s.dim > 0 && s.dim <= 4096 &&
          s.dim % 8 == 0 && s.q_stride % 8 == 0 && s.k_stride % 8 == 0 && aligned(s.q) && aligned(s.k) &&
-         s.dtype != DType::float32 && s.exclude >= 0 && s.exclude <= 4 &&
-         (s.exclude < 2 || (s.row_ids && s.col_ids)) && (!s.triangle || (s.q == s.k && s.rows == s.cols));
+         s.dtype != DType::float32 && s.exclude >= 0 && s.exclude <= 4 && (s.exclude < 2 || (s.row_ids && s.col_ids)) &&
+         (!s.triangle || (s.q == s.k && s.rows == s.cols));
 }
 
 Mask mask_of(const SimilarityCuda& s, bool triangle) {
@@ -286,16 +287,15 @@ int forward(const SimilarityCuda& s, const SumsPlan& plan, float* row_lse, float
   a.norms = workspace;
   a.row_part = workspace + 2 * NORM_PARTS;
   a.col_part = a.row_part + plan.row_floats();
-  int status = launch(largest_norms<T>, Grid{2 * NORM_PARTS, NORM_THREADS, PART_BYTES, 1}, s.stream,
-                      static_cast<const T*>(s.q), static_cast<const T*>(s.k), a.mask.rows, a.mask.cols, s.q_stride,
-                      s.k_stride, a.dim, workspace);
+  int status =
+      launch(largest_norms<T>, Grid{2 * NORM_PARTS, NORM_THREADS, PART_BYTES, 1}, s.stream, static_cast<const T*>(s.q),
+             static_cast<const T*>(s.k), a.mask.rows, a.mask.cols, s.q_stride, s.k_stride, a.dim, workspace);
   for (int64_t begin = 0; status == ok && begin < s.rows; begin += plan.chunk) {
     a.begin = static_cast<int>(begin);
     a.end = static_cast<int>(least<int64_t>(s.rows, begin + plan.chunk));
     const int64_t clusters = sums_clusters(plan, a.begin, a.end);
-    status = s.way == SimilarityWay::sm90
-                 ? sums_sm90(a, static_cast<int>(s.dtype), clusters, s.stream)
-                 : launch(sums80<T>, Grid{clusters, THREADS80, SUMS_SHARED80, 1}, s.stream, a);
+    status = s.way == SimilarityWay::sm90 ? sums_sm90(a, static_cast<int>(s.dtype), clusters, s.stream)
+                                          : launch(sums80<T>, Grid{clusters, THREADS80, SUMS_SHARED80, 1}, s.stream, a);
     if (status != ok) return status;
     FinishArgs f{a, room.lost, row_lse, col_lse, 0};
     f.row_blocks = ceil_div((s.triangle ? a.mask.rows : a.end) - a.begin, FINISH_THREADS);
@@ -329,9 +329,9 @@ int similarity_forward_cuda(const SimilarityCuda& s, float* row_lse, float* col_
   return with_half(s.dtype, [&](auto type) { return forward<decltype(type)>(s, plan, row_lse, col_lse, workspace); });
 }
 
-int similarity_panel_cuda(const SimilarityCuda& s, const float* row_vectors, const float* col_vectors, const float* frame,
-                          int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end, void* panel,
-                          int64_t panel_stride) {
+int similarity_panel_cuda(const SimilarityCuda& s, const float* row_vectors, const float* col_vectors,
+                          const float* frame, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
+                          void* panel, int64_t panel_stride) {
   if (!sensible(s) || row_begin < 0 || row_begin >= row_end || row_end > s.rows || col_begin < 0 ||
       col_begin >= col_end || col_end > s.cols || !aligned(panel) || panel_stride % 8 ||
       panel_stride < ceil_div<int64_t>(col_end - col_begin, 8) * 8)

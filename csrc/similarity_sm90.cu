@@ -2,9 +2,9 @@
 // sm_90a alone; what surrounds it is in similarity_sm80.cu.
 //
 // How it works: a cluster of two blocks multiplies tiles of 256 x 128. In each block one thread loads steps of 64 along
-// the depth into a ring of stages, its own rows and half of the columns, which TMA writes to both blocks; two warpgroups
-// take turns at the tiles, so that one multiplies while the other is at its exponentials. A stage is free again when the group that used it says so, to both blocks.
-// Bound by: tensor cores; below a width of 128, exp2.
+// the depth into a ring of stages, its own rows and half of the columns, which TMA writes to both blocks; two
+// warpgroups take turns at the tiles, so that one multiplies while the other is at its exponentials. A stage is free
+// again when the group that used it says so, to both blocks. Bound by: tensor cores; below a width of 128, exp2.
 #define FFCL_SM90A 1
 
 #include <cuda.h>
@@ -51,7 +51,9 @@ struct Ring {
     copy_box_to((1u << CLUSTER90) - 1, cols(count) + rank * (OPERAND90 / CLUSTER90), k, full + s, depth,
                 col + static_cast<int>(rank) * HALF);
   }
-  __device__ void wait(unsigned count) const { barrier_wait(full + count % STAGES, static_cast<int>(count / STAGES % 2)); }
+  __device__ void wait(unsigned count) const {
+    barrier_wait(full + count % STAGES, static_cast<int>(count / STAGES % 2));
+  }
   __device__ void release(unsigned count) const {
     if (threadIdx.x % 32 < CLUSTER90) barrier_arrive(empty + count % STAGES, threadIdx.x % 32);
   }
@@ -84,6 +86,12 @@ __device__ __forceinline__ void product90(float (&acc)[MF][NF][4], const Ring<ST
     }
   }
   products_wait<0>();
+#pragma unroll
+  for (int m = 0; m < MF; ++m)
+#pragma unroll
+    for (int n = 0; n < NF; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) settle(acc[m][n][e]);
   ring.release(first + steps - 1);
   if (threadIdx.x % 32 == 0) barrier_arrive(ring.turn, rank);
 }
@@ -118,7 +126,7 @@ __global__ void __launch_bounds__(THREADS90, 1)
     if (active) {
       constexpr int ROWS = MAX_SPAN / CLUSTER90 * TILE;
       const int thread = threadIdx.x % 128, warp = thread / 32;
-      float* row_sums = reinterpret_cast<float*>(ring.rest);    // (CONSUMERS90, ROWS)
+      float* row_sums = reinterpret_cast<float*>(ring.rest);                 // (CONSUMERS90, ROWS)
       float* col_shares = row_sums + CONSUMERS90 * ROWS + group * 4 * TILE;  // (CONSUMERS90, 4, TILE)
       for (int i = thread; i < ROWS; i += 128) row_sums[group * ROWS + i] = 0.f;
       meet(1 + group, 128);
@@ -154,7 +162,8 @@ __global__ void __launch_bounds__(THREADS90, 1)
       for (int i = threadIdx.x - 128; i < a.plan.side / CLUSTER90; i += 128 * CONSUMERS90) {
         const int r = row + i / TILE * CLUSTER90 * TILE + own + i % TILE;
         if (r < a.end)
-          a.row_part[static_cast<int64_t>(cell.col) * (a.end - a.begin) + (r - a.begin)] = row_sums[i] + row_sums[ROWS + i];
+          a.row_part[static_cast<int64_t>(cell.col) * (a.end - a.begin) + (r - a.begin)] =
+              row_sums[i] + row_sums[ROWS + i];
       }
     }
   }
@@ -213,9 +222,9 @@ __global__ void __launch_bounds__(THREADS90, 1)
 
 // The driver's function that describes a tensor to TMA: this module does not link against the driver.
 int encode(CUtensorMap& map, DType dtype, const void* x, int64_t rows, int dim, int64_t stride, int box_rows) {
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                              const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                              const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
   void* address = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
   const cudaError_t error =
@@ -256,8 +265,8 @@ int sums_sm90(const SumsArgs& a, int dtype, int64_t clusters, void* stream) {
 
 int panel_sm90(const PanelArgs& a, int dtype, int processors, void* stream) {
   return with_maps(a, dtype, [&](const CUtensorMap& q, const CUtensorMap& k, auto type) {
-    const int64_t tiles = ceil_div<int64_t>(a.row_end - a.row_begin, CLUSTER90 * TILE) *
-                          ceil_div<int64_t>(a.col_end - a.col_begin, TILE);
+    const int64_t tiles =
+        ceil_div<int64_t>(a.row_end - a.row_begin, CLUSTER90 * TILE) * ceil_div<int64_t>(a.col_end - a.col_begin, TILE);
     const int64_t clusters = most<int64_t>(1, least<int64_t>(tiles, processors / CLUSTER90));
     return launch(panel90<decltype(type)>, Grid{clusters * CLUSTER90, THREADS90, PANEL_SHARED90, CLUSTER90}, stream, a,
                   q, k);

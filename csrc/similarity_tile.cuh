@@ -183,7 +183,8 @@ __device__ __forceinline__ void stage_tile(const float (&acc)[MF][NF][4], unsign
         T pair[2];
         assign(pair[0], acc[m][n][2 * half]);
         assign(pair[1], acc[m][n][2 * half + 1]);
-        const int at = (row + fragment_row(lane, m, 2 * half, APART)) * PANEL_PITCH + (col + fragment_col(lane, n, 0)) * 2;
+        const int at =
+            (row + fragment_row(lane, m, 2 * half, APART)) * PANEL_PITCH + (col + fragment_col(lane, n, 0)) * 2;
         uint32_t bits;
         memcpy(&bits, pair, 4);
         *reinterpret_cast<uint32_t*>(tile + at) = bits;

@@ -25,11 +25,11 @@ def assert_agrees(
     """``ours(*inputs)`` agrees with ``original(*inputs)`` in float32, value and gradients, norm-relative per tensor.
 
     ``truth`` is what float64 inputs are given to, the original itself by default. Where two float32 results differ by
-    more than 1e-6, ours must be within 1e-6 of the truth, or its error at most twice the original's (the project's rule
-    for errors: two roundings of the same size differ by luck). ``scale`` is the size of the largest logit. A loss of one
-    or two terms is a ratio of exponentials, so its relative error is the absolute one of two logits. Each is the product
-    of two embeddings normalised in float32 and is rounded itself: three roundings of 2^-24 scale, six for two logits.
-    They seldom all point the same way: the rule allows four, 2^-22 scale, which passes 1e-6 from a scale of 4 on.
+    more than 1e-6, ours must be within 1e-6 of the truth, or its error at most twice the original's (the project's
+    rule for errors: two roundings of the same size differ by luck). ``scale`` is the size of the largest logit. A loss
+    of one or two terms is a ratio of exponentials, so its relative error is the absolute one of two logits. Each is the
+    product of two embeddings normalised in float32 and is rounded itself: three roundings of 2^-24 scale, six for two
+    logits. They seldom all point the same way: the rule allows four, 2^-22 scale, which passes 1e-6 from a scale of 4.
     """
     exact = value_and_gradients(truth or original, tuple(x.double() if _floating(x) else x for x in inputs), weight)
     a = value_and_gradients(ours, inputs, weight)

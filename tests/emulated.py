@@ -65,6 +65,5 @@ def emulated(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> It
 def use(module: ModuleType, capability: int, processors: int = 2, shared: int | None = None) -> None:
     """Emulate another device."""
     cuda.chip.cache_clear()
+    cuda.emulated = cuda.Chip(capability, processors)
     module.set_device(capability, processors, SHARED[capability] if shared is None else shared)
-
-

@@ -157,9 +157,7 @@ def test_autograd_over_the_kernels(emulated):  # noqa: F811
     target = torch.tensor([1.0, -1, 1, -1, 1])
     results = []
     for backend in ("cuda", "reference"):
-        loss = functional.pair_cosine(h1, h2, target, backend=backend) + functional.goodness(
-            h1, backend=backend
-        ).mean()
+        loss = functional.pair_cosine(h1, h2, target, backend=backend) + functional.goodness(h1, backend=backend).mean()
         results.append((loss.detach(), *torch.autograd.grad(loss, (h1, h2))))
     for ours, truth in zip(*results, strict=True):
         torch.testing.assert_close(ours, truth)

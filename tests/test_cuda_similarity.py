@@ -1,4 +1,4 @@
-"""The CUDA similarity kernels, compiled for the CPU by tests/emulation/, against the reference; and how they are cut."""
+"""The CUDA similarity kernels, compiled for the CPU by tests/emulation/, against the reference; how they are cut."""
 
 from __future__ import annotations
 

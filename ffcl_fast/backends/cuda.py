@@ -28,10 +28,13 @@ class Chip(NamedTuple):
     processors: int
 
 
+emulated = Chip(90, 2)  # what stands behind other tensors in tests
+
+
 @functools.cache
 def chip(device: torch.device) -> Chip:
     if device.type != "cuda":
-        return Chip(90, 2)
+        return emulated
     properties = torch.cuda.get_device_properties(device)
     return Chip(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
@@ -77,7 +80,7 @@ def goodness_forward(h, mean, relu, normalize, eps):
 def goodness_backward(h, goodness, grad_goodness, grad_out, mean, relu, eps):
     if grad_goodness is None and grad_out is None:
         return torch.zeros(h.shape, dtype=h.dtype, device=h.device)
-    h, goodness, grad_goodness, grad_out = rows_of(h), *map(dense, (goodness, grad_goodness, grad_out))
+    h, goodness, grad_goodness, grad_out = rows_of(h), dense(goodness), dense(grad_goodness), dense(grad_out)
     dh = h.new_empty(h.shape)
     run("goodness_backward", _rows(h, mean, relu, eps), goodness, grad_goodness, grad_out, dh, h=h)
     return dh
@@ -215,7 +218,8 @@ def _pair(h1: Tensor, h2: Tensor, relu: bool):
 
 
 def _pair_gradients(h1: Tensor, need_1: bool, need_2: bool) -> tuple[Tensor, Tensor]:
-    return tuple(h1.new_empty(h1.shape if need else (0, h1.shape[1])) for need in (need_1, need_2))
+    d1, d2 = (h1.new_empty(h1.shape if need else (0, h1.shape[1])) for need in (need_1, need_2))
+    return d1, d2
 
 
 def _maps(h: Tensor, mean: bool, relu: bool):

@@ -53,7 +53,7 @@ def _problem(q, k, scale, row_ids, col_ids, exclude) -> _Problem:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy padded with zeros to a multiple of 8 columns where its rows do not start at 16-byte addresses."""
+    """``x``, or a copy padded with zeros to a multiple of 8 columns where its rows are not at 16-byte addresses."""
     rows, width = x.shape
     if x.stride(1) == 1 and width % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
         return x

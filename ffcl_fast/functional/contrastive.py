@@ -108,7 +108,8 @@ def _paired(query: Tensor, positive_key: Tensor, negative_keys: Tensor, scale: T
         logits = _PairedDot.apply(q, keys) * scale
         largest = logits.detach().amax(1, keepdim=True)
         # Not logsumexp: its backward pass rounds the normaliser, which costs more than all the rest.
-        odds = (logits - largest).exp().sum(1).log() + (largest.squeeze(1) - row_dot(q, positive, torch.float64) * scale)
+        positive_logit = row_dot(q, positive, torch.float64) * scale
+        odds = (logits - largest).exp().sum(1).log() + (largest.squeeze(1) - positive_logit)
     odds = odds.to(scale.dtype)
     return odds if decoupled else F.softplus(odds, threshold=50.0)
 

@@ -193,7 +193,7 @@ class _Training:
             "samples_per_second": float(total[1]) / seconds,
             "seconds": seconds,
             "peak_mib": float(peak),
-            "lr": self.schedule.get_last_lr()[0],
+            "lr": float(self.schedule.get_last_lr()[0]),
         }
         if self.model.log_scale is not None:
             record["scale"] = float(self.model.log_scale.detach().exp())

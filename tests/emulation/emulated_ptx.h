@@ -201,6 +201,8 @@ void products_wait() {
   copies_wait<N>();
 }
 
+inline void settle(float&) {}
+
 // Element (row, depth) of an operand in the 128-byte swizzle.
 template <class T>
 float element(const unsigned char* shared, uint64_t operand, unsigned row, unsigned depth, T type) {

@@ -1,0 +1,50 @@
+"""tools/cuda_kernels.py: what it reads out of cuobjdump's listings, and what it takes for a problem."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools import cuda_kernels
+
+PREFIX = "_ZN4ffcl51_GLOBAL__N__e456faeb_18_similarity_sm90_cu_b9d2067c"
+SUMS = f"{PREFIX}6sums90I13__nv_bfloat16EEvNS_8SumsArgsE14CUtensorMap_stS4_"
+ROWS = f"{PREFIX}9over_rowsINS0_8BackwardE6__halfLi8ELi32EJPKfPfEEEvNS0_5ShapeEPKT0_DpT3_"
+USAGE = "  REG:168 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:800 TEXTURE:0"
+GOOD = "HGMMA.64x128x16.F32 UTMALDG.2D.MULTICAST UTMALDG.2D USETMAXREG.DEALLOC"
+
+
+def test_names():
+    assert cuda_kernels.describe(SUMS) == ("sums90", "bf16", [], "")
+    assert cuda_kernels.describe(ROWS) == ("over_rows", "fp16", [8, 32], "backward")
+    assert cuda_kernels.describe(f"{PREFIX}11pool_finishEliPKfPf")[0] == "pool_finish"
+    assert cuda_kernels.describe("_ZN4cuda6nothingEv") is None
+
+
+def test_a_good_kernel():
+    row = cuda_kernels.row_of("sm_90a", SUMS, USAGE, GOOD)
+    assert "problem" not in row
+    assert (row["registers"], row["stack"], row["spills"]) == (168, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "symbol, usage, sass, problem",
+    (
+        (SUMS, USAGE, GOOD.replace("HGMMA", "HMMA"), "no HGMMA"),
+        (SUMS, USAGE, GOOD.replace(".MULTICAST", ""), "no UTMALDG.2D.MULTICAST"),
+        (SUMS, USAGE, GOOD + " STL.64 LDL", "2 spills"),
+        (SUMS, USAGE.replace("STACK:0", "STACK:16"), GOOD, "16 stack"),
+        (ROWS, USAGE, "LDG.E.64 STG.E.128", "no 16-byte loads"),
+    ),
+)
+def test_problems(symbol, usage, sass, problem):
+    assert cuda_kernels.row_of("sm_90a", symbol, usage, sass)["problem"] == problem
+
+
+def test_single_elements_need_no_wide_loads():
+    assert "problem" not in cuda_kernels.row_of("sm_80", ROWS.replace("Li8E", "Li1E"), USAGE, "LDG.E.U16")
+
+
+def test_sections():
+    listing = "arch = sm_80\n\t\tFunction : a\n one\n two\narch = sm_90a\n\t\tFunction : b\n three\n"
+    found = cuda_kernels.sections(listing, r"\s*Function : (\S+)")
+    assert found == [("sm_80", "a", " one\n two"), ("sm_90a", "b", " three")]
