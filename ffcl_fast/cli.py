@@ -53,6 +53,20 @@ def _parser() -> argparse.ArgumentParser:
     for name in _EVALUATE:
         _add_setting(evaluate, name)
 
+    ablate = commands.add_parser(
+        "ablate",
+        help="variants of a run over several seeds: a table, its JSON and a plot",
+        description="Run variants of one training over several seeds, what is not yet done only; writes ablation.md,"
+        " ablation.json and ablation.png into --out. Settings come from flags, over --config, over the defaults.",
+        allow_abbrev=False,
+    )
+    ablate.add_argument("--config", metavar="FILE", help="YAML file of seeds, settings and rows (default: FFCL's own)")
+    ablate.add_argument("--seeds", metavar="N,N,...", help="seeds, separated by commas (default: 0,1,2)")
+    ablate.add_argument("--out", metavar="FOLDER", default="runs/ablation", help="(default: runs/ablation)")
+    for name in FIELDS:
+        if name not in ("seed", "name", "out"):
+            _add_setting(ablate, name)
+
     doctor = commands.add_parser(
         "doctor",
         help="what this machine has, and every backend checked and timed",
@@ -163,6 +177,18 @@ def _evaluate(flags: dict[str, Any]) -> int:
     return 0
 
 
+def _ablate(flags: dict[str, Any]) -> int:
+    from .train.ablate import PLOT, TABLE, ablate, read_plan
+
+    out = Path(flags.pop("out"))
+    file, seeds = flags.pop("config"), flags.pop("seeds")
+    plan = read_plan(file, flags, seeds)
+    ablate(plan, out, log=_say, bars=True)
+    print((out / TABLE).read_text(encoding="utf-8"))
+    print(f"{out / TABLE}\n{out / PLOT}")
+    return 0
+
+
 def _doctor(flags: dict[str, Any]) -> int:
     from . import doctor
 
@@ -183,7 +209,7 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "doctor": _doctor}
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "ablate": _ablate, "doctor": _doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -165,6 +165,27 @@ def _accuracy(axis: Any, history: list[dict[str, Any]], test: float) -> None:
     axis.legend(fontsize=7)
 
 
+def error_bars(path: Path, rows: dict[str, Sequence[float]]) -> None:
+    """One line a row, top to bottom: its values as dots, their mean with one standard deviation to either side."""
+
+    def fill(figure: Any, axes: Sequence[Any]) -> None:
+        axis = axes[0]
+        for place, values in enumerate(rows.values()):
+            shown = 100 * np.asarray(values, float)
+            if not len(shown):
+                continue
+            if place == 0:
+                axis.axvline(shown.mean(), color="grey", ls=":", lw=1)
+            axis.plot(shown, np.full(len(shown), place), "o", color=_TRAIN, ms=4, alpha=0.35)
+            spread = shown.std(ddof=1) if len(shown) > 1 else 0.0
+            axis.errorbar(shown.mean(), place, xerr=spread, fmt="D", color=_TRAIN, ms=6, capsize=4, lw=1.5)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_xlabel("test accuracy, %: each seed, mean and standard deviation")
+
+    _draw(path, (7.0, 1.2 + 0.36 * len(rows)), 1, fill)
+
+
 def confusion_matrix(path: Path, probability: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
     """Counts of true against predicted class, shaded by the share of the true class."""
     from torchmetrics import functional as metric

@@ -47,6 +47,8 @@ def train(
     backbone: nn.Module | None = None,
     layers: Sequence[str] | None = None,
     resume: str | Path | None = None,
+    data: Data | None = None,
+    pictures: bool = True,
     log: Callable[[str], None] = print,
     bars: bool = False,
 ) -> Run:
@@ -56,7 +58,8 @@ def train(
     layers: names of its modules that the local stage trains, in order of depth; by default its blocks.
     resume: folder of an unfinished run to go on with, from its last stored epoch to bit-identical weights (on a CPU);
         ``config`` is then that run's own, see :func:`resumed_config`.
-    log: called with each line for the user. bars: show progress bars on a terminal.
+    data: what :func:`ffcl_fast.train.data.prepare` made of these settings before, to spare decoding it again.
+    pictures: draw the learning curves. log: called with each line for the user. bars: show progress bars on a terminal.
 
     Raises UserError for wrong data, options, names or checkpoints; earlier runs are never written to.
     """
@@ -64,7 +67,7 @@ def train(
         raise UserError(f"run {resume}: is finished already")
     device = device_for(config)
     began = time.time()
-    data = prepare(config, _decode_bar(bars))
+    data = prepare(config, _decode_bar(bars)) if data is None else data
     _greet(config, data, device, log)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     network = build(config, data.image_size, len(data.classes), backbone).to(device)
@@ -112,7 +115,8 @@ def train(
             probability = probabilities(network, data.test, config.batch_size)
             base["test"] = scores(probability, data.test.labels)
             board.test(base["test"])
-        report.learning_curves(directory / CURVES, base, progress)
+        if pictures:
+            report.learning_curves(directory / CURVES, base, progress)
         metrics = report.write_metrics(directory / METRICS, base, progress)
         checkpoints.clear()
     return Run(directory, metrics)

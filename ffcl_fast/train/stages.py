@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from ffcl_fast.losses import PairCosineLoss
+from ffcl_fast.functional import goodness_normalize
 
 from .batches import EpochSampler, Views, augmentation, derive_seed, loader, scaled
 from .checkpoint import Checkpoints, Progress
@@ -23,6 +23,7 @@ from .data import Data, Split
 from .errors import UserError
 from .local import walk
 from .model import Classifier
+from .objectives import objective
 
 EVALUATION_BATCH = 64  # at least: without gradients there is room for more than a training batch
 TRACE_POINTS = 8  # training losses kept an epoch, for the learning curve
@@ -33,7 +34,7 @@ class Stage(Protocol):
     with ``train`` it also leaves gradients in the parameters."""
 
     name: str
-    pairs: bool
+    items: str  # the kind of Views that its batches come from
 
     def parameters(self) -> Iterable[nn.Parameter]: ...
 
@@ -41,72 +42,75 @@ class Stage(Protocol):
 
 
 class LocalStage:
-    """Pair cosine on the flattened activation of each layer, every layer from detached input.
+    """A loss on the activation of each layer, every layer from detached input.
 
     Both images of a pair share one pass, so BatchNorm sees the statistics of both.
     """
 
     name = "local"
-    pairs = True
 
     def __init__(self, network: Classifier, config: Config, layers: Sequence[str] | None = None) -> None:
         self.network = network
         self.walk = walk(network.backbone, config.local_layers, layers)
-        self.loss = PairCosineLoss(margin=config.margin)
+        self.objective = objective(config.local_loss, config)
+        self.items = self.objective.items
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.backbone.parameters()
 
     def step(self, batch: Sequence[Tensor], train: bool) -> dict[str, Tensor]:
-        first, second, target = batch
+        first, second, third = batch
         losses: dict[str, Tensor] = {}
 
-        def visit(name: str, activation: Tensor) -> None:
+        def visit(name: str, activation: Tensor) -> Tensor | None:
             h1, h2 = activation.chunk(2)
-            loss = self.loss(h1, h2, target)
+            loss = self.objective.loss(h1, h2, third)
             if train:
                 loss.backward()
             losses[name] = loss.detach()
+            return goodness_normalize(activation.detach()) if self.objective.normalize else None
 
         self.walk(torch.cat([scaled(first), scaled(second)]), visit)
         return {"loss": torch.stack(list(losses.values())).mean(), **losses}
 
 
 class GlobalStage:
-    """Pair cosine on the backbone's output, back-propagated through all of it."""
+    """A loss on the backbone's output, back-propagated through all of it."""
 
     name = "global"
-    pairs = True
 
     def __init__(self, network: Classifier, config: Config) -> None:
         self.network = network
-        self.loss = PairCosineLoss(margin=config.margin)
+        self.objective = objective(config.global_loss, config)
+        self.items = self.objective.items
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.backbone.parameters()
 
     def step(self, batch: Sequence[Tensor], train: bool) -> dict[str, Tensor]:
-        first, second, target = batch
+        first, second, third = batch
         z1, z2 = self.network.backbone(torch.cat([scaled(first), scaled(second)])).chunk(2)
-        loss = self.loss(z1, z2, target)
+        loss = self.objective.loss(z1, z2, third)
         if train:
             loss.backward()
         return {"loss": loss.detach()}
 
 
 class DownstreamStage:
-    """Classification with a new head, everything fine-tuned.
+    """Classification with a new head, everything fine-tuned or, where ``frozen``, the head alone on the backbone's
+    output in evaluation mode.
 
     Two classes: one logit and binary cross-entropy. More: one logit a class and cross-entropy, since FFCL's single
     logit cannot tell them apart. ``focal`` is FFCL's form, alpha (1 - exp(-L))^gamma L of the batch's mean L.
     """
 
     name = "downstream"
-    pairs = False
+    items = "images"
 
     def __init__(self, network: Classifier, config: Config, train: Split) -> None:
         self.network = network
         self.binary = network.outputs == 1
+        self.frozen = config.downstream == "frozen"
         kind = config.downstream_loss
         self.kind = ("focal" if self.binary else "plain") if kind == "auto" else kind
         self.alpha, self.gamma = config.focal_alpha, config.focal_gamma
@@ -116,11 +120,11 @@ class DownstreamStage:
         self.weights = weights.to(network.head.weight.device) if self.kind == "weighted" else None
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        return self.network.parameters()
+        return self.network.head.parameters() if self.frozen else self.network.parameters()
 
     def step(self, batch: Sequence[Tensor], train: bool) -> dict[str, Tensor]:
         images, labels = batch
-        logits = self.network(scaled(images)).float()
+        logits = self._logits(scaled(images)).float()
         if self.binary:
             logits = logits.squeeze(1)
             loss = F.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=self.weights)
@@ -133,6 +137,14 @@ class DownstreamStage:
         if train:
             loss.backward()
         return {"loss": loss.detach(), "accuracy": right.float().mean()}
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if not self.frozen:
+            return self.network(x)
+        self.network.backbone.eval()
+        with torch.no_grad():
+            features = self.network.backbone(x)
+        return self.network.head(features)
 
 
 @dataclass
@@ -179,12 +191,14 @@ class Trainer:
 
     def _train_epoch(self, stage: Stage, optimizer: Adam, epoch: int, epochs: int) -> dict[str, Any]:
         config, seed = self.config, (self.config.seed, stage.name, epoch)
-        kind = self.data.augment if config.augment == "auto" else config.augment
+        kind = self._augment
+        if stage.items == "views" and config.view_augment == "crops":
+            kind = "crops"
         augment = augmentation(kind, self.data.image_size)
-        views = Views(self.data.train, augment, stage.pairs, derive_seed(*seed, "views"))
+        views = self._views(self.data.train, augment, stage, derive_seed(*seed, "views"))
         sampler = EpochSampler(len(views), config.batch_size, config.epoch_samples, derive_seed(*seed, "order"))
         self.network.train()
-        images = sum(map(len, sampler)) * (2 if stage.pairs else 1)
+        images = sum(map(len, sampler)) * (1 if stage.items == "images" else 2)
         every = max(1, math.ceil(len(sampler) / TRACE_POINTS))
         total, trace = _Mean(), []
         window = _Mean()
@@ -201,20 +215,34 @@ class Trainer:
                 if (index + 1) % every == 0 or index + 1 == len(sampler):
                     trace.append(window.take()["loss"])
                     bar.set_postfix_str(f"loss {trace[-1]:.4f}", refresh=False)
-                bar.update(size * (2 if stage.pairs else 1))
+                bar.update(size * (1 if stage.items == "images" else 2))
         seconds = time.perf_counter() - began
         mean = self._finite(stage, epoch, total.take())
         return {"train": mean, "trace": trace, "seconds": seconds, "images_per_second": images / seconds}
 
     @torch.no_grad()
     def _validate(self, stage: Stage, epoch: int) -> dict[str, float]:
-        # the same pairs, without augmentation, after every epoch: so that epochs can be compared
-        views = Views(self.data.val, None, stage.pairs, derive_seed(self.config.seed, stage.name, "validation"))
+        # the same pairs after every epoch, so that epochs can be compared; without augmentation, but for views, which
+        # would else be one image twice
+        config, seed = self.config, derive_seed(self.config.seed, stage.name, "validation")
+        kind = config.view_augment if config.view_augment == "crops" else self._augment
+        augment = augmentation(kind, self.data.image_size) if stage.items == "views" else None
+        views = self._views(self.data.val, augment, stage, seed)
+        order = seed if config.validation_samples else None
+        size = max(config.batch_size, EVALUATION_BATCH)
+        sampler = EpochSampler(len(views), size, config.validation_samples, order)
         self.network.eval()
         total = _Mean()
-        for batch in self._batches(views, EpochSampler(len(views), max(self.config.batch_size, EVALUATION_BATCH))):
+        for batch in self._batches(views, sampler):
             total.add(stage.step(batch, train=False), len(batch[0]))
         return self._finite(stage, epoch, total.take())
+
+    @property
+    def _augment(self) -> str:
+        return self.data.augment if self.config.augment == "auto" else self.config.augment
+
+    def _views(self, split: Split, augment: Any, stage: Stage, seed: int) -> Views:
+        return Views(split, augment, stage.items, seed, self.config.pairs == "balanced")
 
     def _batches(self, views: Views, sampler: EpochSampler) -> Iterable[list[Tensor]]:
         cuda = self.device.type == "cuda"
