@@ -118,6 +118,9 @@ class Config:
     batch_size: int = _option(32, "samples (pairs, in the first two stages) a step", low=1)
     lr: float = _option(1e-4, "Adam's learning rate, falling to 0 along a cosine", above=0.0)
     weight_decay: float = _option(1e-5, "Adam's weight decay", low=0.0)
+    checkpoint_steps: int = _option(
+        500, "batches between checkpoints within an epoch; 0 = at the ends of epochs only", low=0
+    )
     seed: int = _option(0, "seed of everything random", low=0, high=2**32 - 1)
     workers: int | None = _option(None, "processes that decode and augment; default by machine", low=0, high=256)
     device: str = _option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))

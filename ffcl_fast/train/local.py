@@ -32,6 +32,7 @@ class BlockWalk:
         parameters = [name for name, _ in backbone.named_parameters()]
         self.has_stem = bool(parameters) and not parameters[0].startswith(self.names[0] + ".")
         self.has_tail = bool(parameters) and not parameters[-1].startswith(self.names[-1] + ".")
+        self.layers = ["stem"] * self.has_stem + self.names + ["tail"] * self.has_tail
 
     @contextlib.contextmanager
     def _cuts(self, visit: Visit) -> Iterator[None]:
@@ -81,6 +82,7 @@ class LeafWalk:
             for name, module in backbone.named_modules()
             if not any(True for _ in module.children()) and not any(part in _SHORTCUTS for part in name.split("."))
         ]
+        self.layers = [name for name, module in self.leaves if any(True for _ in module.parameters())]
 
     def __call__(self, x: Tensor, visit: Visit) -> None:
         for name, module in self.leaves:

@@ -11,7 +11,6 @@ import numpy as np
 from torch import Tensor
 
 from .checkpoint import Progress, write_atomically, write_text
-from .config import Config
 
 # Okabe and Ito's palette: told apart with any kind of colour vision
 _TRAIN, _VAL, _BEST, _TEST = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -36,11 +35,11 @@ def yaml_text(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def epoch_line(stage: str, record: dict[str, Any], config: Config) -> str:
+def epoch_line(stage: str, record: dict[str, Any]) -> str:
     """One line on a finished epoch."""
     accuracy = f", accuracy {record['val']['accuracy']:.4f}" if "accuracy" in record["val"] else ""
     return (
-        f"{stage} {record['epoch']}/{config.epochs(stage)}: loss {record['train']['loss']:.4f},"
+        f"{stage} {record['epoch']}/{record['of']}: loss {record['train']['loss']:.4f},"
         f" validation {record['val']['loss']:.4f}{accuracy}, {record['images_per_second']:.0f} images/s"
     )
 
@@ -124,10 +123,13 @@ def _losses(axis: Any, stage: str, history: list[dict[str, Any]], best: int) -> 
     from matplotlib.ticker import MaxNLocator
 
     epochs = [record["epoch"] for record in history]
-    layers = [name for name in history[0]["val"] if name not in ("loss", "accuracy")]
+    seen = dict.fromkeys(name for record in history for name in record["val"])
+    layers = [name for name in seen if name not in ("loss", "accuracy")]
     shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(layers), 1)))
     for name, shade in zip(layers, shades, strict=False):
-        axis.plot(epochs, [r["val"][name] for r in history], color=shade, lw=0.8, alpha=0.6, marker=".", ms=3)
+        known = [r for r in history if name in r["val"]]  # greedy: in the layer's own epochs
+        curve = [r["val"][name] for r in known]
+        axis.plot([r["epoch"] for r in known], curve, color=shade, lw=0.8, alpha=0.6, marker=".", ms=3)
     # the training loss is known several times an epoch, each value the mean since the last
     steps = [r["epoch"] - 1 + (i + 0.5) / len(r["trace"]) for r in history for i in range(len(r["trace"]))]
     axis.plot(steps, [value for r in history for value in r["trace"]], color=_TRAIN, lw=1.5, label="train")

@@ -98,13 +98,13 @@ def train(
         def on_epoch(progress: Progress, record: dict[str, Any]) -> None:
             board.epoch(progress.stage, record)
             report.write_metrics(directory / METRICS, base, progress)
-            log(report.epoch_line(progress.stage, record, config))
+            log(report.epoch_line(progress.stage, record))
 
         trainer = Trainer(config, data, network, device, checkpoints, on_epoch, _epoch_bar(bars))
         try:
             for name in config.stages[config.stages.index(progress.stage) :]:
                 if name != progress.stage:
-                    progress.stage, progress.epoch = name, 0
+                    progress.stage, progress.epoch, progress.step, progress.partial = name, 0, 0, {}
                 trainer.fit(_stage(name, network, config, data, layers), progress)
                 checkpoints.finish_stage(name, network)
         except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from ffcl_fast.functional import goodness_normalize
 
@@ -35,6 +36,9 @@ class Stage(Protocol):
 
     name: str
     items: str  # the kind of Views that its batches come from
+    phases: int  # parts of the stage with a schedule of their own, each of the configured epochs
+
+    def begin(self, phase: int) -> None: ...
 
     def parameters(self) -> Iterable[nn.Parameter]: ...
 
@@ -44,7 +48,8 @@ class Stage(Protocol):
 class LocalStage:
     """A loss on the activation of each layer, every layer from detached input.
 
-    Both images of a pair share one pass, so BatchNorm sees the statistics of both.
+    Both images of a pair share one pass, so BatchNorm sees the statistics of both. Greedy: a phase trains one layer,
+    those before it only pass data on and those after it do not run.
     """
 
     name = "local"
@@ -54,6 +59,12 @@ class LocalStage:
         self.walk = walk(network.backbone, config.local_layers, layers)
         self.objective = objective(config.local_loss, config)
         self.items = self.objective.items
+        self.greedy = config.local_schedule == "greedy"
+        self.phases = len(self.walk.layers) if self.greedy else 1
+        self.active: str | None = None
+
+    def begin(self, phase: int) -> None:
+        self.active = self.walk.layers[phase] if self.greedy else None
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.backbone.parameters()
@@ -63,26 +74,38 @@ class LocalStage:
         losses: dict[str, Tensor] = {}
 
         def visit(name: str, activation: Tensor) -> Tensor | None:
-            h1, h2 = activation.chunk(2)
-            loss = self.objective.loss(h1, h2, third)
-            if train:
-                loss.backward()
-            losses[name] = loss.detach()
+            if self.active in (None, name):
+                h1, h2 = activation.chunk(2)
+                loss = self.objective.loss(h1, h2, third)
+                if train:
+                    loss.backward()
+                losses[name] = loss.detach()
+            if name == self.active:
+                raise _LastLayer
             return goodness_normalize(activation.detach()) if self.objective.normalize else None
 
-        self.walk(torch.cat([scaled(first), scaled(second)]), visit)
+        with contextlib.suppress(_LastLayer):
+            self.walk(torch.cat([scaled(first), scaled(second)]), visit)
         return {"loss": torch.stack(list(losses.values())).mean(), **losses}
+
+
+class _LastLayer(Exception):
+    """Leaves a forward pass where the rest of it is not needed."""
 
 
 class GlobalStage:
     """A loss on the backbone's output, back-propagated through all of it."""
 
     name = "global"
+    phases = 1
 
     def __init__(self, network: Classifier, config: Config) -> None:
         self.network = network
         self.objective = objective(config.global_loss, config)
         self.items = self.objective.items
+
+    def begin(self, phase: int) -> None:
+        pass
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.backbone.parameters()
@@ -106,6 +129,7 @@ class DownstreamStage:
 
     name = "downstream"
     items = "images"
+    phases = 1
 
     def __init__(self, network: Classifier, config: Config, train: Split) -> None:
         self.network = network
@@ -118,6 +142,9 @@ class DownstreamStage:
         # inverse frequency: both classes weigh the same in sum
         weights = counts[0] / counts[1] if self.binary else counts.sum() / (len(counts) * counts)
         self.weights = weights.to(network.head.weight.device) if self.kind == "weighted" else None
+
+    def begin(self, phase: int) -> None:
+        pass
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.head.parameters() if self.frozen else self.network.parameters()
@@ -161,50 +188,66 @@ class Trainer:
     bar: Callable[[int, str], Any]
 
     def fit(self, stage: Stage, progress: Progress) -> None:
-        """Train from ``progress`` (epoch 0: from the start) to the end, then put the best epoch's weights back."""
-        config = self.config
-        epochs = config.epochs(stage.name)
+        """Train from ``progress`` (epoch 0, step 0: from the start) to the end, then put the best epoch's weights back.
+
+        A stage of several phases goes through all of them, each with its own cosine; its best epoch is the last one.
+        """
+        config, length = self.config, self.config.epochs(stage.name)
         parameters = [p for p in stage.parameters() if p.requires_grad]
         optimizer = Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        schedule = CosineAnnealingLR(optimizer, T_max=epochs)
+        schedule = CosineAnnealingWarmRestarts(optimizer, T_0=length)
         history = progress.history.setdefault(stage.name, [])
-        if progress.epoch:
-            state = self.checkpoints.load(stage.name, progress.epoch, self.network)
-            optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
-        while progress.epoch < epochs and progress.epoch - progress.best.get(stage.name, 0) < config.patience:
-            epoch = progress.epoch + 1
-            record = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
-            record |= self._train_epoch(stage, optimizer, epoch, epochs)
+        state = {"optimizer": optimizer, "schedule": schedule}
+        if progress.epoch or progress.step:
+            stored = self.checkpoints.load(stage.name, progress.epoch, self.network, progress.step)
+            for name, part in state.items():
+                part.load_state_dict(stored[name])
+
+        def save() -> None:
+            self.checkpoints.save(progress, self.network, {name: part.state_dict() for name, part in state.items()})
+
+        while progress.epoch < length * stage.phases:
+            waited = progress.epoch - progress.best.get(stage.name, 0)
+            if stage.phases == 1 and waited >= config.patience:
+                break
+            stage.begin(progress.epoch // length)
+            record = {"epoch": progress.epoch + 1, "of": length * stage.phases, "lr": optimizer.param_groups[0]["lr"]}
+            record |= self._train_epoch(stage, optimizer, progress, save)
             schedule.step()
-            record["val"] = self._validate(stage, epoch)
+            record["val"] = self._validate(stage, progress.epoch + 1)
             history.append(record)
             best = progress.best.get(stage.name)
-            if best is None or record["val"]["loss"] < history[best - 1]["val"]["loss"]:
-                progress.best[stage.name] = epoch
-            progress.epoch = epoch
-            state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            self.checkpoints.save(progress, self.network, state)
+            if stage.phases > 1 or best is None or record["val"]["loss"] < history[best - 1]["val"]["loss"]:
+                progress.best[stage.name] = record["epoch"]
+            progress.epoch, progress.step, progress.partial = record["epoch"], 0, {}
+            save()
             self.on_epoch(progress, record)
         if progress.best[stage.name] != progress.epoch:
             self.checkpoints.load(stage.name, progress.best[stage.name], self.network)
 
-    def _train_epoch(self, stage: Stage, optimizer: Adam, epoch: int, epochs: int) -> dict[str, Any]:
-        config, seed = self.config, (self.config.seed, stage.name, epoch)
+    def _train_epoch(
+        self, stage: Stage, optimizer: Adam, progress: Progress, save: Callable[[], None]
+    ) -> dict[str, Any]:
+        """The epoch after ``progress.epoch`` from its step ``progress.step`` on; ``save`` stores ``progress``."""
+        config, epoch = self.config, progress.epoch + 1
+        seed = (config.seed, stage.name, epoch)
         kind = self._augment
         if stage.items == "views" and config.view_augment == "crops":
             kind = "crops"
         augment = augmentation(kind, self.data.image_size)
         views = self._views(self.data.train, augment, stage, derive_seed(*seed, "views"))
         sampler = EpochSampler(len(views), config.batch_size, config.epoch_samples, derive_seed(*seed, "order"))
+        steps, began_at = len(sampler), progress.step
+        every = max(1, math.ceil(steps / TRACE_POINTS))
+        del sampler.batches[:began_at]
         self.network.train()
-        images = sum(map(len, sampler)) * (1 if stage.items == "images" else 2)
-        every = max(1, math.ceil(len(sampler) / TRACE_POINTS))
-        total, trace = _Mean(), []
-        window = _Mean()
+        each = 1 if stage.items == "images" else 2
+        images = sum(map(len, sampler)) * each
+        total, window = _Mean(progress.partial.get("total")), _Mean(progress.partial.get("window"))
+        trace = list(progress.partial.get("trace", []))
         began = time.perf_counter()
-        with self.bar(images, f"{stage.name} {epoch}/{epochs}") as bar:
-            for index, batch in enumerate(self._batches(views, sampler)):
+        with self.bar(images, f"{stage.name} {epoch}/{config.epochs(stage.name) * stage.phases}") as bar:
+            for index, batch in enumerate(self._batches(views, sampler), began_at):
                 torch.manual_seed(derive_seed(*seed, "step", index))  # for dropout and the like
                 optimizer.zero_grad(set_to_none=True)
                 scalars = stage.step(batch, train=True)
@@ -212,10 +255,15 @@ class Trainer:
                 size = len(batch[0])
                 total.add(scalars, size)
                 window.add({"loss": scalars["loss"]}, size)
-                if (index + 1) % every == 0 or index + 1 == len(sampler):
+                done = index + 1
+                if done % every == 0 or done == steps:
                     trace.append(window.take()["loss"])
                     bar.set_postfix_str(f"loss {trace[-1]:.4f}", refresh=False)
-                bar.update(size * (1 if stage.items == "images" else 2))
+                bar.update(size * each)
+                if config.checkpoint_steps and done % config.checkpoint_steps == 0 and done < steps:
+                    progress.step = done
+                    progress.partial = {"total": total.state(), "window": window.state(), "trace": trace}
+                    save()
         seconds = time.perf_counter() - began
         mean = self._finite(stage, epoch, total.take())
         return {"train": mean, "trace": trace, "seconds": seconds, "images_per_second": images / seconds}
@@ -261,9 +309,13 @@ class Trainer:
 class _Mean:
     """Means of named scalars over samples, kept on the device until they are taken."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        self.sums: dict[str, Tensor | float] = dict(state["sums"]) if state else {}
+        self.count: int = state["count"] if state else 0
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as plain numbers that JSON keeps to the bit."""
+        return {"sums": {name: float(value) for name, value in self.sums.items()}, "count": self.count}
 
     def add(self, scalars: dict[str, Tensor], size: int) -> None:
         for name, value in scalars.items():
