@@ -45,8 +45,9 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="test metrics of a finished run, with a confusion matrix and a ROC curve as PNG",
-        description="Test metrics of a finished run; writes evaluation.json, confusion_matrix.png and roc.png into it.",
+        help="test metrics of a finished run, with a confusion matrix, a ROC curve and embeddings as PNG",
+        description="Test metrics of a finished run; writes evaluation.json, confusion_matrix.png, roc.png, layers.png"
+        " (each layer's loss over time) and embeddings.png (before training and after each stage) into it.",
         allow_abbrev=False,
     )
     evaluate.add_argument("run", metavar="RUN", help="folder of a finished run, as runs/NAME")
@@ -156,6 +157,8 @@ def _train(flags: dict[str, Any]) -> int:
             print(f"{directory} is finished already")
             return 0
     run = train(config, resume=directory, log=_say, bars=True)
+    if not run.first:
+        return 0
     test = run.metrics.get("test")
     if test is None:
         print(f"no downstream stage, so nothing to test; weights in {run.directory / 'checkpoints'}")

@@ -39,10 +39,10 @@ class Progress:
 
     stage: str
     epoch: int = 0
-    step: int = 0
-    partial: dict[str, Any] = field(default_factory=dict)
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     best: dict[str, int] = field(default_factory=dict)
+    step: int = 0
+    partial: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -131,7 +131,7 @@ class Checkpoints:
 
     def load(self, stage: str, epoch: int, network: nn.Module, step: int = 0) -> dict[str, Any]:
         """Fill ``network`` from that moment's checkpoint and return the optimiser and schedule state."""
-        folder = self.directory / Progress(stage, epoch, step).folder
+        folder = self.directory / Progress(stage, epoch, step=step).folder
         problem = _damage(folder)
         if problem is not None:
             raise UserError(f"checkpoint {folder}: damaged ({problem})")

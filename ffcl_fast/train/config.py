@@ -115,7 +115,7 @@ class Config:
     epoch_samples: int = _option(1536, "training samples an epoch at most, drawn anew each epoch; 0 = all", low=0)
     validation_samples: int = _option(0, "validation samples after an epoch at most, the same each time; 0 = all", low=0)
     patience: int = _option(5, "epochs without a better validation loss before a stage stops", low=1)
-    batch_size: int = _option(32, "samples (pairs, in the first two stages) a step", low=1)
+    batch_size: int = _option(32, "samples (pairs, in the first two stages) a step, in each process", low=1)
     lr: float = _option(1e-4, "Adam's learning rate, falling to 0 along a cosine", above=0.0)
     weight_decay: float = _option(1e-5, "Adam's weight decay", low=0.0)
     checkpoint_steps: int = _option(
@@ -124,6 +124,15 @@ class Config:
     seed: int = _option(0, "seed of everything random", low=0, high=2**32 - 1)
     workers: int | None = _option(None, "processes that decode and augment; default by machine", low=0, high=256)
     device: str = _option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    precision: str = _option(
+        "auto", "fp32, bf16 (autocast), or auto: bf16 on a GPU", choices=("auto", "fp32", "bf16")
+    )
+    memory_format: str = _option(
+        "auto", "of images and weights; auto: channels_last on a GPU", choices=("auto", "contiguous", "channels_last")
+    )
+    compile: str = _option(
+        "none", "torch.compile each block (needs a C++ compiler on a CPU)", choices=("none", "blocks")
+    )
     out: str = _option("runs", "folder that holds the runs")
     name: str | None = _option(None, "name of this run; default: data, backbone, seed and time")
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ffcl_fast.functional import pool_goodness
 from ffcl_fast.losses import GoodnessLoss, InfoNCELoss, LayerwiseLoss, NTXentLoss, PairCosineLoss, SupConLoss
 
+from . import parallel
 from .config import CONTRASTIVE, GOODNESS, Config
 
 # The copied libraries' own temperatures are the losses' defaults.
@@ -37,8 +39,16 @@ def objective(name: str, config: Config) -> Objective:
         return Objective(name, "sides", lambda h1, h2, label: goodness(h1, h2), normalize=True)
     if name in CONTRASTIVE:
         options = {} if config.temperature is None else {"temperature": config.temperature}
-        layerwise = LayerwiseLoss(_CONTRASTIVE[name](**options))  # it pools, and normalises where the loss does not
-        if name == "sup_con":
-            return Objective(name, "views", lambda h1, h2, label: layerwise([h1], [h2], label))
-        return Objective(name, "views", lambda h1, h2, label: layerwise([h1], [h2]))
+        layerwise = LayerwiseLoss(_CONTRASTIVE[name](**options))  # it normalises where the loss does not
+
+        def contrast(h1: Tensor, h2: Tensor, label: Tensor) -> Tensor:
+            h1, h2, label = parallel.everyone(_pooled(h1), _pooled(h2), label)
+            return layerwise([h1], [h2], label if name == "sup_con" else None)
+
+        return Objective(name, "views", contrast)
     return Objective(name, "pairs", PairCosineLoss(margin=config.margin))
+
+
+def _pooled(h: Tensor) -> Tensor:
+    """(N, C, ...) averaged over every position, (N, C), before it is sent to other processes."""
+    return h if h.dim() == 2 else pool_goodness(h)[1]

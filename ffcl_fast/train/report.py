@@ -239,3 +239,52 @@ def roc(path: Path, probability: Tensor, labels: Tensor, classes: Sequence[str])
         axis.legend(fontsize=7, loc="lower right")
 
     _draw(path, (4.4, 4.2), 1, fill)
+
+
+def layers_over_time(path: Path, epochs: Sequence[dict[str, Any]], loss: str) -> None:
+    """Each layer's local loss (its goodness, as far as it still is to go) against epochs, training beside validation."""
+
+    def fill(figure: Any, axes: Sequence[Any]) -> None:
+        import matplotlib
+        from matplotlib.ticker import MaxNLocator
+
+        layers = list(dict.fromkeys(name for r in epochs for name in r["val"] if name != "loss"))
+        shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(layers), 1)))
+        for axis, part in zip(axes, ("train", "val"), strict=True):
+            for name, shade in zip(layers, shades, strict=True):
+                known = [r for r in epochs if name in r[part]]  # greedy: in the layer's own epochs
+                curve = [r[part][name] for r in known]
+                axis.plot([r["epoch"] for r in known], curve, color=shade, lw=1.5, marker="o", ms=3, label=name)
+            axis.set_title({"train": "training", "val": "validation"}[part])
+            axis.set_xlabel("epoch")
+            axis.set_ylabel(f"{loss.replace('_', ' ')} loss of a layer")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        columns = 1 + (len(layers) - 1) // 14
+        axes[-1].legend(fontsize=7, ncols=columns, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    _draw(path, (10.0, 3.8), 2, fill)
+
+
+def embeddings(
+    path: Path, features: dict[str, np.ndarray], labels: Tensor, classes: Sequence[str], seed: int = 0
+) -> None:
+    """A t-SNE of the same images' features (N, F) at each moment that ``features`` names, coloured by class."""
+    from sklearn.manifold import TSNE
+
+    def fill(figure: Any, axes: Sequence[Any]) -> None:
+        import matplotlib
+
+        shades = [_TRAIN, _VAL] if len(classes) == 2 else matplotlib.colormaps["tab20"](np.linspace(0, 1, len(classes)))
+        for axis, (moment, rows) in zip(axes, features.items(), strict=True):
+            perplexity = min(30.0, (len(rows) - 1) / 3)
+            places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows)
+            for index, (name, shade) in enumerate(zip(classes, shades, strict=True)):
+                chosen = (labels == index).numpy()
+                axis.plot(*places[chosen].T, "o", color=shade, ms=2.5, alpha=0.6, mew=0, label=name)
+            axis.set_title(moment)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[-1].legend(fontsize=7, markerscale=2)
+        figure.suptitle(f"t-SNE of {len(labels)} test images' features", fontsize=11)
+
+    _draw(path, (3.6 * len(features), 3.9), len(features), fill)

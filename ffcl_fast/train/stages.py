@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from ffcl_fast.functional import goodness_normalize
 
+from . import parallel
 from .batches import EpochSampler, Views, augmentation, derive_seed, loader, scaled
 from .checkpoint import Checkpoints, Progress
 from .config import Config
@@ -156,9 +157,14 @@ class DownstreamStage:
             logits = logits.squeeze(1)
             loss = F.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=self.weights)
             right = (logits > 0) == (labels == 1)
-        else:
-            loss = F.cross_entropy(logits, labels, weight=self.weights)
+        elif self.weights is None:
+            loss = F.cross_entropy(logits, labels)
             right = logits.argmax(1) == labels
+        else:  # a mean by weight, whose denominator is that of all processes
+            total = F.cross_entropy(logits, labels, weight=self.weights, reduction="sum")
+            loss = total / parallel.mean(self.weights[labels].sum())
+            right = logits.argmax(1) == labels
+        loss = parallel.mean(loss)  # focal is not linear in it
         if self.kind == "focal":
             loss = self.alpha * (1 - torch.exp(-loss)) ** self.gamma * loss
         if train:
@@ -176,13 +182,13 @@ class DownstreamStage:
 
 @dataclass
 class Trainer:
-    """Runs stages on one data set. ``on_epoch(progress, record)`` hears of every finished, stored epoch;
+    """Runs stages on one data set. ``fabric``: this process's device, precision and place among others; ``on_epoch(progress, record)`` hears of every finished, stored epoch;
     ``bar(total, text)`` makes a tqdm-like progress bar of that many images."""
 
     config: Config
     data: Data
     network: Classifier
-    device: torch.device
+    fabric: Any
     checkpoints: Checkpoints
     on_epoch: Callable[[Progress, dict[str, Any]], None]
     bar: Callable[[int, str], Any]
@@ -204,7 +210,9 @@ class Trainer:
                 part.load_state_dict(stored[name])
 
         def save() -> None:
-            self.checkpoints.save(progress, self.network, {name: part.state_dict() for name, part in state.items()})
+            if self.fabric.is_global_zero:
+                self.checkpoints.save(progress, self.network, {name: part.state_dict() for name, part in state.items()})
+            self.fabric.barrier()
 
         while progress.epoch < length * stage.phases:
             waited = progress.epoch - progress.best.get(stage.name, 0)
@@ -236,21 +244,27 @@ class Trainer:
             kind = "crops"
         augment = augmentation(kind, self.data.image_size)
         views = self._views(self.data.train, augment, stage, derive_seed(*seed, "views"))
-        sampler = EpochSampler(len(views), config.batch_size, config.epoch_samples, derive_seed(*seed, "order"))
+        world, rank = self.fabric.world_size, self.fabric.global_rank
+        size = config.batch_size * world
+        sampler = EpochSampler(len(views), size, config.epoch_samples, derive_seed(*seed, "order"))
+        sampler.batches = parallel.share(sampler.batches)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         steps, began_at = len(sampler), progress.step
         every = max(1, math.ceil(steps / TRACE_POINTS))
         del sampler.batches[:began_at]
         self.network.train()
-        each = 1 if stage.items == "images" else 2
+        each = world * (1 if stage.items == "images" else 2)  # images that a sample of this process stands for
         images = sum(map(len, sampler)) * each
         total, window = _Mean(progress.partial.get("total")), _Mean(progress.partial.get("window"))
         trace = list(progress.partial.get("trace", []))
         began = time.perf_counter()
         with self.bar(images, f"{stage.name} {epoch}/{config.epochs(stage.name) * stage.phases}") as bar:
             for index, batch in enumerate(self._batches(views, sampler), began_at):
-                torch.manual_seed(derive_seed(*seed, "step", index))  # for dropout and the like
+                torch.manual_seed(derive_seed(*seed, "step", index) + rank)  # for dropout and the like
                 optimizer.zero_grad(set_to_none=True)
-                scalars = stage.step(batch, train=True)
+                with self.fabric.autocast(), parallel.synchronized():
+                    scalars = parallel.average_scalars(stage.step(batch, train=True))
+                parallel.average_gradients(parameters)
                 optimizer.step()
                 size = len(batch[0])
                 total.add(scalars, size)
@@ -282,7 +296,8 @@ class Trainer:
         self.network.eval()
         total = _Mean()
         for batch in self._batches(views, sampler):
-            total.add(stage.step(batch, train=False), len(batch[0]))
+            with self.fabric.autocast():
+                total.add(stage.step(batch, train=False), len(batch[0]))
         return self._finite(stage, epoch, total.take())
 
     @property
@@ -293,12 +308,13 @@ class Trainer:
         return Views(split, augment, stage.items, seed, self.config.pairs == "balanced")
 
     def _batches(self, views: Views, sampler: EpochSampler) -> Iterable[list[Tensor]]:
-        cuda = self.device.type == "cuda"
+        device = self.fabric.device
+        cuda = device.type == "cuda"
         workers = self.config.workers
         if workers is None:  # images lie decoded in memory: on a CPU, workers would only take cores from the network
             workers = 8 if cuda else 0
         for batch in loader(views, sampler, workers, pin=cuda):
-            yield [part.to(self.device, non_blocking=True) for part in batch]
+            yield [part.to(device, non_blocking=True) for part in batch]
 
     def _finite(self, stage: Stage, epoch: int, scalars: dict[str, float]) -> dict[str, float]:
         if not math.isfinite(scalars["loss"]):
