@@ -160,7 +160,11 @@ def measure(seconds: float, pairs: int = BATCH, pixels: int = PIXELS, rounds: in
     found = {}
     for name, (_, other) in STEPS.items():
         median = statistics.median(times[name])
-        record: dict[str, Any] = {"rounds": len(times[name]), "seconds": median, "images_per_second": 2 * pairs / median}
+        record: dict[str, Any] = {
+            "rounds": len(times[name]),
+            "seconds": median,
+            "images_per_second": 2 * pairs / median,
+        }
         if other:
             ratios = [b / a for a, b in zip(times[name], times[other], strict=True)]
             record["over"], record["speedup"] = other, statistics.median(ratios)
@@ -202,7 +206,9 @@ def merge(folder: Path, found: dict[str, dict[str, Any]], part: str) -> Path:
 
 def tables(stored: dict[str, Any]) -> str:
     """Time and memory as two Markdown tables."""
-    lines = ["| local stage, a step of 64 pairs | images/s | against plain PyTorch | largest difference of a layer's loss |"]
+    lines = [
+        "| local stage, a step of 64 pairs | images/s | against plain PyTorch | largest difference of a layer's loss |"
+    ]
     lines += ["|---|--:|--:|--:|"]
     for name, record in stored["steps"].items():
         if "time" in record:

@@ -88,7 +88,7 @@ def test_the_gradients_of_a_step_are_those_of_one_process(tmp_path):
         for name, gradient in one.items():
             scale = float(gradient.abs().max())
             torch.testing.assert_close(
-                both[name], gradient, rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=lambda m, n=name: f"{case} {n}: {m}"
+                both[name], gradient, rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=lambda m, n=f"{case} {name}": f"{n}: {m}"
             )
 
 

@@ -204,7 +204,11 @@ def write(plan: Plan, out: Path) -> dict[str, Any]:
 def _summary(directory: Path, seed: int) -> dict[str, Any]:
     metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
     stages = {
-        name: {"best_epoch": s["best_epoch"], "epochs": len(s["epochs"]), "val": s["epochs"][s["best_epoch"] - 1]["val"]}
+        name: {
+            "best_epoch": s["best_epoch"],
+            "epochs": len(s["epochs"]),
+            "val": s["epochs"][s["best_epoch"] - 1]["val"],
+        }
         for name, s in metrics["stages"].items()
     }
     keep = ("data", "backbone", "parameters", "versions", "machine", "seconds", "test")

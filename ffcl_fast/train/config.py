@@ -65,7 +65,9 @@ class Config:
         "own (the backbone's), small (3x3 stride 1, no pooling), or auto: small up to 16 pixels",
         choices=("auto", "own", "small"),
     )
-    init: str = _option("random", "random, imagenet (downloads), or a .safetensors / .pth / .pt weight file (no network)")
+    init: str = _option(
+        "random", "random, imagenet (downloads), or a .safetensors / .pth / .pt weight file (no network)"
+    )
     stages: tuple[str, ...] = _option(STAGES, "stages to run, separated by commas", choices=STAGES)
     local_layers: str = _option(
         "blocks", "layers of the local stage: residual blocks or leaf modules", choices=("blocks", "leaves")
@@ -113,7 +115,9 @@ class Config:
     epochs_global: int = _option(2, "epochs of the global stage at most", low=1)
     epochs_downstream: int = _option(8, "epochs of the downstream stage at most", low=1)
     epoch_samples: int = _option(1536, "training samples an epoch at most, drawn anew each epoch; 0 = all", low=0)
-    validation_samples: int = _option(0, "validation samples after an epoch at most, the same each time; 0 = all", low=0)
+    validation_samples: int = _option(
+        0, "validation samples after an epoch at most, the same each time; 0 = all", low=0
+    )
     patience: int = _option(5, "epochs without a better validation loss before a stage stops", low=1)
     batch_size: int = _option(32, "samples (pairs, in the first two stages) a step, in each process", low=1)
     lr: float = _option(1e-4, "Adam's learning rate, falling to 0 along a cosine", above=0.0)
@@ -124,9 +128,7 @@ class Config:
     seed: int = _option(0, "seed of everything random", low=0, high=2**32 - 1)
     workers: int | None = _option(None, "processes that decode and augment; default by machine", low=0, high=256)
     device: str = _option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    precision: str = _option(
-        "auto", "fp32, bf16 (autocast), or auto: bf16 on a GPU", choices=("auto", "fp32", "bf16")
-    )
+    precision: str = _option("auto", "fp32, bf16 (autocast), or auto: bf16 on a GPU", choices=("auto", "fp32", "bf16"))
     memory_format: str = _option(
         "auto", "of images and weights; auto: channels_last on a GPU", choices=("auto", "contiguous", "channels_last")
     )

@@ -1,4 +1,4 @@
-"""Several processes train as one does on their batches put together (started by torchrun; Lightning Fabric connects them).
+"""Several processes train as one does on all their batches together; torchrun starts them, Lightning Fabric connects them.
 
 Exactly as one: BatchNorm takes its statistics over all processes, contrastive losses their negatives, and gradients are
 averaged after every step. Not DistributedDataParallel, which expects one backward pass outside the forward pass: the
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -81,9 +82,7 @@ def everyone(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if distributed.world_size() == 1 or not torch.is_grad_enabled():
         return tensors
-    return tuple(
-        distributed.gather_with_grad(x) if x.is_floating_point() else distributed.gather(x) for x in tensors
-    )
+    return tuple(distributed.gather_with_grad(x) if x.is_floating_point() else distributed.gather(x) for x in tensors)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -132,22 +131,23 @@ def synchronized() -> AbstractContextManager:
 
 class _SyncedBatchNorm(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.batch_norm and args[5]:
-            return _batch_norm(*args[:8])
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is F.batch_norm and kwargs["training"]:  # it hands on three arguments by place and the rest by name
+            return _batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _batch_norm(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """``torch.batch_norm`` in training; every process has as many samples, so means of means are means."""
+    """``torch.nn.functional.batch_norm`` in training; every process has as many samples, so a mean of means is one."""
     dims = [d for d in range(x.dim()) if d != 1]
     shape = [1, -1] + [1] * (x.dim() - 2)
     h = x.float()

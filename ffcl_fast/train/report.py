@@ -242,7 +242,7 @@ def roc(path: Path, probability: Tensor, labels: Tensor, classes: Sequence[str])
 
 
 def layers_over_time(path: Path, epochs: Sequence[dict[str, Any]], loss: str) -> None:
-    """Each layer's local loss (its goodness, as far as it still is to go) against epochs, training beside validation."""
+    """Each layer's local loss (its goodness, turned round) against epochs, training beside validation."""
 
     def fill(figure: Any, axes: Sequence[Any]) -> None:
         import matplotlib

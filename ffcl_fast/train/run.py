@@ -35,7 +35,7 @@ _MOVABLE = ("workers", "data_dir", "device", "out", "name")  # settings that a r
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, what ``metrics.json`` in it says, and whether this process is the one that wrote it."""
+    """A finished run: its folder, what ``metrics.json`` in it says, and whether this process wrote it."""
 
     directory: Path
     metrics: dict[str, Any]

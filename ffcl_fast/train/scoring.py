@@ -93,7 +93,7 @@ def finished(directory: Path) -> dict[str, Any]:
 def _untrained(config: Config, data: Data, backbone: nn.Module | None) -> Classifier | None:
     """The network as the run began with it, drawn again from its seed; None where the weights came from elsewhere and
     are not here any more, or the backbone from the caller."""
-    if backbone is not None or config.init == "imagenet" or not (config.init == "random" or Path(config.init).is_file()):
+    if backbone is not None or not (config.init == "random" or Path(config.init).is_file()):
         return None
     torch.manual_seed(derive_seed(config.seed, "weights"))
     return build(config, data.image_size, len(data.classes))

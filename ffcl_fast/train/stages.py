@@ -182,8 +182,10 @@ class DownstreamStage:
 
 @dataclass
 class Trainer:
-    """Runs stages on one data set. ``fabric``: this process's device, precision and place among others; ``on_epoch(progress, record)`` hears of every finished, stored epoch;
-    ``bar(total, text)`` makes a tqdm-like progress bar of that many images."""
+    """Runs stages on one data set. ``fabric``: this process's device, precision and place among others.
+
+    ``on_epoch(progress, record)`` hears of every finished, stored epoch; ``bar(total, text)`` makes a tqdm-like bar
+    of that many images."""
 
     config: Config
     data: Data
