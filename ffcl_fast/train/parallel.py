@@ -1,4 +1,4 @@
-"""Several processes train as one does on all their batches together; torchrun starts them, Lightning Fabric connects them.
+"""Several processes train as one does on all their batches: torchrun starts them, Lightning Fabric connects them.
 
 Exactly as one: BatchNorm takes its statistics over all processes, contrastive losses their negatives, and gradients are
 averaged after every step. Not DistributedDataParallel, which expects one backward pass outside the forward pass: the
