@@ -46,13 +46,28 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="test metrics of a finished run, with a confusion matrix and a ROC curve as PNG",
-        description="Test metrics of a finished run; writes evaluation.json, confusion_matrix.png and roc.png into it.",
+        help="test metrics of a finished run, with a confusion matrix, a ROC curve and embeddings as PNG",
+        description="Test metrics of a finished run; writes evaluation.json, confusion_matrix.png, roc.png, layers.png"
+        " (each layer's loss over time) and embeddings.png (before training and after each stage) into it.",
         allow_abbrev=False,
     )
     evaluate.add_argument("run", metavar="RUN", help="folder of a finished run, as runs/NAME")
     for name in _EVALUATE:
         _add_setting(evaluate, name)
+
+    ablate = commands.add_parser(
+        "ablate",
+        help="variants of a run over several seeds: a table, its JSON and a plot",
+        description="Run variants of one training over several seeds, what is not yet done only; writes ablation.md,"
+        " ablation.json and ablation.png into --out. Settings come from flags, over --config, over the defaults.",
+        allow_abbrev=False,
+    )
+    ablate.add_argument("--config", metavar="FILE", help="YAML file of seeds, settings and rows (default: FFCL's own)")
+    ablate.add_argument("--seeds", metavar="N,N,...", help="seeds, separated by commas (default: 0,1,2)")
+    ablate.add_argument("--out", metavar="FOLDER", default="runs/ablation", help="(default: runs/ablation)")
+    for name in FIELDS:
+        if name not in ("seed", "name", "out"):
+            _add_setting(ablate, name)
 
     pretrain_config.add_arguments(
         commands.add_parser(
@@ -154,6 +169,8 @@ def _train(flags: dict[str, Any]) -> int:
             print(f"{directory} is finished already")
             return 0
     run = train(config, resume=directory, log=_say, bars=True)
+    if not run.first:
+        return 0
     test = run.metrics.get("test")
     if test is None:
         print(f"no downstream stage, so nothing to test; weights in {run.directory / 'checkpoints'}")
@@ -189,6 +206,18 @@ def _pretrain(flags: dict[str, Any]) -> int:
     return 0
 
 
+def _ablate(flags: dict[str, Any]) -> int:
+    from .train.ablate import PLOT, TABLE, ablate, read_plan
+
+    out = Path(flags.pop("out"))
+    file, seeds = flags.pop("config"), flags.pop("seeds")
+    plan = read_plan(file, flags, seeds)
+    ablate(plan, out, log=_say, bars=True)
+    print((out / TABLE).read_text(encoding="utf-8"))
+    print(f"{out / TABLE}\n{out / PLOT}")
+    return 0
+
+
 def _doctor(flags: dict[str, Any]) -> int:
     from . import doctor
 
@@ -209,7 +238,13 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "pretrain": _pretrain, "doctor": _doctor}
+_COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "ablate": _ablate,
+    "pretrain": _pretrain,
+    "doctor": _doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -43,7 +43,7 @@ def test_train_says_how_well_and_where(tmp_path, capsys):
 def test_evaluate_repeats_the_test_metrics_and_draws(trained, capsys):
     code, out, _ = run(capsys, "evaluate", str(trained))
     assert code == 0
-    for name in ("confusion_matrix.png", "roc.png"):
+    for name in ("confusion_matrix.png", "roc.png", "layers.png", "embeddings.png"):
         assert str(trained / name) in out and (trained / name).read_bytes().startswith(b"\x89PNG")
     stored = json.loads((trained / "metrics.json").read_text())["test"]
     assert json.loads((trained / "evaluation.json").read_text())["test"] == pytest.approx(stored, abs=1e-6)

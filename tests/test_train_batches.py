@@ -15,12 +15,12 @@ def split(rng) -> Split:
 
 
 def epoch(split: Split, seed: int, workers: int = 0) -> list[list[torch.Tensor]]:
-    views = Views(split, augmentation("flips", 8), pairs=True, seed=seed)
+    views = Views(split, augmentation("flips", 8), "pairs", seed)
     return list(loader(views, EpochSampler(len(split), 16, 0, seed), workers, pin=False))
 
 
 def test_a_pair_has_target_one_only_for_equal_classes(split):
-    plain = Views(split, None, pairs=True, seed=3)
+    plain = Views(split, None, "pairs", 3)
     partners = set()
     for index in range(len(split)):
         first, second, target = plain[index]
@@ -44,7 +44,7 @@ def test_batches_do_not_depend_on_what_was_drawn_before(split):
 
 
 def test_views_of_an_epoch_differ_from_the_next(split):
-    views = [Views(split, augmentation("flips", 8), True, derive_seed(0, "local", epoch)) for epoch in (1, 2)]
+    views = [Views(split, augmentation("flips", 8), "pairs", derive_seed(0, "local", epoch)) for epoch in (1, 2)]
     assert any(not torch.equal(views[0][i][1], views[1][i][1]) for i in range(8))
 
 

@@ -240,4 +240,4 @@ def test_leaves_that_do_not_follow_on_each_other_are_named(tmp_path):
 
 def test_the_local_loss_is_the_packages_own(tmp_path):
     config = tiny(tmp_path, margin=0.25)
-    assert isinstance(LocalStage(build(config, 8, 2, backbone=TinyNet()), config).loss, PairCosineLoss)
+    assert isinstance(LocalStage(build(config, 8, 2, backbone=TinyNet()), config).objective.loss, PairCosineLoss)

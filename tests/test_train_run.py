@@ -106,7 +106,7 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bits(finished, tmp_path, monk
     real = stages.Trainer._train_epoch if when == "mid-epoch" else stages.Trainer._validate
 
     def killed(self, current, *rest):
-        epoch = rest[1] if when == "mid-epoch" else rest[0]
+        epoch = rest[1].epoch + 1 if when == "mid-epoch" else rest[0]
         value = real(self, current, *rest)
         if current.name == stage and epoch == 2:
             raise KeyboardInterrupt

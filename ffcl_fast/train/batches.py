@@ -29,6 +29,9 @@ def augmentation(name: str, image_size: int) -> v2.Transform:
         return v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomVerticalFlip(0.5), v2.RandomApply([turns], 0.5)])
     if name == "shift":
         return v2.RandomCrop(image_size, padding=max(1, image_size // 8))
+    if name == "crops":  # SimCLR's for grey images; brightness and contrast would be undone by `scaled`
+        crop = v2.RandomResizedCrop(image_size, scale=(0.3, 1.0), antialias=True)
+        return v2.Compose([crop, v2.RandomHorizontalFlip(0.5), v2.RandomVerticalFlip(0.5)])
     return v2.Identity()
 
 
@@ -40,16 +43,29 @@ def scaled(images: Tensor) -> Tensor:
 
 
 class Views(Dataset):
-    """Item i of an epoch: (image, label), or with ``pairs`` (image, other image, +1 or -1 for equal class or not).
+    """Item i of an epoch: uint8 images drawn from sample i, and what they are.
 
-    The other image of a pair is drawn uniformly from the whole split, so pairs are not balanced (as in FFCL).
+    ``kind``:
+
+    - ``"images"``: (image, label);
+    - ``"pairs"``: (image, other image, +1 or -1 for equal class or not). The other one is drawn uniformly from the
+      whole split (as in FFCL), or where ``balanced`` from the image's own class every other time;
+    - ``"views"``: (image, the same image augmented anew, label);
+    - ``"sides"``: (positive, negative, label): the mean of the image and another one of its class, and of the image
+      and one of another class. Self-Contrastive Forward-Forward's input, with classes to tell the sides apart.
     """
 
-    def __init__(self, split: Split, augment: v2.Transform | None, pairs: bool, seed: int) -> None:
+    def __init__(
+        self, split: Split, augment: v2.Transform | None, kind: str, seed: int, balanced: bool = False
+    ) -> None:
         self.split = split
         self.augment = augment
-        self.pairs = pairs
+        self.kind = kind
         self.seed = seed
+        self.balanced = balanced
+        # rows in the order of their classes: row numbers of class c are order[first[c] : first[c + 1]]
+        self.order = torch.argsort(split.labels, stable=True)
+        self.first = [0, *torch.bincount(split.labels).cumsum(0).tolist()]
 
     def __len__(self) -> int:
         return len(self.split)
@@ -59,11 +75,33 @@ class Views(Dataset):
         # Not torch.manual_seed: it also walks every accelerator, 50 times slower
         torch.default_generator.manual_seed((self.seed + index) & (2**62 - 1))
         images, labels = self.split.images, self.split.labels
-        if not self.pairs:
-            return self._view(images[index]), labels[index]
-        other = int(torch.randint(len(self), ()))
-        target = 1 if labels[index] == labels[other] else -1
-        return self._view(images[index]), self._view(images[other]), torch.tensor(target)
+        image, label = images[index], labels[index]
+        if self.kind == "images":
+            return self._view(image), label
+        if self.kind == "views":
+            return self._view(image), self._view(image), label
+        if self.kind == "sides":
+            sides = [self._mix(image, images[self._of_class(int(label), equal)]) for equal in (True, False)]
+            return sides[0], sides[1], label
+        if self.balanced:
+            other = self._of_class(int(label), bool(torch.rand(()) < 0.5))
+        else:
+            other = int(torch.randint(len(self), ()))
+        target = 1 if label == labels[other] else -1
+        return self._view(image), self._view(images[other]), torch.tensor(target)
+
+    def _of_class(self, label: int, equal: bool) -> int:
+        """A row drawn uniformly from those of this class, or from those of all others."""
+        first, last = self.first[label], self.first[label + 1]
+        if equal:
+            place = first + int(torch.randint(last - first, ()))
+        else:
+            place = int(torch.randint(len(self) - (last - first), ()))
+            place += (last - first) if place >= first else 0
+        return int(self.order[place])
+
+    def _mix(self, image: Tensor, other: Tensor) -> Tensor:
+        return ((self._view(image).int() + self._view(other).int()) // 2).to(torch.uint8)
 
     def _view(self, image: Tensor) -> Tensor:
         return image if self.augment is None else self.augment(image)

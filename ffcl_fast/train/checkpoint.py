@@ -2,7 +2,8 @@
 
     checkpoints/global-0003/weights.safetensors   the network
                             state.pt              optimiser and schedule (loaded with weights_only=True)
-                            manifest.json         stage, epoch, history, best epoch; size and crc32 of the other two
+                            manifest.json         stage, epoch, step, history, best epoch; size and crc32 of the others
+                global-0003-000500/               the same, 500 steps into epoch 4
 
                global.safetensors             what the stage handed on, once it is finished
 
@@ -30,16 +31,22 @@ _WEIGHTS, _STATE, _MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
 
 @dataclass
 class Progress:
-    """Where a run stands. ``history``: stage -> one dict an epoch; ``best``: stage -> epoch of the best validation."""
+    """Where a run stands: after ``epoch`` whole epochs of ``stage`` and ``step`` batches of the next one, ``partial``
+    the sums of those. ``history``: stage -> one dict an epoch; ``best``: stage -> epoch of the best validation.
+
+    No random state is in it: every draw depends on seed, stage, epoch and sample or step alone.
+    """
 
     stage: str
     epoch: int = 0
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     best: dict[str, int] = field(default_factory=dict)
+    step: int = 0
+    partial: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
-        return f"{self.stage}-{self.epoch:04d}"
+        return f"{self.stage}-{self.epoch:04d}" + (f"-{self.step:06d}" if self.step else "")
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -122,9 +129,9 @@ class Checkpoints:
             raise UserError(f"checkpoints {self.directory}: all {len(found)} are damaged; start anew, with a new name")
         return None
 
-    def load(self, stage: str, epoch: int, network: nn.Module) -> dict[str, Any]:
-        """Fill ``network`` from that epoch's checkpoint and return the optimiser and schedule state."""
-        folder = self.directory / Progress(stage, epoch).folder
+    def load(self, stage: str, epoch: int, network: nn.Module, step: int = 0) -> dict[str, Any]:
+        """Fill ``network`` from that moment's checkpoint and return the optimiser and schedule state."""
+        folder = self.directory / Progress(stage, epoch, step=step).folder
         problem = _damage(folder)
         if problem is not None:
             raise UserError(f"checkpoint {folder}: damaged ({problem})")

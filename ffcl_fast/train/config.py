@@ -18,6 +18,9 @@ from typing import Any
 from .errors import UserError
 
 STAGES = ("local", "global", "downstream")
+CONTRASTIVE = ("info_nce", "nt_xent", "sup_con")  # these compare two views of each sample with the rest of the batch
+GOODNESS = ("sum_squares", "mean_squares")
+OBJECTIVES = ("logistic", "silu", "symba", "two_threshold")  # ffcl_fast.functional.OBJECTIVES, which needs torch
 
 # What a preset sets; every value can still be overridden. `quick` is sized for 2 CPU cores and under 5 minutes,
 # `paper` for the settings seen in the authors' notebook (shared description: batch 10, 64 x 64, 50 epochs, seed 48).
@@ -62,12 +65,45 @@ class Config:
         "own (the backbone's), small (3x3 stride 1, no pooling), or auto: small up to 16 pixels",
         choices=("auto", "own", "small"),
     )
-    init: str = _option("random", "random, imagenet (downloads), or a .safetensors / .pth weight file")
+    init: str = _option(
+        "random", "random, imagenet (downloads), or a .safetensors / .pth / .pt weight file (no network)"
+    )
     stages: tuple[str, ...] = _option(STAGES, "stages to run, separated by commas", choices=STAGES)
     local_layers: str = _option(
         "blocks", "layers of the local stage: residual blocks or leaf modules", choices=("blocks", "leaves")
     )
+    local_schedule: str = _option(
+        "together",
+        "all layers on every batch (together), or epochs_local for each layer after the one before it (greedy)",
+        choices=("together", "greedy"),
+    )
+    local_loss: str = _option(
+        "pair_cosine",
+        "each layer's loss: FFCL's pair cosine, a goodness of positive and negative pairs, or a contrastive loss",
+        choices=("pair_cosine", *GOODNESS, *CONTRASTIVE),
+    )
+    global_loss: str = _option("pair_cosine", "the output's loss", choices=("pair_cosine", *CONTRASTIVE))
+    pairs: str = _option(
+        "uniform",
+        "partner of an image: any image (uniform, as FFCL), or equally often of its own class (balanced)",
+        choices=("uniform", "balanced"),
+    )
     margin: float = _option(0.0, "margin of the pair cosine loss", low=-1.0, high=1.0)
+    goodness_objective: str = _option("logistic", "what is minimised of a goodness", choices=OBJECTIVES)
+    threshold: float | None = _option(
+        None, "threshold of a goodness; default 2 for the mean, the layer's size for the sum of squares"
+    )
+    temperature: float | None = _option(
+        None, "of a contrastive loss; default 0.1 info_nce, 0.5 nt_xent, 0.07 sup_con", above=0.0
+    )
+    view_augment: str = _option(
+        "crops",
+        "the two views of a contrastive loss: crops (random crop and flips), or as --augment (same)",
+        choices=("crops", "same"),
+    )
+    downstream: str = _option(
+        "finetune", "train all of the network, or only the head on its output (frozen)", choices=("finetune", "frozen")
+    )
     downstream_loss: str = _option(
         "auto",
         "focal, plain or weighted cross-entropy (binary for two classes); auto: focal for two classes, else plain",
@@ -79,13 +115,26 @@ class Config:
     epochs_global: int = _option(2, "epochs of the global stage at most", low=1)
     epochs_downstream: int = _option(8, "epochs of the downstream stage at most", low=1)
     epoch_samples: int = _option(1536, "training samples an epoch at most, drawn anew each epoch; 0 = all", low=0)
+    validation_samples: int = _option(
+        0, "validation samples after an epoch at most, the same each time; 0 = all", low=0
+    )
     patience: int = _option(5, "epochs without a better validation loss before a stage stops", low=1)
-    batch_size: int = _option(32, "samples (pairs, in the first two stages) a step", low=1)
+    batch_size: int = _option(32, "samples (pairs, in the first two stages) a step, in each process", low=1)
     lr: float = _option(1e-4, "Adam's learning rate, falling to 0 along a cosine", above=0.0)
     weight_decay: float = _option(1e-5, "Adam's weight decay", low=0.0)
+    checkpoint_steps: int = _option(
+        500, "batches between checkpoints within an epoch; 0 = at the ends of epochs only", low=0
+    )
     seed: int = _option(0, "seed of everything random", low=0, high=2**32 - 1)
     workers: int | None = _option(None, "processes that decode and augment; default by machine", low=0, high=256)
     device: str = _option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    precision: str = _option("auto", "fp32, bf16 (autocast), or auto: bf16 on a GPU", choices=("auto", "fp32", "bf16"))
+    memory_format: str = _option(
+        "auto", "of images and weights; auto: channels_last on a GPU", choices=("auto", "contiguous", "channels_last")
+    )
+    compile: str = _option(
+        "none", "torch.compile each block (needs a C++ compiler on a CPU)", choices=("none", "blocks")
+    )
     out: str = _option("runs", "folder that holds the runs")
     name: str | None = _option(None, "name of this run; default: data, backbone, seed and time")
 
@@ -173,8 +222,8 @@ def _wanted(kind: type, limits: Mapping[str, Any]) -> str:
     return " ".join([text, " and ".join(bounds)]).strip()
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file. Raises UserError for an unreadable file or an unknown setting."""
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, {} for an empty one. Raises UserError for anything else."""
     import yaml
 
     try:
@@ -188,6 +237,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"config {path}: expected 'setting: value' lines, got a {type(values).__name__}")
+    return values
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file. Raises UserError for an unreadable file or an unknown setting."""
+    values = read_yaml(path)
     unknown = [key for key in values if key not in FIELDS]
     if unknown:
         raise UserError(f"config {path}: unknown setting {unknown[0]!r}; settings are {', '.join(FIELDS)}")

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
-# Called with a layer's name and activation, in order of depth; back-propagates it when training.
-Visit = Callable[[str, Tensor], None]
+# Called with a layer's name and activation, in order of depth; back-propagates it when training. Returns what the next
+# layer gets, if not the activation itself.
+Visit = Callable[[str, Tensor], Tensor | None]
 
 _SHORTCUTS = ("downsample", "shortcut")  # what ResNets call the convolution beside a block
 
@@ -31,18 +32,19 @@ class BlockWalk:
         parameters = [name for name, _ in backbone.named_parameters()]
         self.has_stem = bool(parameters) and not parameters[0].startswith(self.names[0] + ".")
         self.has_tail = bool(parameters) and not parameters[-1].startswith(self.names[-1] + ".")
+        self.layers = ["stem"] * self.has_stem + self.names + ["tail"] * self.has_tail
 
     @contextlib.contextmanager
     def _cuts(self, visit: Visit) -> Iterator[None]:
         def before_first(module: nn.Module, args: tuple) -> tuple:
+            x = args[0]
             if self.has_stem:
-                visit("stem", args[0])
-            return (args[0].detach(), *args[1:])
+                x = _handed_on(visit("stem", x), x)
+            return (x.detach(), *args[1:])
 
         def after(name: str) -> Callable:
             def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-                visit(name, output)
-                return output.detach()
+                return _handed_on(visit(name, output), output).detach()
 
             return hook
 
@@ -62,6 +64,10 @@ class BlockWalk:
             visit("tail", output)
 
 
+def _handed_on(replaced: Tensor | None, activation: Tensor) -> Tensor:
+    return activation if replaced is None else replaced
+
+
 class LeafWalk:
     """Layers are the leaf modules in the order they run, one after another as if there were no skip connections.
 
@@ -76,6 +82,7 @@ class LeafWalk:
             for name, module in backbone.named_modules()
             if not any(True for _ in module.children()) and not any(part in _SHORTCUTS for part in name.split("."))
         ]
+        self.layers = [name for name, module in self.leaves if any(True for _ in module.parameters())]
 
     def __call__(self, x: Tensor, visit: Visit) -> None:
         for name, module in self.leaves:
@@ -86,7 +93,7 @@ class LeafWalk:
                     f"local_layers leaves: {name} does not follow on the module before it ({error}); use blocks"
                 ) from None
             if any(True for _ in module.parameters()):
-                visit(name, F.relu(x) if isinstance(module, nn.Conv2d | nn.Linear) else x)
+                x = _handed_on(visit(name, F.relu(x) if isinstance(module, nn.Conv2d | nn.Linear) else x), x)
             if isinstance(module, nn.AdaptiveAvgPool2d):
                 x = torch.flatten(x, 1)
 

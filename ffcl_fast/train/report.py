@@ -11,7 +11,6 @@ import numpy as np
 from torch import Tensor
 
 from .checkpoint import Progress, write_atomically, write_text
-from .config import Config
 
 # Okabe and Ito's palette: told apart with any kind of colour vision
 _TRAIN, _VAL, _BEST, _TEST = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -36,11 +35,11 @@ def yaml_text(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def epoch_line(stage: str, record: dict[str, Any], config: Config) -> str:
+def epoch_line(stage: str, record: dict[str, Any]) -> str:
     """One line on a finished epoch."""
     accuracy = f", accuracy {record['val']['accuracy']:.4f}" if "accuracy" in record["val"] else ""
     return (
-        f"{stage} {record['epoch']}/{config.epochs(stage)}: loss {record['train']['loss']:.4f},"
+        f"{stage} {record['epoch']}/{record['of']}: loss {record['train']['loss']:.4f},"
         f" validation {record['val']['loss']:.4f}{accuracy}, {record['images_per_second']:.0f} images/s"
     )
 
@@ -124,10 +123,13 @@ def _losses(axis: Any, stage: str, history: list[dict[str, Any]], best: int) -> 
     from matplotlib.ticker import MaxNLocator
 
     epochs = [record["epoch"] for record in history]
-    layers = [name for name in history[0]["val"] if name not in ("loss", "accuracy")]
+    seen = dict.fromkeys(name for record in history for name in record["val"])
+    layers = [name for name in seen if name not in ("loss", "accuracy")]
     shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(layers), 1)))
     for name, shade in zip(layers, shades, strict=False):
-        axis.plot(epochs, [r["val"][name] for r in history], color=shade, lw=0.8, alpha=0.6, marker=".", ms=3)
+        known = [r for r in history if name in r["val"]]  # greedy: in the layer's own epochs
+        curve = [r["val"][name] for r in known]
+        axis.plot([r["epoch"] for r in known], curve, color=shade, lw=0.8, alpha=0.6, marker=".", ms=3)
     # the training loss is known several times an epoch, each value the mean since the last
     steps = [r["epoch"] - 1 + (i + 0.5) / len(r["trace"]) for r in history for i in range(len(r["trace"]))]
     axis.plot(steps, [value for r in history for value in r["trace"]], color=_TRAIN, lw=1.5, label="train")
@@ -163,6 +165,27 @@ def _accuracy(axis: Any, history: list[dict[str, Any]], test: float) -> None:
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=7)
+
+
+def error_bars(path: Path, rows: dict[str, Sequence[float]]) -> None:
+    """One line a row, top to bottom: its values as dots, their mean with one standard deviation to either side."""
+
+    def fill(figure: Any, axes: Sequence[Any]) -> None:
+        axis = axes[0]
+        for place, values in enumerate(rows.values()):
+            shown = 100 * np.asarray(values, float)
+            if not len(shown):
+                continue
+            if place == 0:
+                axis.axvline(shown.mean(), color="grey", ls=":", lw=1)
+            axis.plot(shown, np.full(len(shown), place), "o", color=_TRAIN, ms=4, alpha=0.35)
+            spread = shown.std(ddof=1) if len(shown) > 1 else 0.0
+            axis.errorbar(shown.mean(), place, xerr=spread, fmt="D", color=_TRAIN, ms=6, capsize=4, lw=1.5)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_xlabel("test accuracy, %: each seed, mean and standard deviation")
+
+    _draw(path, (7.0, 1.2 + 0.36 * len(rows)), 1, fill)
 
 
 def confusion_matrix(path: Path, probability: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
@@ -216,3 +239,52 @@ def roc(path: Path, probability: Tensor, labels: Tensor, classes: Sequence[str])
         axis.legend(fontsize=7, loc="lower right")
 
     _draw(path, (4.4, 4.2), 1, fill)
+
+
+def layers_over_time(path: Path, epochs: Sequence[dict[str, Any]], loss: str) -> None:
+    """Each layer's local loss (its goodness, turned round) against epochs, training beside validation."""
+
+    def fill(figure: Any, axes: Sequence[Any]) -> None:
+        import matplotlib
+        from matplotlib.ticker import MaxNLocator
+
+        layers = list(dict.fromkeys(name for r in epochs for name in r["val"] if name != "loss"))
+        shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(layers), 1)))
+        for axis, part in zip(axes, ("train", "val"), strict=True):
+            for name, shade in zip(layers, shades, strict=True):
+                known = [r for r in epochs if name in r[part]]  # greedy: in the layer's own epochs
+                curve = [r[part][name] for r in known]
+                axis.plot([r["epoch"] for r in known], curve, color=shade, lw=1.5, marker="o", ms=3, label=name)
+            axis.set_title({"train": "training", "val": "validation"}[part])
+            axis.set_xlabel("epoch")
+            axis.set_ylabel(f"{loss.replace('_', ' ')} loss of a layer")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        columns = 1 + (len(layers) - 1) // 14
+        axes[-1].legend(fontsize=7, ncols=columns, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    _draw(path, (10.0, 3.8), 2, fill)
+
+
+def embeddings(
+    path: Path, features: dict[str, np.ndarray], labels: Tensor, classes: Sequence[str], seed: int = 0
+) -> None:
+    """A t-SNE of the same images' features (N, F) at each moment that ``features`` names, coloured by class."""
+    from sklearn.manifold import TSNE
+
+    def fill(figure: Any, axes: Sequence[Any]) -> None:
+        import matplotlib
+
+        shades = [_TRAIN, _VAL] if len(classes) == 2 else matplotlib.colormaps["tab20"](np.linspace(0, 1, len(classes)))
+        for axis, (moment, rows) in zip(axes, features.items(), strict=True):
+            perplexity = min(30.0, (len(rows) - 1) / 3)
+            places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows)
+            for index, (name, shade) in enumerate(zip(classes, shades, strict=True)):
+                chosen = (labels == index).numpy()
+                axis.plot(*places[chosen].T, "o", color=shade, ms=2.5, alpha=0.6, mew=0, label=name)
+            axis.set_title(moment)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[-1].legend(fontsize=7, markerscale=2)
+        figure.suptitle(f"t-SNE of {len(labels)} test images' features", fontsize=11)
+
+    _draw(path, (3.6 * len(features), 3.9), len(features), fill)

@@ -19,14 +19,14 @@ from torch import nn
 
 import ffcl_fast
 
-from . import report
+from . import parallel, report
 from .batches import derive_seed
 from .checkpoint import Checkpoints, Progress, write_text
 from .config import Config, load_config
 from .data import Data, prepare
 from .errors import Interrupted, UserError
-from .model import Classifier, build
-from .scoring import CHECKPOINTS, CONFIG, METRICS, device_for, probabilities, scores
+from .model import Classifier, block_names, build
+from .scoring import CHECKPOINTS, CONFIG, METRICS, probabilities, scores
 from .stages import DownstreamStage, GlobalStage, LocalStage, Stage, Trainer
 
 CURVES = "learning_curves.png"
@@ -35,10 +35,11 @@ _MOVABLE = ("workers", "data_dir", "device", "out", "name")  # settings that a r
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder and what ``metrics.json`` in it says."""
+    """A finished run: its folder, what ``metrics.json`` in it says, and whether this process wrote it."""
 
     directory: Path
     metrics: dict[str, Any]
+    first: bool = True
 
 
 def train(
@@ -47,6 +48,8 @@ def train(
     backbone: nn.Module | None = None,
     layers: Sequence[str] | None = None,
     resume: str | Path | None = None,
+    data: Data | None = None,
+    pictures: bool = True,
     log: Callable[[str], None] = print,
     bars: bool = False,
 ) -> Run:
@@ -56,26 +59,36 @@ def train(
     layers: names of its modules that the local stage trains, in order of depth; by default its blocks.
     resume: folder of an unfinished run to go on with, from its last stored epoch to bit-identical weights (on a CPU);
         ``config`` is then that run's own, see :func:`resumed_config`.
-    log: called with each line for the user. bars: show progress bars on a terminal.
+    data: what :func:`ffcl_fast.train.data.prepare` made of these settings before, to spare decoding it again.
+    pictures: draw the learning curves. log: called with each line for the user. bars: show progress bars on a terminal.
 
     Raises UserError for wrong data, options, names or checkpoints; earlier runs are never written to.
     """
     if resume is not None and is_finished(Path(resume)):
         raise UserError(f"run {resume}: is finished already")
-    device = device_for(config)
+    fabric = parallel.fabric_for(config)
+    first = fabric.is_global_zero  # only the first process writes and speaks
+    log, bars = (log, bars) if first else ((lambda line: None), False)
+    device = fabric.device
     began = time.time()
-    data = prepare(config, _decode_bar(bars))
+    if data is None:
+        with fabric.rank_zero_first(local=True):  # it unpacks or downloads, the others find it done
+            data = prepare(config, _decode_bar(bars))
     _greet(config, data, device, log)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     network = build(config, data.image_size, len(data.classes), backbone).to(device)
+    parallel.same_weights(network)
+    _speed_up(network, config, device, layers)
     with ExitStack() as stack:
-        directory = Path(resume) if resume is not None else _new_directory(config, data)
-        stack.callback(lock(directory))
-        if resume is None:
+        directory = Path(resume) if resume is not None else _new_directory(config, data) if first else None
+        directory = fabric.broadcast(directory)
+        if first:
+            stack.callback(lock(directory))
+        if first and resume is None:
             write_text(directory / CONFIG, report.yaml_text(config.as_dict()))
         checkpoints = Checkpoints(directory / CHECKPOINTS, log)
-        progress = checkpoints.latest() or Progress(config.stages[0])
-        board = stack.enter_context(report.Board(directory, progress))
+        progress = fabric.broadcast((checkpoints.latest() or Progress(config.stages[0])) if first else None)
+        board = stack.enter_context(report.Board(directory, progress)) if first else None
         base = {
             "status": "running",
             "name": directory.name,
@@ -93,29 +106,61 @@ def train(
         }
 
         def on_epoch(progress: Progress, record: dict[str, Any]) -> None:
+            if not first:
+                return
             board.epoch(progress.stage, record)
             report.write_metrics(directory / METRICS, base, progress)
-            log(report.epoch_line(progress.stage, record, config))
+            log(report.epoch_line(progress.stage, record))
 
-        trainer = Trainer(config, data, network, device, checkpoints, on_epoch, _epoch_bar(bars))
+        trainer = Trainer(config, data, network, fabric, checkpoints, on_epoch, _epoch_bar(bars))
         try:
             for name in config.stages[config.stages.index(progress.stage) :]:
                 if name != progress.stage:
-                    progress.stage, progress.epoch = name, 0
+                    progress.stage, progress.epoch, progress.step, progress.partial = name, 0, 0, {}
                 trainer.fit(_stage(name, network, config, data, layers), progress)
-                checkpoints.finish_stage(name, network)
+                if first:
+                    checkpoints.finish_stage(name, network)
         except KeyboardInterrupt:
             raise Interrupted(directory) from None
-        base["status"] = "finished"
-        base["seconds"] = time.time() - began
-        if "downstream" in config.stages:
-            probability = probabilities(network, data.test, config.batch_size)
-            base["test"] = scores(probability, data.test.labels)
-            board.test(base["test"])
+        metrics = _finish(base, progress, network, data, board, directory, config, pictures, began) if first else None
+        metrics = fabric.broadcast(metrics)
+        if first:
+            checkpoints.clear()
+    return Run(directory, metrics, first)
+
+
+def _finish(
+    base: dict[str, Any],
+    progress: Progress,
+    network: Classifier,
+    data: Data,
+    board: report.Board,
+    directory: Path,
+    config: Config,
+    pictures: bool,
+    began: float,
+) -> dict[str, Any]:
+    """Test once, draw, and write the final ``metrics.json``, which is returned."""
+    base["status"] = "finished"
+    base["seconds"] = time.time() - began
+    if "downstream" in config.stages:
+        probability = probabilities(network, data.test, config.batch_size)
+        base["test"] = scores(probability, data.test.labels)
+        board.test(base["test"])
+    if pictures:
         report.learning_curves(directory / CURVES, base, progress)
-        metrics = report.write_metrics(directory / METRICS, base, progress)
-        checkpoints.clear()
-    return Run(directory, metrics)
+    return report.write_metrics(directory / METRICS, base, progress)
+
+
+def _speed_up(network: Classifier, config: Config, device: torch.device, layers: Sequence[str] | None) -> None:
+    """The memory format and compiled blocks that ``config`` asks for; numbers and names of weights stay."""
+    last = config.memory_format == "channels_last" or (config.memory_format == "auto" and device.type == "cuda")
+    if last:
+        network.to(memory_format=torch.channels_last)
+    if config.compile == "blocks":
+        for name in block_names(network.backbone, layers):
+            block = network.backbone.get_submodule(name)
+            block.forward = torch.compile(block.forward)  # its hooks, where the local stage cuts, stay outside
 
 
 def resumed_config(directory: Path, flags: dict[str, Any]) -> Config:

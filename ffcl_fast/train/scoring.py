@@ -6,20 +6,32 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import scaled
+from .batches import derive_seed, scaled
 from .checkpoint import Checkpoints, load_weights, write_text
 from .config import Config, load_config
-from .data import Split, prepare
+from .data import Data, Split, prepare
 from .errors import UserError
 from .model import Classifier, build
+from .parallel import device_for
 from .stages import EVALUATION_BATCH
 
 METRICS = "metrics.json"
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+EMBEDDED = 1000  # test images at most in the picture of embeddings: t-SNE takes seconds for so many
+
+
+@torch.no_grad()
+def features(network: Classifier, split: Split, batch_size: int) -> np.ndarray:
+    """What the backbone gives: (N, F) float32, in the split's order."""
+    device = network.head.weight.device
+    network.eval()
+    batches = split.images.split(max(batch_size, EVALUATION_BATCH))
+    return torch.cat([network.backbone(scaled(images.to(device))).float().cpu() for images in batches]).numpy()
 
 
 @torch.no_grad()
@@ -62,13 +74,6 @@ def scores(probability: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def device_for(config: Config) -> torch.device:
-    """The device that ``config.device`` names. Raises UserError for cuda where there is none."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: this machine has no CUDA device that PyTorch can use")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def finished(directory: Path) -> dict[str, Any]:
     """``metrics.json`` of a finished run. Raises UserError where there is no such run or it is not finished."""
     if not directory.is_dir():
@@ -85,10 +90,20 @@ def finished(directory: Path) -> dict[str, Any]:
     return metrics
 
 
+def _untrained(config: Config, data: Data, backbone: nn.Module | None) -> Classifier | None:
+    """The network as the run began with it, drawn again from its seed; None where the weights came from elsewhere and
+    are not here any more, or the backbone from the caller."""
+    if backbone is not None or not (config.init == "random" or Path(config.init).is_file()):
+        return None
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    return build(config, data.image_size, len(data.classes))
+
+
 def evaluate(
     run: str | Path, flags: dict[str, Any] | None = None, backbone: nn.Module | None = None, progress: Any = None
 ) -> dict[str, Any]:
-    """Test metrics of the finished run in folder ``run``; writes ``evaluation.json`` and two pictures beside it.
+    """Test metrics of the finished run in folder ``run``; writes ``evaluation.json`` and pictures beside it: confusion
+    matrix, ROC, each layer's loss over time, and the embeddings before training and after each stage.
 
     flags: settings of the data's place (data, data_dir, workers, device) that differ from the run's own.
     backbone: an untrained copy of the module that was given to ``train``, if one was.
@@ -107,8 +122,10 @@ def evaluate(
     data = prepare(config, progress)
     if list(data.classes) != metrics["data"]["classes"]:
         raise UserError(f"data {data.name}: classes {', '.join(data.classes)} are not those that the run learned")
+    untrained = _untrained(config, data, backbone)
     network = build(config, data.image_size, len(data.classes), backbone, initialise=False)
-    load_weights(Checkpoints(directory / CHECKPOINTS, print).stage_weights("downstream"), network)
+    checkpoints = Checkpoints(directory / CHECKPOINTS, print)
+    load_weights(checkpoints.stage_weights("downstream"), network)
     probability = probabilities(network.to(device), data.test, config.batch_size)
     result = scores(probability, data.test.labels)
     pictures = {
@@ -117,5 +134,15 @@ def evaluate(
     }
     report.confusion_matrix(pictures["confusion"], probability, data.test.labels, data.classes)
     report.roc(pictures["roc"], probability, data.test.labels, data.classes)
+    if "local" in metrics["stages"]:
+        pictures["layers"] = directory / "layers.png"
+        report.layers_over_time(pictures["layers"], metrics["stages"]["local"]["epochs"], config.local_loss)
+    shown = data.test.take(np.linspace(0, len(data.test) - 1, min(len(data.test), EMBEDDED), dtype=np.int64))
+    moments = {} if untrained is None else {"before training": features(untrained.to(device), shown, config.batch_size)}
+    for stage in config.stages:
+        load_weights(checkpoints.stage_weights(stage), network)
+        moments[f"after {stage}"] = features(network, shown, config.batch_size)
+    pictures["embeddings"] = directory / "embeddings.png"
+    report.embeddings(pictures["embeddings"], moments, shown.labels, data.classes)
     write_text(directory / "evaluation.json", json.dumps({"data": data.summary(), "test": result}, indent=1))
     return {"test": result, "images": len(data.test), "pictures": [str(path) for path in pictures.values()]}

@@ -44,14 +44,29 @@ def read(path: str | Path) -> dict[str, Tensor]:
 def load_into(backbone: nn.Module, path: str | Path) -> None:
     """Copy every tensor that fits by name and shape; a first convolution for colour and a head do not.
 
+    Where the names are another library's but the file lists the same shapes in the same order (as the EfficientNets of
+    PyPI do beside timm's), tensors are matched by their place.
+
     Raises UserError where less than half of the backbone's tensors find a match: then it is the wrong file.
     """
     own = backbone.state_dict()
     given = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in read(path).items()}
     fits = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
     if 2 * len(fits) < len(own):
+        fits = _by_place(own, given) or fits
+    if 2 * len(fits) < len(own):
         raise UserError(f"init {path}: only {len(fits)} of the backbone's {len(own)} tensors are in it")
     left = sorted(set(own) - set(fits))
     if left:
         _log.info("init %s: kept fresh: %s", path, ", ".join(left))
     backbone.load_state_dict(fits, strict=False)
+
+
+def _by_place(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of ``given`` under the names of ``own``, or nothing where their shapes are not the same in turn.
+
+    One may differ: the first convolution, for one channel here. What the file has beyond, its head, is left out.
+    """
+    pairs = list(zip(own.items(), given.values(), strict=False))
+    fits = {name: value for (name, mine), value in pairs if mine.shape == value.shape}
+    return fits if len(pairs) == len(own) and len(fits) >= len(own) - 1 else {}

@@ -1,0 +1,241 @@
+"""``ffcl ablate``: a table of variants of one run, each over several seeds. Resumable, since each run is.
+
+A plan is a YAML file, or the default plan below:
+
+    seeds: [0, 1, 2]
+    settings: {data: chest_xray_224.tar, image_size: 64}       of every run
+    rows:
+      - {name: no pretraining, settings: {stages: [downstream]}}
+      - {name: FFCL}
+
+``out`` gets ablation.json (every run), ablation.md, ablation.png and runs/ROW-sSEED/. Seeds are the outer loop, so that
+an unfinished ablation has every row over the seeds so far. A finished run's weights are deleted: the numbers stay.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import write_text
+from .config import FIELDS, Config, load_config, read_yaml
+from .data import Data, prepare
+from .errors import UserError
+from .report import error_bars
+from .run import CONFIG, METRICS, is_finished, resumed_config, train
+from .scoring import CHECKPOINTS
+
+SEEDS = (0, 1, 2)
+JSON, TABLE, PLOT = "ablation.json", "ablation.md", "ablation.png"
+_SCORES = {"accuracy": "accuracy, %", "macro_f1": "macro F1, %", "auc": "AUC, %"}
+_OWN = ("seed", "name", "out", "preset")  # settings of a run that the ablation itself decides
+_DATA = ("data", "data_dir", "image_size")  # settings that decided what the images are
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+# The method's own ablations: which stages, then which loss.
+ROWS = (
+    Row("no pretraining", {"stages": ("downstream",)}),
+    Row("local only", {"stages": ("local", "downstream")}),
+    Row("global only", {"stages": ("global", "downstream")}),
+    Row("FFCL: local, then global"),
+    Row("FFCL, balanced pairs", {"pairs": "balanced"}),
+    Row("FFCL, leaf modules as layers", {"local_layers": "leaves"}),
+    Row("sum of squares per layer, then global", {"local_loss": "sum_squares"}),
+    Row("InfoNCE per layer and at the output", {"local_loss": "info_nce", "global_loss": "info_nce"}),
+    Row("SupCon per layer and at the output", {"local_loss": "sup_con", "global_loss": "sup_con"}),
+    Row("SimCLR: NT-Xent at the output only", {"stages": ("global", "downstream"), "global_loss": "nt_xent"}),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows, the settings that all share, and seeds. Raises UserError for rows that could not run or be told apart."""
+
+    rows: Sequence[Row] = ROWS
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = SEEDS
+
+    def __post_init__(self) -> None:
+        slugs = [row.slug for row in self.rows]
+        if not slugs or "" in slugs or len(set(slugs)) != len(slugs):
+            raise UserError(f"rows: expected names that differ in their letters, got {[row.name for row in self.rows]}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise UserError(f"seeds: expected different whole numbers, got {list(self.seeds)}")
+        for row in self.rows:
+            config = self.config(row, self.seeds[0], Path("."))
+            if "downstream" not in config.stages:
+                raise UserError(f"rows: {row.name!r} has no downstream stage, so nothing to compare")
+
+    def config(self, row: Row, seed: int, out: Path) -> Config:
+        """The settings of one run."""
+        given = {**self.settings, **row.settings}
+        for name in _OWN[:3]:
+            if name in given:
+                raise UserError(f"{name}: is the ablation's own to set, not a row's")
+        return load_config({**given, "seed": seed, "out": str(out / "runs"), "name": f"{row.slug}-s{seed}"})
+
+
+def read_plan(file: str | Path | None, flags: Mapping[str, Any], seeds: str | None = None) -> Plan:
+    """The plan in ``file`` (or the default one), with ``flags`` over its settings and ``seeds`` as in "0,1,2".
+
+    Raises UserError that names what is wrong in it.
+    """
+    values = {} if file is None else read_yaml(file)
+    unknown = sorted(set(values) - {"seeds", "settings", "rows"})
+    if unknown:
+        raise UserError(f"config {file}: unknown key {unknown[0]!r}; an ablation has seeds, settings and rows")
+    settings = values.get("settings") or {}
+    rows = values.get("rows")
+    if not isinstance(settings, dict):
+        raise UserError(f"config {file}: settings must be 'setting: value' lines")
+    if rows is not None and not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise UserError(f"config {file}: rows must be a list of {{name: ..., settings: ...}}")
+    parsed = ROWS if rows is None else [_row(row, file) for row in rows]
+    for name in {**settings, **{key: 0 for row in parsed for key in row.settings}}:
+        if name not in FIELDS:
+            raise UserError(f"config {file}: unknown setting {name!r}; settings are {', '.join(FIELDS)}")
+    numbers = values.get("seeds", list(SEEDS)) if seeds is None else seeds.split(",")
+    try:
+        numbers = [int(str(number)) for number in numbers]
+    except (TypeError, ValueError):
+        raise UserError(f"seeds: expected whole numbers such as 0,1,2, got {numbers!r}") from None
+    return Plan(parsed, {**settings, **flags}, numbers)
+
+
+def _row(values: dict[str, Any], file: Any) -> Row:
+    settings = values.get("settings") or {}
+    if set(values) - {"name", "settings"} or not isinstance(values.get("name"), str) or not isinstance(settings, dict):
+        raise UserError(f"config {file}: a row has a name and settings, got {values!r}")
+    return Row(values["name"], settings)
+
+
+def ablate(
+    plan: Plan, out: str | Path, *, log: Callable[[str], None] = print, bars: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Run what ``out`` does not hold yet, and return what ``ablation.json`` then says.
+
+    ``options`` go to every :func:`ffcl_fast.train.train` (``backbone_factory()`` makes its ``backbone`` anew).
+    Raises UserError for a run in ``out`` that has other settings, and as ``train`` does.
+    """
+    out = Path(out)
+    factory = options.pop("backbone_factory", None)
+    prepared: dict[tuple, Data] = {}
+    runs = [(row, seed) for seed in plan.seeds for row in plan.rows]
+    for number, (row, seed) in enumerate(runs, 1):
+        config = plan.config(row, seed, out)
+        directory = Path(config.out) / config.name
+        _refuse_another(directory, config)
+        if is_finished(directory):
+            continue
+        log(f"[{number}/{len(runs)}] {row.name}, seed {seed}")
+        key = tuple(getattr(config, name) for name in _DATA)
+        if key not in prepared:
+            prepared[key] = prepare(config)
+        if factory is not None:
+            torch.manual_seed(seed)
+            options["backbone"] = factory()
+        resume = directory if (directory / CONFIG).is_file() else None
+        config = config if resume is None else resumed_config(directory, {})
+        train(config, resume=resume, data=prepared[key], pictures=False, log=log, bars=bars, **options)
+        write(plan, out)
+    return write(plan, out)
+
+
+def _refuse_another(directory: Path, config: Config) -> None:
+    """Raise UserError where the run in ``directory`` has other settings than ``config``: its numbers are not ours."""
+    if not (directory / CONFIG).is_file():
+        return
+    stored = load_config({}, directory / CONFIG).as_dict()
+    free = ("workers", "data_dir", "device", *_OWN)
+    changed = [k for k, v in config.as_dict().items() if k not in free and v != stored[k]]
+    if changed:
+        raise UserError(
+            f"{changed[0]}: {directory} was run with {stored[changed[0]]!r}, now {getattr(config, changed[0])!r};"
+            " choose another --out"
+        )
+
+
+def write(plan: Plan, out: Path) -> dict[str, Any]:
+    """Collect the finished runs into ablation.json, the table and the plot, and delete their weights."""
+    found: dict[str, Any] = {
+        "when": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
+        "settings": Plan([Row("all")], plan.settings, [0]).config(Row("all"), 0, out).as_dict(),
+        "seeds": list(plan.seeds),
+        "machine": {"system": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads()},
+        "rows": [],
+    }
+    for name in _OWN:
+        del found["settings"][name]
+    for row in plan.rows:
+        runs = []
+        for seed in plan.seeds:
+            directory = Path(plan.config(row, seed, out).out) / f"{row.slug}-s{seed}"
+            if is_finished(directory):
+                runs.append(_summary(directory, seed))
+                shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        found["rows"].append({"name": row.name, "settings": _plain(row.settings), "runs": runs})
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / JSON, json.dumps(found, indent=1))
+    write_text(out / TABLE, markdown(found))
+    error_bars(out / PLOT, {r["name"]: [run["test"]["accuracy"] for run in r["runs"]] for r in found["rows"]})
+    return found
+
+
+def _summary(directory: Path, seed: int) -> dict[str, Any]:
+    metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
+    stages = {
+        name: {
+            "best_epoch": s["best_epoch"],
+            "epochs": len(s["epochs"]),
+            "val": s["epochs"][s["best_epoch"] - 1]["val"],
+        }
+        for name, s in metrics["stages"].items()
+    }
+    keep = ("data", "backbone", "parameters", "versions", "machine", "seconds", "test")
+    return {"seed": seed, "stages": stages, **{key: metrics[key] for key in keep}}
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """One table: mean and sample standard deviation over seeds, and the difference to the first row in the mean of the
+    seeds that both have."""
+    first = {run["seed"]: run["test"]["accuracy"] for run in found["rows"][0]["runs"]}
+    head = ["pretraining", *_SCORES.values(), f"accuracy against {found['rows'][0]['name']}, points", "seeds"]
+    lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    for row in found["rows"]:
+        cells = [spread([100 * run["test"][name] for run in row["runs"]]) for name in _SCORES]
+        gain = [100 * (r["test"]["accuracy"] - first[r["seed"]]) for r in row["runs"] if r["seed"] in first]
+        cells.append("" if row is found["rows"][0] else spread(gain, sign="+"))
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {len(row['runs'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """``mean ± standard deviation`` (n - 1), a lone value, or a dash."""
+    if not values:
+        return "–"
+    mean = format(statistics.fmean(values), f"{sign}.2f")
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"

@@ -1,0 +1,54 @@
+"""What the first two stages minimise: a loss on two activations of a layer, or on two outputs, by name.
+
+Every loss takes (first, second, third) as :class:`~ffcl_fast.train.batches.Views` makes them for its kind of items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ffcl_fast.functional import pool_goodness
+from ffcl_fast.losses import GoodnessLoss, InfoNCELoss, LayerwiseLoss, NTXentLoss, PairCosineLoss, SupConLoss
+
+from . import parallel
+from .config import CONTRASTIVE, GOODNESS, Config
+
+# The copied libraries' own temperatures are the losses' defaults.
+_CONTRASTIVE: dict[str, Callable[..., Any]] = {"info_nce": InfoNCELoss, "nt_xent": NTXentLoss, "sup_con": SupConLoss}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``loss(h1, h2, third)`` is a mean over samples; ``items``: the kind of :class:`Views` it is for;
+    ``normalize``: the next layer must not see this one's goodness, so its input is brought to unit mean square."""
+
+    name: str
+    items: str
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    normalize: bool = False
+
+
+def objective(name: str, config: Config) -> Objective:
+    """The objective called ``name``, one of the choices of ``local_loss``, with the settings of ``config``."""
+    if name in GOODNESS:
+        goodness = GoodnessLoss(name, config.goodness_objective, config.threshold)
+        return Objective(name, "sides", lambda h1, h2, label: goodness(h1, h2), normalize=True)
+    if name in CONTRASTIVE:
+        options = {} if config.temperature is None else {"temperature": config.temperature}
+        layerwise = LayerwiseLoss(_CONTRASTIVE[name](**options))  # it normalises where the loss does not
+
+        def contrast(h1: Tensor, h2: Tensor, label: Tensor) -> Tensor:
+            h1, h2, label = parallel.everyone(_pooled(h1), _pooled(h2), label)
+            return layerwise([h1], [h2], label if name == "sup_con" else None)
+
+        return Objective(name, "views", contrast)
+    return Objective(name, "pairs", PairCosineLoss(margin=config.margin))
+
+
+def _pooled(h: Tensor) -> Tensor:
+    """(N, C, ...) averaged over every position, (N, C), before it is sent to other processes."""
+    return h if h.dim() == 2 else pool_goodness(h)[1]

@@ -1,0 +1,142 @@
+"""``ffcl ablate``: which runs a plan has, that they are resumed and never mixed, and the table of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+import torch
+import yaml
+from train_cases import TinyNet, tiny
+
+from ffcl_fast import cli
+from ffcl_fast.train import ablate as module
+from ffcl_fast.train.ablate import Plan, Row, ablate, markdown, read_plan, spread
+from ffcl_fast.train.config import Config
+from ffcl_fast.train.errors import UserError
+
+SMALL = {
+    k: v
+    for k, v in tiny(".", epochs_local=1, epochs_global=1, epochs_downstream=1, epoch_samples=32).as_dict().items()
+    if k not in ("out", "name", "seed", "preset") and v != getattr(Config, k, None)
+}
+
+
+def test_the_default_rows_are_the_methods_own_ablations_and_all_can_be_configured(tmp_path):
+    plan = Plan()
+    assert len(plan.seeds) >= 3
+    configs = {row.name: plan.config(row, 1, tmp_path) for row in plan.rows}
+    assert [c.stages for c in list(configs.values())[:4]] == [
+        ("downstream",),
+        ("local", "downstream"),
+        ("global", "downstream"),
+        ("local", "global", "downstream"),
+    ]
+    assert {c.local_loss for c in configs.values()} >= {"pair_cosine", "sum_squares", "info_nce", "sup_con"}
+    assert {c.global_loss for c in configs.values()} >= {"pair_cosine", "info_nce", "sup_con", "nt_xent"}
+    assert len({c.name for c in configs.values()}) == len(configs) and all(c.seed == 1 for c in configs.values())
+
+
+def test_an_ablation_stopped_halfway_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
+    plan = Plan([Row("none", {"stages": ["downstream"]}), Row("local", {"stages": "local,downstream"})], SMALL, [3, 4])
+    options = {"backbone_factory": TinyNet, "log": lambda line: None}
+    whole = ablate(plan, tmp_path / "whole", **options)
+
+    real, calls = module.train, []
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(plan, tmp_path / "parts", **options)
+    first = json.loads((tmp_path / "parts" / "ablation.json").read_text())
+    assert [[run["seed"] for run in row["runs"]] for row in first["rows"]] == [[3], [3]]
+    parts = ablate(plan, tmp_path / "parts", **options)
+    assert len(calls) == 5  # two before, the stopped one, and the two that were missing
+
+    def numbers(found):
+        return [[(run["seed"], run["test"], run["stages"]) for run in row["runs"]] for row in found["rows"]]
+
+    assert numbers(parts) == numbers(whole)
+    assert len({json.dumps(run) for row in numbers(parts) for run in row}) == 4
+    assert not list(tmp_path.glob("*/runs/*/checkpoints"))
+    table = (tmp_path / "parts" / "ablation.md").read_text()
+    mean = statistics.fmean(100 * run["test"]["accuracy"] for run in parts["rows"][1]["runs"])
+    assert f"| local | {mean:.2f} ±" in table and table == markdown(parts)
+    assert (tmp_path / "parts" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+    other = Plan(plan.rows, {**SMALL, "lr": 0.5}, plan.seeds)
+    with pytest.raises(UserError, match="lr: .*was run with 0.001, now 0.5"):
+        ablate(other, tmp_path / "parts", **options)
+
+
+def test_the_table_has_mean_and_sample_deviation_and_the_gain_seed_by_seed():
+    def run(seed, accuracy):
+        return {"seed": seed, "test": {"accuracy": accuracy, "macro_f1": 0.5, "auc": 0.25}}
+
+    rows = [
+        {"name": "base", "runs": [run(0, 0.5), run(1, 0.7)]},
+        {"name": "better", "runs": [run(0, 0.6), run(1, 0.8), run(2, 0.1)]},
+        {"name": "missing", "runs": []},
+    ]
+    lines = markdown({"rows": rows}).splitlines()
+    assert lines[2] == "| base | 60.00 ± 14.14 | 50.00 ± 0.00 | 25.00 ± 0.00 |  | 2 |"
+    assert "| +10.00 ± 0.00 | 3 |" in lines[3]
+    assert lines[4] == "| missing | – | – | – | – | 0 |"
+    assert spread([1.0]) == "1.00"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("rows: [{name: a}, {name: A}]", "rows: .*differ"),
+        ("rows: [{settings: {}}]", "a row has a name"),
+        ("rows: [{name: a, settings: {learning: 1}}]", "learning"),
+        ("rows: [{name: a, settings: {stages: [local]}}]", "no downstream stage"),
+        ("rows: [{name: a, settings: {seed: 1}}]", "seed: is the ablation's own"),
+        ("rows: [{name: a, settings: {lr: -1}}]", "lr"),
+        ("rows: 3", "rows must be a list"),
+        ("settings: [lr]", "settings must be"),
+        ("seeds: [0, 0]", "seeds: expected different"),
+        ("seeds: [a]", "seeds: expected whole"),
+        ("lr: 1", "unknown key 'lr'"),
+    ],
+)
+def test_a_wrong_plan_is_named_in_one_line(tmp_path, capsys, text, named):
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(UserError, match=named):
+        read_plan(tmp_path / "plan.yaml", {})
+    code = cli.main(["ablate", "--config", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")])
+    assert code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_win_over_the_file(tmp_path):
+    values = {"seeds": [1], "settings": {"lr": 0.1, "batch_size": 8}, "rows": [{"name": "a"}]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
+    plan = read_plan(tmp_path / "plan.yaml", {"lr": "0.2"}, "5,6")
+    config = plan.config(plan.rows[0], 5, tmp_path)
+    assert (plan.seeds, config.lr, config.batch_size) == ([5, 6], 0.2, 8)
+
+
+def test_the_plans_in_the_project_are_valid(request):
+    plans = sorted((request.config.rootpath / "benchmarks" / "ablations").glob("*.yaml"))
+    assert plans
+    for file in plans:
+        assert len(read_plan(file, {}).seeds) >= 3
+
+
+def test_the_command_runs_a_plan_and_prints_the_table(tmp_path, capsys):
+    settings = {**SMALL, "backbone": "timm/test_resnet", "image_size": 16}
+    plan = {"seeds": [1], "settings": settings, "rows": [{"name": "head only", "settings": {"stages": ["downstream"]}}]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    arguments = ["ablate", "--config", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--downstream", "frozen"]) == 0
+    assert "| head only |" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert found["settings"]["downstream"] == "frozen" and torch.__version__ == found["machine"]["torch"]
