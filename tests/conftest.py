@@ -6,6 +6,7 @@ import os
 import random
 import secrets
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,15 @@ def seed(request: pytest.FixtureRequest) -> int:
     np.random.seed(value)
     random.seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """A test that changes the number of threads changes the bits of those after it, unless it is put back."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -30,12 +30,9 @@ COMMON = {"epoch_samples": 64, "epochs_local": 1, "epochs_global": 1, "epochs_do
 
 
 @pytest.fixture(autouse=True)
-def as_before():
+def as_before(monkeypatch):
     """`run_one` changes its process, which here is that of other tests as well."""
-    threads, draw = torch.get_num_threads(), report.learning_curves
-    yield
-    torch.set_num_threads(threads)
-    report.learning_curves = draw
+    monkeypatch.setattr(report, "learning_curves", report.learning_curves)
 
 
 def run_one(out: str, case: str, batch: int) -> None:

@@ -143,6 +143,7 @@ from ffcl_fast.train import train
 from ffcl_fast.train.run import report
 from train_cases import TinyNet, tiny
 report.learning_curves = lambda *_: None
+torch.set_num_threads(int(sys.argv[2]))  # the bits depend on it
 torch.manual_seed(5)
 train(tiny(sys.argv[1], name="k", seed=5, batch_size=16, checkpoint_steps=2), backbone=TinyNet())
 """
@@ -153,7 +154,8 @@ def test_a_process_killed_at_a_random_moment_resumes_to_the_same_bits(whole, tmp
     script.write_text(SCRIPT)
     paths = ":".join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     environment = {**os.environ, "PYTHONPATH": paths}
-    process = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment)
+    command = [sys.executable, script, tmp_path, torch.get_num_threads()]
+    process = subprocess.Popen([str(part) for part in command], env=environment)
     folder = tmp_path / "k"
     while not list(folder.glob("checkpoints/*")) and process.poll() is None:
         time.sleep(0.01)
