@@ -139,7 +139,11 @@ def test_ctrl_c_ends_with_a_line_and_130(tmp_path):
     # many epochs, so that it is certainly still running when the signal comes
     command = [sys.executable, "-m", "ffcl_fast.train", *SMALL, "--epochs-local", "500", "--patience", "500",
                "--out", str(tmp_path), "--name", "r"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell's background job hands down a SIGINT that is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     first = next(line for line in process.stdout if line.startswith("local 1/"))
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)

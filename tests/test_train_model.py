@@ -168,8 +168,10 @@ def test_block_gradients_equal_those_of_each_block_trained_alone(tmp_path, rng):
         losses[name] = nn.CosineEmbeddingLoss()(a, b, batch[2])
         losses[name].backward()
     for name, p in net.named_parameters():
+        # A sum over pixels that cancels is as good as its terms: judged beside the tensor's largest element.
+        atol = 1e-5 * float(p.grad.abs().max())
         torch.testing.assert_close(
-            got[name], p.grad, rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+            got[name], p.grad, rtol=1e-4, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert list(scalars) == ["loss", *losses]
     for name, loss in losses.items():
