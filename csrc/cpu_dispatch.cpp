@@ -8,6 +8,7 @@
 
 #include "goodness.h"
 #include "isa.h"
+#include "rows.h"
 #include "similarity.h"
 
 namespace ffcl {
@@ -68,6 +69,12 @@ Isa current_isa() {
   decltype(ffcl::pair_cosine_backward) pair_cosine_backward;     \
   decltype(ffcl::pool_goodness_forward) pool_goodness_forward;   \
   decltype(ffcl::pool_goodness_backward) pool_goodness_backward; \
+  decltype(ffcl::row_norms) row_norms;                           \
+  decltype(ffcl::row_dots) row_dots;                             \
+  decltype(ffcl::add_weighted_rows) add_weighted_rows;           \
+  decltype(ffcl::class_dots) class_dots;                         \
+  decltype(ffcl::add_class_gradient) add_class_gradient;         \
+  decltype(ffcl::finish_gradient) finish_gradient;               \
   }
 FFCL_DECLARE(portable)
 #ifdef FFCL_X86
@@ -123,6 +130,27 @@ int pool_goodness_forward(const Maps& h, bool mean, float* goodness, float* pool
 int pool_goodness_backward(const Maps& h, bool mean, const float* pooled, const float* grad_goodness,
                            const float* grad_pooled, void* dh) {
   FFCL_DISPATCH(pool_goodness_backward(h, mean, pooled, grad_goodness, grad_pooled, dh))
+}
+
+int row_norms(const Rows& x, double eps, int threads, float* norm) { FFCL_DISPATCH(row_norms(x, eps, threads, norm)) }
+
+int row_dots(const Rows& a, const Rows& b, int threads, double* dot) { FFCL_DISPATCH(row_dots(a, b, threads, dot)) }
+
+int add_weighted_rows(const Rows& z, const float* weight, int threads, float* grad) {
+  FFCL_DISPATCH(add_weighted_rows(z, weight, threads, grad))
+}
+
+int class_dots(const Rows& z, const int64_t* order, const int64_t* group, int threads, double* dot) {
+  FFCL_DISPATCH(class_dots(z, order, group, threads, dot))
+}
+
+int add_class_gradient(const Rows& z, const int64_t* order, const int64_t* group, const float* weight, int threads,
+                       float* grad) {
+  FFCL_DISPATCH(add_class_gradient(z, order, group, weight, threads, grad))
+}
+
+int finish_gradient(const Rows& z, double eps, int threads, float* grad, double* inner) {
+  FFCL_DISPATCH(finish_gradient(z, eps, threads, grad, inner))
 }
 
 }  // namespace ffcl

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "rows.h"
 
 namespace ffcl {
 
@@ -23,6 +24,15 @@ struct Similarity {
   const int64_t* col_ids;  // (cols,) or null
   Exclude exclude;
   int threads;
+  // Where given, rows are divided by these as they are packed: S is of q_i / q_norm_i and k_j / k_norm_j.
+  const float* q_norm = nullptr;  // (rows,)
+  const float* k_norm = nullptr;  // (cols,)
+  // Where given, rows from `q_split` on are those of q_tail (rows - q_split, dim): two views as one without a copy.
+  const void* q_tail = nullptr;
+  int64_t q_split = 0, q_tail_stride = 0;
+
+  Rows queries() const { return {q, rows, dim, q_stride, dtype, q_tail, q_split, q_tail_stride, q_norm}; }
+  Rows keys() const { return k ? Rows{k, cols, dim, k_stride, dtype, nullptr, 0, 0, k_norm} : queries(); }
 };
 
 // row_lse (rows,) and, if not null, col_lse (cols,): natural logarithms of the sums of exponentials; col_lse is not
@@ -32,7 +42,7 @@ struct Similarity {
 // only slower.
 int similarity_forward(const Similarity&, float* row_lse, float* col_lse, float* cache, int64_t cache_size);
 
-// dq (rows, dim) and dk (cols, dim), contiguous float32, either may be null (dk must be where k is; dq is needed then).
+// dq (rows, dim) and dk (cols, dim), the gradients of the (divided) rows, contiguous float32, either may be null (dk must be where k is; dq is needed then).
 // col_grad and col_lse may be null: no gradient from the columns.
 int similarity_backward(const Similarity&, const float* row_lse, const float* col_lse, const float* row_grad,
                         const float* col_grad, const float* cache, int64_t cache_size, float* dq, float* dk);

@@ -22,7 +22,6 @@ namespace ffcl {
 namespace FFCL_ISA_NS {
 namespace {
 
-constexpr int64_t TILE_CHUNK = 256 / NR;        // column tiles in a scores task
 constexpr int64_t CACHE_HEADER = 16;            // mode, offset; then row sums and maxima, column ones, panels
 constexpr double LOG2E = 1.4426950408889634;
 constexpr double LN2 = 0.6931471805599453;
@@ -54,6 +53,7 @@ class Engine {
         cb(smaller(6 * (self ? rb : full_row_block()), self ? round_up(cols, rb) : round_up(cols, ROW_TASK))),
         log2_scale(args.scale * LOG2E),
         threads(args.rows * cols * args.dim < 200000 ? 1 : args.threads),
+        tile_chunk((rb > ROW_TASK ? 256 : 64) / NR),
         dim_mr(round_up(args.dim, MR)),
         dim_nr(round_up(args.dim, NR)),
         q_dims(rb * args.dim),
@@ -79,6 +79,7 @@ class Engine {
   const int64_t rb, cb;  // rows and columns of a full panel
   const double log2_scale;  // S in units of log2, for exp2
   const int threads;
+  const int64_t tile_chunk;  // column tiles in a scores task
   const int64_t dim_mr, dim_nr;
   Buffer<float> q_dims;  // [rb / MR][dim][MR]        A of the scores
   Buffer<float> k_dims;  // [cb / NR][dim][NR]        B of the scores
@@ -112,46 +113,34 @@ class Engine {
 
   // Rows of a panel into q_dims for the scores, or q_rows for the gradient, or both.
   void pack_rows(const Panel& p, bool scores, bool gradients) {
-    const int64_t groups = p.rows_padded / MR;
+    const int64_t groups = p.rows_padded / MR, end = p.r0 + p.rows;
     constexpr int64_t step = ROW_TASK / MR;
-    parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
-      for (int64_t t = task * step; t < smaller(groups, (task + 1) * step); ++t) {
-        by_type(a.q, p.r0 * a.q_stride, [&](auto type, auto* q) {
-          using T = decltype(type);
-          if (scores)
-            pack_group_by_dim<T>(q, a.q_stride, p.rows, a.dim, t * MR, MR, q_dims + t * MR * a.dim);
-          if (gradients)
-            for (int64_t i = t * MR; i < (t + 1) * MR; ++i)
-              pack_row_by_panel<T>(q, a.q_stride, p.rows, a.dim, i, MR, p.rows_padded * MR, q_rows);
-        });
-      }
+    by_type(a.queries(), [&](auto q, auto) {
+      parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
+        for (int64_t i = task * ROW_TASK; i < smaller(p.rows_padded, (task + 1) * ROW_TASK); i += MR) {
+          if (scores) pack_group_by_dim<MR>(q, p.r0 + i, end, q_dims + i * a.dim);
+          for (int64_t r = i; gradients && r < i + MR; ++r)
+            pack_row_by_panel<MR>(q, p.r0 + r, end, p.rows_padded * MR, q_rows + r * MR);
+        }
+      });
     });
   }
 
-  template <class F>
-  void by_type(const void* x, int64_t offset, F&& f) const {
-    if (a.dtype == DType::float32)
-      f(Float32{}, static_cast<const float*>(x) + offset);
-    else if (a.dtype == DType::bfloat16)
-      f(BFloat16{}, static_cast<const uint16_t*>(x) + offset);
-    else
-      f(Float16{}, static_cast<const uint16_t*>(x) + offset);
-  }
-
-  const void* keys() const { return self ? a.q : a.k; }
-  int64_t key_stride() const { return self ? a.q_stride : a.k_stride; }
-
-  // Largest row norm of `x`; `finite` turns false where one is not finite.
-  double largest_norm(const void* x, int64_t n, int64_t stride, bool& finite) const {
-    const int64_t tasks = (n + ROW_TASK - 1) / ROW_TASK;
+  // Largest norm of a row; `finite` turns false where one is not finite. Divided rows are no longer than 1.
+  double largest_norm(const Rows& x, bool& finite) const {
+    if (x.norm) {
+      for (int64_t i = 0; i < x.rows; ++i) finite = finite && x.norm[i] < __builtin_inff();
+      return 1;
+    }
+    const int64_t tasks = (x.rows + ROW_TASK - 1) / ROW_TASK;
     Buffer<float> part(tasks);
     if (part.failed) return finite = false, 0.0;
-    parallel(tasks, threads, [&](int64_t task, int) {
-      float best = 0;
-      by_type(x, 0, [&](auto type, auto* rows) {
-        using T = decltype(type);
-        for (int64_t i = task * ROW_TASK; i < smaller(n, (task + 1) * ROW_TASK); ++i) {
-          const auto* row = rows + i * stride;
+    by_type(x, [&](auto source, auto type) {
+      using T = decltype(type);
+      parallel(tasks, threads, [&](int64_t task, int) {
+        float best = 0;
+        for (int64_t i = task * ROW_TASK; i < smaller(x.rows, (task + 1) * ROW_TASK); ++i) {
+          const auto* row = source.row(i);
           vf s0 = zero(), s1 = zero();
           int64_t d = 0;
           for (; d + 2 * VW <= a.dim; d += 2 * VW) {
@@ -164,8 +153,8 @@ class Engine {
           best = s <= best ? best : s;           // NaN goes in ...
           if (!(s < __builtin_inff())) break;    // ... and stays
         }
+        part[task] = best;
       });
-      part[task] = best;
     });
     double best = 0;
     for (int64_t i = 0; i < tasks; ++i) {
@@ -178,8 +167,8 @@ class Engine {
   // Upper bound of |S| log2(e), infinite where an input is not finite.
   double bound() const {
     bool finite = true;
-    const double q = largest_norm(a.q, a.rows, a.q_stride, finite);
-    const double k = self ? q : largest_norm(a.k, cols, a.k_stride, finite);
+    const double q = largest_norm(a.queries(), finite);
+    const double k = self ? q : largest_norm(a.keys(), finite);
     const double b = std::fabs(static_cast<double>(a.scale)) * LOG2E * q * k * 1.0001;
     return finite && b < 1e30 ? b : static_cast<double>(__builtin_inf());
   }
@@ -188,7 +177,7 @@ class Engine {
   template <class Epilogue>
   void scores(const Panel& p, double scale, const Epilogue& epilogue) {
     const vf factor = splat(static_cast<float>(scale));  // after the sum: it costs the products no bits
-    const int64_t col_tasks = (p.tiles + TILE_CHUNK - 1) / TILE_CHUNK;
+    const int64_t col_tasks = (p.tiles + tile_chunk - 1) / tile_chunk;
     const int64_t row_tasks = (p.rows_padded + ROW_TASK - 1) / ROW_TASK;
     // Sums of 128 products, then sums of those: a fraction of the rounding error of one long sum, and the operands of a
     // step (8 KB of B in AVX2's tiles) stay in L1.
@@ -199,7 +188,7 @@ class Engine {
       const int64_t first = rt * ROW_TASK, last = smaller(p.rows_padded, first + ROW_TASK);
       Epilogue e(epilogue);
       e.begin(p, rt, ct);
-      for (int64_t j = ct * TILE_CHUNK; j < smaller(p.tiles, (ct + 1) * TILE_CHUNK); ++j) {
+      for (int64_t j = ct * tile_chunk; j < smaller(p.tiles, (ct + 1) * tile_chunk); ++j) {
         e.begin_columns();
         const float* b = k_dims + (p.first_tile + j) * NR * a.dim;
         for (int64_t d = 0; d < a.dim; d += depth) {
@@ -245,12 +234,14 @@ class Engine {
     const int64_t both = need_k ? p.tiles - first_both : 0;
     constexpr int64_t chunk = 128 / NR;
     const int64_t col_tasks = (both + chunk - 1) / chunk;
-    parallel(row_tasks + col_tasks, threads, [&](int64_t task, int) {
-      if (task < row_tasks)
-        row_product(p, task * ROW_TASK, dq);
+    constexpr int64_t slice = 128;  // dimensions of dq in a task
+    const int64_t slices = (a.dim + slice - 1) / slice;
+    parallel(row_tasks * slices + col_tasks, threads, [&](int64_t task, int) {
+      const int64_t col_task = task - row_tasks * slices;
+      if (col_task < 0)
+        row_product(p, task / slices * ROW_TASK, task % slices * slice, smaller(a.dim, (task % slices + 1) * slice), dq);
       else
-        column_product(p, first_both + (task - row_tasks) * chunk,
-                       smaller(p.tiles, first_both + (task - row_tasks + 1) * chunk));
+        column_product(p, first_both + col_task * chunk, smaller(p.tiles, first_both + (col_task + 1) * chunk));
     });
   }
 
@@ -283,24 +274,24 @@ class Engine {
   void pack_columns(int64_t c0, int64_t c1) {
     const int64_t n = c1 - c0, groups = (n + NR - 1) / NR;
     constexpr int64_t step = ROW_TASK / NR;
-    parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
-      for (int64_t t = task * step; t < smaller(groups, (task + 1) * step); ++t)
-        by_type(keys(), c0 * key_stride(), [&](auto type, auto* k) {
-          using T = decltype(type);
-          pack_group_by_dim<T>(k, key_stride(), n, a.dim, t * NR, NR, k_dims + t * NR * a.dim);
-          if (k_rows.data)
-            for (int64_t j = t * NR; j < (t + 1) * NR; ++j)
-              pack_row_by_panel<T>(k, key_stride(), n, a.dim, j, NR, cb * NR, k_rows);
-        });
+    by_type(a.keys(), [&](auto k, auto) {
+      parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
+        for (int64_t t = task * step; t < smaller(groups, (task + 1) * step); ++t) {
+          pack_group_by_dim<NR>(k, c0 + t * NR, c1, k_dims + t * NR * a.dim);
+          for (int64_t j = t * NR; k_rows.data && j < (t + 1) * NR; ++j)
+            pack_row_by_panel<NR>(k, c0 + j, c1, cb * NR, k_rows + j * NR);
+        }
+      });
     });
   }
 
-  // dq rows [first, first + ROW_TASK) of the panel. G's tiles are read by broadcast, 64 bytes of a row at a time.
-  void row_product(const Panel& p, int64_t first, float* dq) {
+  // dq rows [first, first + ROW_TASK) of the panel, dimensions [d0, d1). G's tiles are read by broadcast, 64 bytes of a
+  // row at a time.
+  void row_product(const Panel& p, int64_t first, int64_t d0, int64_t d1, float* dq) {
     constexpr int64_t depth = 256;
     const int64_t last = smaller(p.rows_padded, first + ROW_TASK), tiles_a_step = depth / NR;
     for (int64_t j0 = 0; j0 < p.tiles; j0 += tiles_a_step)
-      for (int64_t d = 0; d < a.dim; d += NR)
+      for (int64_t d = d0; d < d1; d += NR)
         for (int64_t i = first; i < last; i += MR) {
           Tile t;
           clear(t);
@@ -452,7 +443,7 @@ struct Normalizers {
 int accumulate(Engine& e, bool both, const int32_t* offset, Normalizers& rows, Normalizers* cols, float* panels,
                int64_t capacity) {
   const bool online = !offset;
-  const int64_t chunks = e.cb / (TILE_CHUNK * NR) + 1, row_tasks = e.rb / ROW_TASK;
+  const int64_t chunks = e.cb / (e.tile_chunk * NR) + 1, row_tasks = e.rb / ROW_TASK;
   Buffer<float> row_sum(chunks * e.rb), row_max(online ? chunks * e.rb : 0);
   Buffer<float> col_sum(row_tasks * e.cb), col_max(online ? row_tasks * e.cb : 0);
   if (row_sum.failed || row_max.failed || col_sum.failed || col_max.failed) return out_of_memory;
@@ -470,7 +461,7 @@ int accumulate(Engine& e, bool both, const int32_t* offset, Normalizers& rows, N
           e.scores(p, e.log2_scale, ConstantSums<true>(parts, *offset, keep));
         else
           e.scores(p, e.log2_scale, ConstantSums<false>(parts, *offset, nullptr));
-        const int64_t col_tasks = (p.tiles + TILE_CHUNK - 1) / TILE_CHUNK;
+        const int64_t col_tasks = (p.tiles + e.tile_chunk - 1) / e.tile_chunk;
         for (int64_t t = 0; t < col_tasks; ++t) rows.add(p.r0, p.rows, row_sum + t * e.rb, online ? row_max + t * e.rb : nullptr);
         const int64_t skip = p.first_both * NR;
         if ((both || e.self) && skip < p.cols)
@@ -520,6 +511,7 @@ int similarity_forward(const Similarity& args, float* row_lse, float* col_lse, f
 
 int similarity_backward(const Similarity& args, const float* row_lse, const float* col_lse, const float* row_grad,
                         const float* col_grad, const float* cache, int64_t cache_size, float* dq, float* dk) {
+  if (!args.k && !dq) return bad_argument;
   Engine e(args, true);
   const bool columns = col_grad && !e.self;
   const int64_t padded_rows = args.rows + ROW_TASK, padded_cols = e.self ? 0 : e.cols + ROW_TASK;
@@ -594,7 +586,7 @@ int similarity_backward(const Similarity& args, const float* row_lse, const floa
 int siglip(const Similarity& args, float bias, bool positives, double* loss, double* dbias, float* dq, float* dk) {
   const bool gradients = dq || dk;
   Engine e(args, gradients);
-  const int64_t chunks = e.cb / (TILE_CHUNK * NR) + 1;
+  const int64_t chunks = e.cb / (e.tile_chunk * NR) + 1;
   Buffer<double> loss_part(e.rb / ROW_TASK * chunks), bias_part(e.rb / ROW_TASK * chunks);
   if (e.failed() || loss_part.failed || bias_part.failed) return out_of_memory;
   *loss = *dbias = 0;
@@ -605,7 +597,7 @@ int siglip(const Similarity& args, float bias, bool positives, double* loss, dou
         e.pack_rows(p, true, dk != nullptr);
         e.scores(p, args.scale, SigmoidLoss(bias, args.scale, positives ? smaller(args.rows, e.cols) : 0, loss_part, bias_part, chunks, gradients ? e.g.data : nullptr));
         for (int64_t r = 0; r < (p.rows_padded + ROW_TASK - 1) / ROW_TASK; ++r)
-          for (int64_t c = 0; c < (p.tiles + TILE_CHUNK - 1) / TILE_CHUNK; ++c) {
+          for (int64_t c = 0; c < (p.tiles + e.tile_chunk - 1) / e.tile_chunk; ++c) {
             *loss += loss_part[r * chunks + c];
             *dbias += bias_part[r * chunks + c];
           }

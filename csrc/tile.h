@@ -8,6 +8,7 @@
 #include <cstdlib>
 
 #include "parallel.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace ffcl {
@@ -41,6 +42,45 @@ template <class F>
 void parallel(int64_t tasks, int threads, F&& body) {
   run_tasks(
       tasks, threads, [](void* f, int64_t i, int thread) { (*static_cast<F*>(f))(i, thread); }, &body);
+}
+
+// Rows of one storage type.
+template <class T>
+struct Source {
+  typedef typename T::type type;
+  const type *x, *tail;
+  int64_t dim, stride, split, tail_stride;
+  const float* norm;
+  explicit Source(const Rows& r)
+      : x(static_cast<const type*>(r.x)),
+        tail(static_cast<const type*>(r.tail)),
+        dim(r.dim),
+        stride(r.stride),
+        split(r.tail ? r.split : r.rows),
+        tail_stride(r.tail_stride),
+        norm(r.norm) {}
+  FFCL_INLINE const type* row(int64_t i) const { return i < split ? x + i * stride : tail + (i - split) * tail_stride; }
+  FFCL_INLINE float get(int64_t i, const type* element) const {
+    return norm ? T::get(element) / norm[i] : T::get(element);
+  }
+  // out = z[i, d : d + n] in float32.
+  FFCL_INLINE void read(int64_t i, int64_t d, int64_t n, float* out) const {
+    const type* from = row(i) + d;
+    if (norm)
+      for (int64_t l = 0; l < n; ++l) out[l] = T::get(from + l) / norm[i];
+    else
+      for (int64_t l = 0; l < n; ++l) out[l] = T::get(from + l);
+  }
+};
+
+template <class F>
+FFCL_INLINE void by_type(const Rows& r, F&& f) {
+  if (r.dtype == DType::float32)
+    f(Source<Float32>(r), Float32{});
+  else if (r.dtype == DType::bfloat16)
+    f(Source<BFloat16>(r), BFloat16{});
+  else
+    f(Source<Float16>(r), Float16{});
 }
 
 struct Tile {
@@ -84,29 +124,31 @@ FFCL_INLINE void multiply(Tile& c, const float* a, const float* b, int64_t depth
 
 // Packed copies in float32, zero-padded -------------------------------------------------------------------------------
 
-// Group of `width` rows, dimension by dimension: out[d * width + w] = x[first + w, d].
-template <class T>
-void pack_group_by_dim(const typename T::type* x, int64_t stride, int64_t rows, int64_t dim, int64_t first, int width,
-                       float* out) {
-  const int64_t valid = larger(0, smaller(width, rows - first));
-  for (int64_t w = 0; w < valid; ++w) {
-    const typename T::type* row = x + (first + w) * stride;
-    for (int64_t d = 0; d < dim; ++d) out[d * width + w] = T::get(row + d);
+// Group of `width` rows, dimension by dimension: out[d * width + w] = x[first + w, d]. Rows from `end` on are zero. By
+// blocks of dimensions, whose lines of `out` stay in L1 while the rows write their columns of it.
+template <int width, class T>
+void pack_group_by_dim(const Source<T>& x, int64_t first, int64_t end, float* out) {
+  constexpr int64_t block = 64;
+  const int64_t valid = larger(0, smaller(width, end - first));
+  for (int64_t d0 = 0; d0 < x.dim; d0 += block, out += block * width) {
+    const int64_t n = smaller(block, x.dim - d0);
+    for (int64_t w = 0; w < valid; ++w) {
+      alignas(64) float row[block];
+      x.read(first + w, d0, n, row);
+      for (int64_t l = 0; l < n; ++l) out[l * width + w] = row[l];
+    }
+    for (int64_t w = valid; w < width; ++w)
+      for (int64_t l = 0; l < n; ++l) out[l * width + w] = 0;
   }
-  for (int64_t w = valid; w < width; ++w)
-    for (int64_t d = 0; d < dim; ++d) out[d * width + w] = 0;
 }
 
-// All dims of row `i` into panels of `width` dims: out[(d / width) * panel + i * width + d % width] = x[i, d].
-template <class T>
-void pack_row_by_panel(const typename T::type* x, int64_t stride, int64_t rows, int64_t dim, int64_t i, int width,
-                       int64_t panel, float* out) {
-  const typename T::type* row = x + i * stride;
-  for (int64_t p = 0; p * width < dim; ++p) {
-    float* to = out + p * panel + i * width;
-    const int64_t valid = i < rows ? smaller(width, dim - p * width) : 0;
-    for (int64_t w = 0; w < valid; ++w) to[w] = T::get(row + p * width + w);
-    for (int64_t w = valid; w < width; ++w) to[w] = 0;
+// All dims of row i into panels of `width` dims: out[(d / width) * panel + d % width] = x[i, d]; zero from `end` on.
+template <int width, class T>
+void pack_row_by_panel(const Source<T>& x, int64_t i, int64_t end, int64_t panel, float* out) {
+  for (int64_t d = 0; d < x.dim; d += width, out += panel) {
+    const int64_t valid = i < end ? smaller(width, x.dim - d) : 0;
+    if (valid > 0) x.read(i, d, valid, out);
+    for (int64_t w = valid; w < width; ++w) out[w] = 0;
   }
 }
 

@@ -104,6 +104,85 @@ define(
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Contrast: a whole loss over the same S in one call each way, without a copy of any (N, D) tensor.
+#
+# Rows are q's, then those of `tail` where given (two views); N counts both. With `unit_q` (`unit_k`) z = x / max(|x|,
+# UNIT_EPS) stands for every row x of q, tail and positive (of k), else z = x; S is of the z. The positives of row i are
+# one of: the other rows of its class (k is None; `order` lists the rows class by class, `group` has the class of each
+# entry of `order`); row i of `positive`; row i of k. With p_i the mean of the positives' logits and
+# x_i = row_lse_i - p_i, row i of the loss is by `kind`
+#   CONTRAST_SOFTPLUS   log(1 + exp x): cross-entropy, where `exclude` keeps the positives out of S
+#   CONTRAST_DECOUPLED  x, or 0 for a row without negatives
+#   CONTRAST_MEAN       SupCon, with classes: x over all other rows, 0 for a row without positives; for a row with one
+#                       positive it is left out of S and the loss is log(1 + exp x). `exclude` must be EXCLUDE_SAME_ID
+#                       and row_ids None: the classes make the ids.
+# and where `both` the columns' loss is added, with col_lse in place of row_lse (N == M).
+#
+#   contrast_forward  -> loss (N,); count (N,) = the number of positives, empty unless CONTRAST_MEAN; and for the
+#                        backward pass row_lse (N,), col_lse (M,), slope (N,) and col_slope (M,) = dloss/dx, cache as
+#                        in similarity_forward, norms = those of q with tail, k and positive where they are wanted.
+#   contrast_backward -> dq (N, D), dk (M, D), dpositive (N, D) in q's dtype, empty where not needed, and dscale ().
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONTRAST_SOFTPLUS = 0
+CONTRAST_DECOUPLED = 1
+CONTRAST_MEAN = 2
+UNIT_EPS = 1e-12  # as torch.nn.functional.normalize
+
+
+def _contrast_forward(
+    q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind, save, backend
+):
+    acc = accumulator_dtype(q)
+    rows = q.shape[0] + (0 if tail is None else tail.shape[0])
+    cols = k.shape[0] if both and k is not None else 0
+    cache = backends.get(backend, "contrast_forward", q).contrast_cache_size(rows, k) if save else 0
+    return (
+        q.new_empty(rows, dtype=acc),
+        q.new_empty(rows if kind == CONTRAST_MEAN else 0, dtype=acc),
+        q.new_empty(rows, dtype=acc),
+        q.new_empty(cols, dtype=acc),
+        q.new_empty(rows, dtype=acc),
+        q.new_empty(cols, dtype=acc),
+        q.new_empty(cache, dtype=torch.float32),
+        q.new_empty(sum(norm_sizes(rows, k, positive, unit_q, unit_k)), dtype=acc),
+    )
+
+
+def norm_sizes(rows, k, positive, unit_q, unit_k):
+    """How many norms contrast_forward keeps of q with tail, of k and of positive."""
+    of_positive = positive.shape[0] if unit_q and positive is not None else 0
+    return rows if unit_q else 0, k.shape[0] if unit_k and k is not None else 0, of_positive
+
+
+def _contrast_backward(
+    q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k,
+    count, row_lse, col_lse, slope, col_slope, cache, norms, grad, need_q, need_k, need_positive, need_scale, backend,
+):  # fmt: skip
+    rows, dim = row_lse.shape[0], q.shape[1]
+    return (
+        q.new_empty((rows if need_q else 0, dim)),
+        q.new_empty((k.shape[0] if need_k and k is not None else 0, dim)),
+        q.new_empty((rows if need_positive and positive is not None else 0, dim)),
+        q.new_empty((), dtype=accumulator_dtype(q)),
+    )
+
+
+define(
+    "contrast_forward(Tensor q, Tensor? tail, Tensor? k, Tensor? positive, Tensor scale, Tensor? row_ids,"
+    " Tensor? col_ids, int exclude, Tensor? order, Tensor? group, bool unit_q, bool unit_k, bool both, int kind,"
+    " bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _contrast_forward,
+)
+define(
+    "contrast_backward(Tensor q, Tensor? tail, Tensor? k, Tensor? positive, Tensor scale, Tensor? row_ids,"
+    " Tensor? col_ids, int exclude, Tensor? order, Tensor? group, bool unit_q, bool unit_k, Tensor count,"
+    " Tensor row_lse, Tensor col_lse, Tensor slope, Tensor col_slope, Tensor cache, Tensor norms, Tensor grad,"
+    " bool need_q, bool need_k, bool need_positive, bool need_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _contrast_backward,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
 # SigLIP (Zhai et al. 2023): x_ij = scale <q_i, k_j> + bias, z_ij = 1 on the diagonal (where `positives`), -1 elsewhere.
 #   siglip -> loss () = sum_ij softplus(-z_ij x_ij), and its gradients dq (N, D), dk (M, D), dbias () from the same
 #             pass where `need_grad`, else empty. The gradient of the scale is <q, dq> / scale.

@@ -75,6 +75,112 @@ def _softmax(s: Tensor, lse: Tensor) -> Tensor:
     return torch.where(lse == -torch.inf, 0.0, torch.exp(s - lse))
 
 
+def contrast_cache_size(rows: int, k: Tensor | None) -> int:
+    return 0
+
+
+def contrast_forward(
+    q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind, save
+):
+    rows = _contrast_rows(q, tail, k, positive, row_ids, order, group, unit_q, unit_k, kind == ops.CONTRAST_MEAN)
+    z, z_k, z_positive, row_ids, count, norms = rows
+    s = similarity_matrix(z, z_k, scale, row_ids, col_ids, exclude)
+    logit = scale * (z.double() * z_positive.double()).sum(1) / count.clamp_min(1)
+    empty = z.new_empty(0)
+    row_lse, col_lse = torch.logsumexp(s, 1), torch.logsumexp(s, 0) if both else empty.clone()
+    loss, slope = _contrast_loss((row_lse - logit).to(z.dtype), count, kind)
+    col_slope = empty.clone()
+    if both:
+        of_columns, col_slope = _contrast_loss((col_lse - logit).to(z.dtype), count, kind)
+        loss = loss + of_columns
+    cache = q.new_empty(0, dtype=torch.float32)
+    count = count if kind == ops.CONTRAST_MEAN else empty
+    return loss, count, row_lse, col_lse, slope, col_slope, cache, torch.cat([n.reshape(-1) for n in norms])
+
+
+def contrast_backward(
+    q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k,
+    count, row_lse, col_lse, slope, col_slope, cache, norms, grad, need_q, need_k, need_positive, need_scale,
+):  # fmt: skip
+    rows = _contrast_rows(q, tail, k, positive, row_ids, order, group, unit_q, unit_k, count.numel() > 0)
+    z, z_k, z_positive, row_ids, positives, (q_norm, k_norm, positive_norm) = rows
+    row_grad, col_grad = grad * slope, grad * col_slope if col_slope.numel() else col_slope
+    dz, dz_k = similarity_backward(
+        z, z_k, scale, row_ids, col_ids, exclude, row_lse, col_lse, row_grad, col_grad, cache, True, k is not None
+    )
+    weight = (-scale * (row_grad + (col_grad if col_grad.numel() else 0)) / positives.clamp_min(1))[:, None]
+    weight = torch.where(positives[:, None] > 0, weight, 0.0)
+    dz = dz + weight * z_positive
+    d_positive = z.new_empty(0, z.shape[1])
+    if order is not None:
+        dz = dz + _same_class(order, group).to(z.dtype) @ (weight * z)
+    elif positive is None:
+        dz_k = dz_k + weight * z
+    else:
+        d_positive = weight * z
+    dscale = (z * dz).sum() / scale / (2 if k is None else 1)
+
+    def of_x(dz, z, norm, needed):
+        if not needed or not dz.numel():
+            return q.new_empty(0, q.shape[1])
+        if norm.numel():
+            along = (z * dz).sum(1, keepdim=True) * (norm > ops.UNIT_EPS)
+            dz = (dz - z * along) / norm
+        return dz.to(q.dtype)
+
+    return (
+        of_x(dz, z, q_norm, need_q),
+        of_x(dz_k, z_k, k_norm, need_k),
+        of_x(d_positive, z_positive, positive_norm, need_positive),
+        dscale,
+    )
+
+
+def _contrast_rows(q, tail, k, positive, row_ids, order, group, unit_q, unit_k, mean):
+    """z, z_k, sums of positives (N, D), row_ids, number of positives (N,), and norms (N, 1) or empty."""
+    acc = ops.accumulator_dtype(q)
+    norms = []
+
+    def unit(x, wanted):
+        x = None if x is None else x.to(acc)
+        norms.append(q.new_empty(0, 1, dtype=acc))
+        if x is None or not wanted:
+            return x
+        norms[-1] = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(ops.UNIT_EPS)
+        return x / norms[-1]
+
+    z = unit(q if tail is None else torch.cat((q, tail)), unit_q)
+    z_k, z_positive = unit(k, unit_k), unit(positive, unit_q)
+    count = z.new_ones(z.shape[0])
+    if order is not None:
+        same = _same_class(order, group)
+        z_positive = same.to(z.dtype) @ z
+        if mean:  # ids: a class of two has one, every other row its own
+            count, own = same.sum(1).to(z.dtype), torch.arange(len(count), device=z.device)
+            row_ids = torch.where(count == 1, torch.minimum(own, same.int().argmax(1)), own)
+    elif z_positive is None:
+        z_positive = z_k
+    return z, z_k, z_positive, row_ids, count, norms
+
+
+def _same_class(order, group):
+    """(N, N): whether two rows are different ones of one class."""
+    of_row = torch.empty_like(group).scatter_(0, order, group)
+    return (of_row[:, None] == of_row).fill_diagonal_(False)
+
+
+def _contrast_loss(x: Tensor, count: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """The loss of x by ``kind``, and its derivative."""
+    softplus, slope = F.softplus(x, threshold=50.0), torch.sigmoid(x)
+    if kind == ops.CONTRAST_DECOUPLED:
+        alone = x == -torch.inf
+        return x.masked_fill(alone, 0.0), (~alone).to(x.dtype)
+    if kind == ops.CONTRAST_MEAN:
+        one, none = count == 1, count == 0
+        return torch.where(one, softplus, x).masked_fill(none, 0.0), torch.where(one, slope, 1.0).masked_fill(none, 0.0)
+    return softplus, slope
+
+
 def siglip(q, k, scale, bias, positives, need_grad):
     acc = ops.accumulator_dtype(q)
     x = similarity_matrix(q, k, scale) + bias.to(acc)

@@ -30,6 +30,7 @@ def assert_agrees(
     of one or two terms is a ratio of exponentials, so its relative error is the absolute one of two logits. Each is the
     product of two embeddings normalised in float32 and is rounded itself: three roundings of 2^-24 scale, six for two
     logits. They seldom all point the same way: the rule allows four, 2^-22 scale, which passes 1e-6 from a scale of 4.
+    The original rounds its logits in float64 too, so what it calls the truth is known to 2^-52 scale and no better.
     """
     exact = value_and_gradients(truth or original, tuple(x.double() if _floating(x) else x for x in inputs), weight)
     a = value_and_gradients(ours, inputs, weight)
@@ -41,7 +42,7 @@ def assert_agrees(
         y = torch.zeros_like(x) if y is None else y
         z = torch.zeros_like(x, dtype=torch.float64) if z is None else z
         assert x.shape == y.shape == z.shape, f"{name}: shapes {x.shape}, {y.shape}, {z.shape}"
-        size = z.norm().clamp_min(1e-30)
+        size = z.norm().clamp_min(scale * 2.0**-52 / TOLERANCE)
         if given is not None and given.dim() == 0 and inputs[0].dim() == 2:
             # The gradient of a scale is a sum over rows, <q_i, dq_i> / scale, and may cancel to any size.
             size = max(size, (inputs[0].double() * exact[1]).sum(1).abs().sum() / given.double().abs())

@@ -17,6 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import native
+
 _log = logging.getLogger("ffcl_fast.backends")
 
 # name a user types -> module that implements it
@@ -79,6 +81,11 @@ def choose(
         if op in row.ops and dtype in row.dtypes and capability == row.capability and shape and shape[-1] <= row.widest:
             return row.backend, f"confirmed by {row.evidence}"
     return "panels", "no stored GPU measurement confirms a kernel for this device, dtype and shape yet"
+
+
+def fuses(backend: str, x: Tensor) -> bool:
+    """Whether ``backend`` has the contrast operators for tensors like ``x``: a loss in one call, without copies."""
+    return backend in ("auto", "cpu") and native.usable(x)
 
 
 @functools.cache

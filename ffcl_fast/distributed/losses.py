@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import _checks, contrastive
-from ..functional.similarity import contrast, prepare, row_dot
+from ..functional.contrast import contrast
+from ..functional.similarity import prepare, row_dot
 from . import similarity
 from .exchange import all_reduce, gather_rows
 from .meeting import Meeting, meet

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..functional.similarity import _away_from_zero, row_dot
+from ..functional.similarity import away_from_zero, row_dot
 from .exchange import all_reduce, gather_rows, reduce_scatter_rows
 from .meeting import Meeting
 
@@ -25,7 +25,7 @@ class _AcrossSigLip(torch.autograd.Function):
     def forward(ctx, q, k, scale, bias, meeting, grad_enabled, backend):
         need_q, need_k, need_scale, need_bias = ctx.needs_input_grad[:4]
         if need_scale:
-            scale = _away_from_zero(scale)
+            scale = away_from_zero(scale)
         grad = grad_enabled and any(ctx.needs_input_grad[:4])
         acc = ops.accumulator_dtype(q)
         q, k = q.contiguous(), k.contiguous()

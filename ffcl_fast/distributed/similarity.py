@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..functional.similarity import _away_from_zero, _scale_grad
+from ..functional.similarity import away_from_zero, scale_grad
 from .exchange import all_reduce_lse, gather_rows, reduce_scatter_rows
 from .meeting import Meeting
 
@@ -51,7 +51,7 @@ class _AcrossLSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, scale, row_ids, col_ids, across, both, meeting, backend):
         if ctx.needs_input_grad[2]:
-            scale = _away_from_zero(scale)
+            scale = away_from_zero(scale)
         q = q.contiguous()
         k = None if k is None else k.contiguous()
         # The rank's number in the group, not the pointer: saved so that backward asks nothing of the forward's tensors.
@@ -71,7 +71,7 @@ class _AcrossLSE(torch.autograd.Function):
         sides = [_Side(row, row_grad)] + ([_Side(col, col_grad)] if work.both else [])
         run = _gather_backward if work.meeting.strategy == "gather" else _ring_backward
         dq, dk = run(work, q, k, row_ids, col_ids, sides, gathered, need_q or need_scale, need_k)
-        dscale = _scale_grad(q, k, dq, work.scale) if need_scale else None
+        dscale = scale_grad(q, k, dq, work.scale) if need_scale else None
         return (
             dq.to(q.dtype) if need_q else None,
             dk.to(k.dtype) if need_k and k is not None else None,

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .. import ops
 from . import _checks
-from .similarity import INTERLEAVED, STACKED, contrast, differentiable_once, prepare, raw_lse, row_dot, sigmoid_loss
+from .contrast import INTERLEAVED, STACKED, class_contrast, contrast, fused
+from .similarity import differentiable_once, prepare, raw_lse, row_dot, sigmoid_loss
 
 NEGATIVE_MODES = ("unpaired", "paired")
 CONTRAST_MODES = ("all", "one")
@@ -78,19 +79,20 @@ def info_nce(
         raise ValueError("ids and negative_ids must be given together where negative_keys are")
     if negative_ids is not None and negative_keys is None:
         raise ValueError("negative_ids must be None without negative_keys")
-    q, positive = prepare(query, True), prepare(positive_key, True)
     if negative_keys is None:
         exclude = ops.EXCLUDE_DIAGONAL if ids is None else ops.EXCLUDE_SAME_ID
-        k, positive, col_ids = positive, None, ids
+        k, positive, col_ids = positive_key, None, ids
     else:
         exclude = ops.EXCLUDE_NONE if ids is None else ops.EXCLUDE_SAME_ID
-        k = prepare(negative_keys, True)
+        k, positive = negative_keys, positive_key
         col_ids = _checks.ids("negative_ids", negative_ids, negative_keys.shape[0], query.device)
     loss = contrast(
-        q,
+        query,
         k,
         scale,
         positive=positive,
+        unit_q=True,
+        unit_k=True,
         row_ids=ids,
         col_ids=col_ids,
         exclude=exclude,
@@ -171,15 +173,25 @@ def nt_xent(
         _checks.embeddings("negatives", negatives)
         if ids is not None:
             raise ValueError("ids must be None where negatives are given")
-        q, positive = prepare(out0, True), prepare(out1, True)
-        bank = negatives.detach().to(device=q.device, dtype=q.dtype)
-        _checks.alike("negatives", bank, "out0", q)
-        loss = contrast(q, bank, scale, positive=positive, decoupled=decoupled, backend=backend)
+        bank = negatives.detach().to(device=out0.device, dtype=_checks.compute_dtype(out0))
+        _checks.alike("negatives", bank, "out0", out0)
+        loss = contrast(out0, bank, scale, positive=out1, unit_q=True, decoupled=decoupled, backend=backend)
         return _checks.reduce(loss, reduction)
     ids = _checks.ids("ids", ids, out0.shape[0], out0.device)
     if ids is None:
         ids = torch.arange(out0.shape[0], device=out0.device)
-    loss = two_views(prepare(torch.cat((out0, out1)), True), scale, ids, decoupled=decoupled, backend=backend)
+    loss = contrast(
+        out0,
+        None,
+        scale,
+        tail=out1,
+        unit_q=True,
+        pairing=STACKED,
+        row_ids=ids.repeat(2),
+        exclude=ops.EXCLUDE_SAME_ID,
+        decoupled=decoupled,
+        backend=backend,
+    )
     return _checks.reduce(loss, reduction)
 
 
@@ -264,6 +276,9 @@ def sup_con(
     )
     z = prepare(features, False)
 
+    if contrast_mode == "all" and mask is None and fused(backend, features):
+        return _class_loss(z, labels, scale, backend) * factor
+
     if labels is None and mask is None and contrast_mode == "all" and views == 2:
         ids = torch.arange(batch, device=z.device)
         return two_views(z.reshape(-1, dim), scale, ids, interleaved=True, backend=backend).mean() * factor
@@ -293,6 +308,20 @@ def sup_con(
         loss = torch.where(lonely, F.softplus(loss, threshold=50.0), loss)
     valid = count > 0
     return torch.where(valid, loss, 0.0).sum() / valid.sum().clamp_min(1) * factor
+
+
+def _class_loss(z: Tensor, labels: Tensor | None, scale: Tensor, backend: str) -> Tensor:
+    """SupCon without its factor, every view an anchor, through the contrast operators."""
+    batch, views, dim = z.shape
+    if labels is None:
+        group = order = torch.arange(batch, device=z.device)
+    else:
+        group, order = labels.sort(stable=True)
+    if views > 1:
+        group = group.repeat_interleave(views)
+        order = (order[:, None] * views + torch.arange(views, device=z.device)).reshape(-1)
+    loss, count = class_contrast(z.reshape(-1, dim), order, group, scale, backend)
+    return loss.sum() / torch.count_nonzero(count).clamp_min(1)
 
 
 def _class_mean(z: Tensor, group: Tensor, contrast_mode: str) -> tuple[Tensor, Tensor]:
@@ -367,9 +396,14 @@ def _class_sum(x: Tensor, group: Tensor) -> Tensor:
 def _groups(labels: Tensor) -> Tensor:
     """Class numbers 0, 1, ... of integer labels, (B,) int64; unlike torch.unique, shapes do not depend on the data."""
     ordered, order = labels.sort()
-    first = torch.ones_like(ordered)
+    return torch.empty_like(order).scatter_(0, order, _numbers(ordered))
+
+
+def _numbers(ordered: Tensor) -> Tensor:
+    """0, 1, ... for each run of equal elements, (B,) int64."""
+    first = torch.zeros_like(ordered)
     first[1:] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(order).scatter_(0, order, first.cumsum(0) - 1)
+    return first.cumsum(0)
 
 
 def clip(

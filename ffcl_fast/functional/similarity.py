@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -27,14 +26,8 @@ EXCLUDE = {
 }
 _WITHOUT_IDS = (ops.EXCLUDE_NONE, ops.EXCLUDE_DIAGONAL)
 
-# Where the positive of row i is, for `contrast`.
-KEYS = 0  # k_i
-STACKED = 1  # q holds two views one after the other: rows i and i + N/2 belong together
-INTERLEAVED = 2  # rows 2i and 2i + 1 belong together
-
 _CHUNK = 1 << 20  # elements of a row-wise product kept at once: 4 MiB of float32
 _SMALLEST_SCALE = 2.0**-40
-_SOFTPLUS_THRESHOLD = 50.0  # beyond it softplus(x) = x to double precision; torch's default of 20 errs by 1e-10
 
 
 def similarity_lse(
@@ -116,50 +109,18 @@ def normalized(x: Tensor, dtype: torch.dtype, eps: float = 1e-12) -> Tensor:
 def raw_lse(q, k, scale, row_ids, col_ids, exclude: int, both: bool, backend: str) -> tuple[Tensor, Tensor | None]:
     """:func:`similarity_lse` without checks; ``exclude`` is one of ops.EXCLUDE_*, the second result None if k is."""
     both = both and k is not None
-    k, col_ids = _apart(k, q), _apart(col_ids, row_ids)
-    out = _SimilarityLSE.apply(q, k, scale, row_ids, col_ids, exclude, both, _grad_wanted(q, k, scale), backend)
+    k, col_ids = apart(k, q), apart(col_ids, row_ids)
+    out = _SimilarityLSE.apply(q, k, scale, row_ids, col_ids, exclude, both, grad_wanted(q, k, scale), backend)
     return out if both else (out, None)
-
-
-def contrast(
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    *,
-    positive: Tensor | None = None,
-    pairing: int = KEYS,
-    row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None,
-    exclude: int = ops.EXCLUDE_NONE,
-    both: bool = False,
-    decoupled: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    """Cross-entropy of each row's positive against its negatives; (N,) in the accumulator dtype. No checks.
-
-    ``exclude`` must leave the positives out of S. With p_i the positive logit and lse_i the normaliser of the
-    negatives, row i has softplus(lse_i - p_i) = -log(exp p_i / (exp p_i + exp lse_i)): no normaliser that holds the
-    positive is rounded before the subtraction, so the loss and its gradient stay accurate where they are small.
-
-    Args:
-        q, k: (N, D) and (M, D) of one dtype, or k None for q itself (``pairing`` STACKED or INTERLEAVED then).
-        scale: 0-dim, accumulator dtype.
-        positive: (N, D) positives; None: where ``pairing`` says.
-        both: add the same loss of the columns, whose positives are the rows (N == M).
-        decoupled: lse_i - p_i, the positive left out of the normaliser (DCL, Yeh et al. 2022); 0 without negatives.
-    """
-    save = _grad_wanted(q, k, positive, scale)
-    k, positive, col_ids = _apart(k, q), _apart(positive, q, k), _apart(col_ids, row_ids)
-    return _Contrast.apply(q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend)
 
 
 def sigmoid_loss(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor, positives: bool, backend: str) -> Tensor:
     """SigLIP's loss summed over all pairs, () in the accumulator dtype; see ``siglip`` in :mod:`ffcl_fast.ops`."""
-    k, bias = _apart(k, q), _apart(bias, scale)
-    return _SigLip.apply(q, k, scale, bias, positives, _grad_wanted(q, k, scale, bias), backend)
+    k, bias = apart(k, q), apart(bias, scale)
+    return _SigLip.apply(q, k, scale, bias, positives, grad_wanted(q, k, scale, bias), backend)
 
 
-def _grad_wanted(*tensors: Tensor | None) -> bool:
+def grad_wanted(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -175,7 +136,7 @@ def row_dot(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.cat([(x.to(acc) * y).sum(-1, dtype=dtype) for x, y in zip(a.split(rows), b.split(rows), strict=True)])
 
 
-def _scale_grad(q: Tensor, k: Tensor | None, dq: Tensor, scale: Tensor) -> Tensor:
+def scale_grad(q: Tensor, k: Tensor | None, dq: Tensor, scale: Tensor) -> Tensor:
     """<dS, S> / scale from the gradient of ``q``; in self-similarity q takes the part of both sides of each product."""
     total = row_dot(q, dq).sum() / scale
     return total / 2 if k is None else total
@@ -187,7 +148,7 @@ def _nothing(x: Tensor) -> Tensor:
     return (least * 0.0 + largest * 0.0).to(ops.accumulator_dtype(x))
 
 
-def _away_from_zero(scale: Tensor) -> Tensor:
+def away_from_zero(scale: Tensor) -> Tensor:
     """``scale``, or 2^-40 where it is smaller: dscale = <q, dq> / scale then holds at 0 too and is not 0 / 0."""
     return torch.where(scale.abs() < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
 
@@ -216,7 +177,7 @@ def differentiable_once(backward: Callable) -> Callable:
     return wrapper
 
 
-def _apart(x: Tensor | None, *others: Tensor | None) -> Tensor | None:
+def apart(x: Tensor | None, *others: Tensor | None) -> Tensor | None:
     """``x``, as a view of its own where it is one of ``others``: torch.compile refuses the same input twice."""
     return x.view_as(x) if x is not None and any(x is other for other in others) else x
 
@@ -247,7 +208,7 @@ class _SimilarityLSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, scale, row_ids, col_ids, exclude, both, save, backend):
         if ctx.needs_input_grad[2]:
-            scale = _away_from_zero(scale)
+            scale = away_from_zero(scale)
         row_lse, col_lse, cache = torch.ops.ffcl_fast.similarity_forward.default(
             q, k, scale, row_ids, col_ids, exclude, both, save, backend
         )
@@ -265,92 +226,8 @@ class _SimilarityLSE(torch.autograd.Function):
             row_lse.new_empty(0) if col_grad is None else col_grad.contiguous(), cache,
             need_q or need_scale, need_k, ctx.backend,
         )  # fmt: skip
-        dscale = _scale_grad(q, k, dq, scale) if need_scale else None
+        dscale = scale_grad(q, k, dq, scale) if need_scale else None
         return (dq if need_q else None, dk if need_k else None, dscale, *(None,) * 6)
-
-
-class _Contrast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend):
-        if ctx.needs_input_grad[3]:
-            scale = _away_from_zero(scale)
-        row_lse, col_lse, cache = torch.ops.ffcl_fast.similarity_forward.default(
-            q, k, scale, row_ids, col_ids, exclude, both, save, backend
-        )
-        # In float64 up to the difference: at a scale of 33 each rounding of a logit to float32 costs 1e-6 of the loss.
-        logit = _positive_dot(q, k, positive, pairing) * scale
-        # An infinite logit is an overflow of the inputs: NaN, as in a softmax, and not a loss of 0.
-        odds = torch.add(row_lse - logit, logit, alpha=0.0).to(row_lse.dtype)
-        col_odds = (col_lse - logit).to(row_lse.dtype) if both else None
-        logit = logit.to(row_lse.dtype)
-        ctx.save_for_backward(q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, logit, odds, col_odds)
-        ctx.exclude, ctx.pairing, ctx.decoupled, ctx.backend = exclude, pairing, decoupled, backend
-        loss = _odds_loss(odds, decoupled)
-        return loss + _odds_loss(col_odds, decoupled) if both else loss
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, grad):
-        q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, logit, odds, col_odds = ctx.saved_tensors
-        need_q, need_k, need_positive, need_scale = ctx.needs_input_grad[:4]
-        row_grad = _odds_grad(grad, odds, ctx.decoupled)
-        col_grad = _odds_grad(grad, col_odds, ctx.decoupled) if col_odds is not None else None
-        dq, dk = torch.ops.ffcl_fast.similarity_backward.default(
-            q, k, scale, row_ids, col_ids, ctx.exclude, row_lse, col_lse, row_grad,
-            row_lse.new_empty(0) if col_grad is None else col_grad, cache,
-            need_q or need_scale, need_k, ctx.backend,
-        )  # fmt: skip
-        # What the positive logits get: the opposite of their rows' (and columns') share.
-        share = row_grad if col_grad is None else row_grad + col_grad
-        weight = share * -scale
-        dscale = _scale_grad(q, k, dq, scale) - (share * logit).sum() / scale if need_scale else None
-        dpositive = None
-        if positive is not None:
-            weight = weight[:, None]
-            if need_q or need_scale:
-                dq.addcmul_(weight, positive)
-            if need_positive:
-                dpositive = (weight * q).to(q.dtype)
-        elif ctx.pairing == KEYS:
-            weight = weight[:, None]
-            if need_q or need_scale:
-                dq.addcmul_(weight, k)
-            if need_k:
-                dk.addcmul_(weight, q)
-        elif need_q or need_scale:
-            first, second = _views(q, ctx.pairing)
-            d_first, d_second = _views(dq, ctx.pairing)
-            weight = sum(_views(weight, ctx.pairing))[:, None]
-            d_first.addcmul_(weight, second)
-            d_second.addcmul_(weight, first)
-        return (dq if need_q else None, dk if need_k else None, dpositive, dscale, *(None,) * 8)
-
-
-def _views(x: Tensor, pairing: int) -> tuple[Tensor, Tensor]:
-    """The rows of the first and of the second view, as views of ``x``."""
-    if pairing == INTERLEAVED:
-        return x[0::2], x[1::2]
-    half = x.shape[0] // 2
-    return x[:half], x[half:]
-
-
-def _positive_dot(q: Tensor, k: Tensor | None, positive: Tensor | None, pairing: int) -> Tensor:
-    if positive is None and pairing == KEYS:
-        positive = k
-    if positive is not None:
-        return row_dot(q, positive, torch.float64)
-    dots = row_dot(*_views(q, pairing), torch.float64)
-    return torch.cat((dots, dots)) if pairing == STACKED else dots.repeat_interleave(2)
-
-
-def _odds_loss(odds: Tensor, decoupled: bool) -> Tensor:
-    if decoupled:
-        return odds.masked_fill(odds == -torch.inf, 0.0)
-    return F.softplus(odds, threshold=_SOFTPLUS_THRESHOLD)
-
-
-def _odds_grad(grad: Tensor, odds: Tensor, decoupled: bool) -> Tensor:
-    return grad * (odds != -torch.inf if decoupled else torch.sigmoid(odds))
 
 
 class _SigLip(torch.autograd.Function):
@@ -359,7 +236,7 @@ class _SigLip(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, scale, bias, positives, need_grad, backend):
         if ctx.needs_input_grad[2]:
-            scale = _away_from_zero(scale)
+            scale = away_from_zero(scale)
         loss, dq, dk, dbias = torch.ops.ffcl_fast.siglip.default(q, k, scale, bias, positives, need_grad, backend)
         # A sigmoid of infinity is a number: without this an overflow of the inputs could pass for a loss.
         loss = loss + _nothing(q) + _nothing(k)

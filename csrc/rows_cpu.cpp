@@ -1,0 +1,161 @@
+// CPU kernels of rows.h. Bound by memory. One thread owns a row, or a class of rows, and sums run in float64 in a fixed
+// order, so results do not depend on the number of threads.
+#include "rows.h"
+
+#include <cmath>
+
+#include "tile.h"
+
+namespace ffcl {
+namespace FFCL_ISA_NS {
+namespace {
+
+constexpr int64_t TASK_ELEMENTS = 1 << 15;  // work a thread takes at a time; below it one thread is faster
+
+// Sum of term(d) over d, in eight chains so that the additions do not wait for each other.
+template <class F>
+FFCL_INLINE double sum_over(int64_t n, F&& term) {
+  double s[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= n; d += 8)
+    for (int l = 0; l < 8; ++l) s[l] += term(d + l);
+  for (; d < n; ++d) s[0] += term(d);
+  return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+}
+
+template <class F>
+void for_rows(const Rows& z, int threads, F&& body) {
+  const int64_t step = larger(1, TASK_ELEMENTS / z.dim);
+  parallel((z.rows + step - 1) / step, threads, [&](int64_t task, int) {
+    for (int64_t i = task * step; i < smaller(z.rows, (task + 1) * step); ++i) body(i);
+  });
+}
+
+// body(first, last, scratch) for every class, the entries [first, last) of `order`; scratch holds 2 dim doubles.
+template <class F>
+int for_classes(const Rows& z, const int64_t* group, int threads, F&& body) {
+  Buffer<double> scratch(2 * z.dim * larger(1, threads));
+  if (scratch.failed) return out_of_memory;
+  const int64_t step = larger(1, TASK_ELEMENTS / z.dim);
+  parallel((z.rows + step - 1) / step, threads, [&](int64_t task, int thread) {
+    int64_t first = task * step;
+    const int64_t end = smaller(z.rows, first + step);  // of the classes that start here
+    while (first > 0 && first < end && group[first] == group[first - 1]) ++first;
+    while (first < end) {
+      int64_t last = first + 1;
+      while (last < z.rows && group[last] == group[first]) ++last;
+      body(first, last, scratch + 2 * z.dim * thread);
+      first = last;
+    }
+  });
+  return ok;
+}
+
+}  // namespace
+
+int row_norms(const Rows& x, double eps, int threads, float* norm) {
+  by_type(x, [&](auto source, auto type) {
+    using T = decltype(type);
+    for_rows(x, threads, [&](int64_t i) {
+      const auto* row = source.row(i);
+      const double squares = sum_over(x.dim, [&](int64_t d) {
+        const double v = T::get(row + d);
+        return v * v;
+      });
+      const float length = static_cast<float>(std::sqrt(squares)), least = static_cast<float>(eps);
+      norm[i] = length < least ? least : length;
+    });
+  });
+  return ok;
+}
+
+int row_dots(const Rows& a, const Rows& b, int threads, double* dot) {
+  if (a.dtype != b.dtype || a.dim != b.dim || a.rows > b.rows) return bad_argument;
+  by_type(a, [&](auto left, auto) {
+    const decltype(left) right(b);
+    for_rows(a, threads, [&](int64_t i) {
+      const auto *x = left.row(i), *y = right.row(i);
+      dot[i] = sum_over(a.dim, [&](int64_t d) { return static_cast<double>(left.get(i, x + d)) * right.get(i, y + d); });
+    });
+  });
+  return ok;
+}
+
+int add_weighted_rows(const Rows& z, const float* weight, int threads, float* grad) {
+  by_type(z, [&](auto source, auto) {
+    for_rows(z, threads, [&](int64_t i) {
+      const auto* row = source.row(i);
+      float* to = grad + i * z.dim;
+      for (int64_t d = 0; d < z.dim; ++d) to[d] += weight[i] * source.get(i, row + d);
+    });
+  });
+  return ok;
+}
+
+int class_dots(const Rows& z, const int64_t* order, const int64_t* group, int threads, double* dot) {
+  int status = ok;
+  by_type(z, [&](auto source, auto) {
+    status = for_classes(z, group, threads, [&](int64_t first, int64_t last, double* total) {
+      for (int64_t d = 0; d < z.dim; ++d) total[d] = 0;
+      for (int64_t e = first; e < last; ++e) {
+        const auto* row = source.row(order[e]);
+        for (int64_t d = 0; d < z.dim; ++d) total[d] += source.get(order[e], row + d);
+      }
+      for (int64_t e = first; e < last; ++e) {
+        const auto* row = source.row(order[e]);
+        dot[order[e]] = sum_over(z.dim, [&](int64_t d) {
+          const double v = source.get(order[e], row + d);
+          return v * (total[d] - v);
+        });
+      }
+    });
+  });
+  return status;
+}
+
+int add_class_gradient(const Rows& z, const int64_t* order, const int64_t* group, const float* weight, int threads,
+                       float* grad) {
+  int status = ok;
+  by_type(z, [&](auto source, auto) {
+    status = for_classes(z, group, threads, [&](int64_t first, int64_t last, double* total) {
+      double* weighted = total + z.dim;
+      for (int64_t d = 0; d < z.dim; ++d) total[d] = weighted[d] = 0;
+      for (int64_t e = first; e < last; ++e) {
+        const auto* row = source.row(order[e]);
+        const double w = weight[order[e]];
+        for (int64_t d = 0; d < z.dim; ++d) {
+          const double v = source.get(order[e], row + d);
+          total[d] += v;
+          weighted[d] += w * v;
+        }
+      }
+      for (int64_t e = first; e < last; ++e) {
+        const auto* row = source.row(order[e]);
+        const double w = weight[order[e]];
+        float* to = grad + order[e] * z.dim;
+        for (int64_t d = 0; d < z.dim; ++d) {
+          const double v = source.get(order[e], row + d);
+          to[d] = static_cast<float>(to[d] + w * (total[d] - v) + (weighted[d] - w * v));
+        }
+      }
+    });
+  });
+  return status;
+}
+
+int finish_gradient(const Rows& z, double eps, int threads, float* grad, double* inner) {
+  by_type(z, [&](auto source, auto) {
+    for_rows(z, threads, [&](int64_t i) {
+      const auto* row = source.row(i);
+      float* g = grad + i * z.dim;
+      inner[i] = sum_over(z.dim, [&](int64_t d) { return static_cast<double>(source.get(i, row + d)) * g[d]; });
+      if (!z.norm) return;
+      const float along = z.norm[i] > static_cast<float>(eps) ? static_cast<float>(inner[i]) : 0.0f;
+      for (int64_t d = 0; d < z.dim; ++d) g[d] = (g[d] - source.get(i, row + d) * along) / z.norm[i];
+    });
+  });
+  return ok;
+}
+
+}  // namespace FFCL_ISA_NS
+}  // namespace ffcl

@@ -1,0 +1,265 @@
+"""Softmax contrast, the loss that InfoNCE, NT-Xent and CLIP share, as one autograd function over the operators.
+
+Where the backend has the contrast operators the whole loss is one call each way; elsewhere rows are normalised and
+joined first, and the positives added to what the similarity operators give.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends, ops
+from . import _checks
+from .similarity import apart, away_from_zero, differentiable_once, grad_wanted, prepare, row_dot, scale_grad
+
+# Where the positive of row i is.
+KEYS = 0  # k_i
+STACKED = 1  # q holds two views one after the other: rows i and i + N/2 belong together
+INTERLEAVED = 2  # rows 2i and 2i + 1 belong together
+
+_SOFTPLUS_THRESHOLD = 50.0  # beyond it softplus(x) = x to double precision; torch's default of 20 errs by 1e-10
+
+
+def contrast(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    *,
+    tail: Tensor | None = None,
+    positive: Tensor | None = None,
+    unit_q: bool = False,
+    unit_k: bool = False,
+    pairing: int = KEYS,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    exclude: int = ops.EXCLUDE_NONE,
+    both: bool = False,
+    decoupled: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of each row's positive against its negatives; (N,) in the accumulator dtype. No checks.
+
+    ``exclude`` must leave the positives out of S. With p_i the positive logit and lse_i the normaliser of the
+    negatives, row i has softplus(lse_i - p_i) = -log(exp p_i / (exp p_i + exp lse_i)): no normaliser that holds the
+    positive is rounded before the subtraction, so the loss and its gradient stay accurate where they are small.
+
+    Args:
+        q, k: (N, D) and (M, D) of one dtype, or k None for q itself (``pairing`` STACKED or INTERLEAVED then).
+        scale: 0-dim, accumulator dtype.
+        tail: more rows of q, (N', D); what is said of q holds for both, one after the other.
+        positive: (N, D) positives; None: where ``pairing`` says.
+        unit_q: divide the rows of q, tail and positive by max(their length, 1e-12) first; unit_k: those of k.
+        both: add the same loss of the columns, whose positives are the rows (N == M).
+        decoupled: lse_i - p_i, the positive left out of the normaliser (DCL, Yeh et al. 2022); 0 without negatives.
+    """
+    if fused(backend, q, tail, k, positive) and (pairing == KEYS) == (k is not None):
+        order, group = (None, None) if pairing == KEYS else _pairs(q, tail, pairing)
+        kind = ops.CONTRAST_DECOUPLED if decoupled else ops.CONTRAST_SOFTPLUS
+        ids = (row_ids, apart(col_ids, row_ids))
+        tail, k, positive = apart(tail, q), apart(k, q), apart(positive, q, k)
+        save = grad_wanted(q, tail, k, positive, scale)
+        options = (exclude, order, group, unit_q, unit_k, both, kind, save, backend)
+        return _Fused.apply(q, tail, k, positive, scale, *ids, *options)[0]
+    q = prepare(q if tail is None else torch.cat((q, tail)), unit_q)
+    k = None if k is None else prepare(k, unit_k)
+    positive = None if positive is None else prepare(positive, unit_q)
+    save = grad_wanted(q, k, positive, scale)
+    k, positive, col_ids = apart(k, q), apart(positive, q, k), apart(col_ids, row_ids)
+    return _Contrast.apply(q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend)
+
+
+def fused(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether the contrast operators take these: their backend, one dtype, and that of the products."""
+    first = tensors[0]
+    return backends.fuses(backend, first) and all(
+        x is None or (x.dtype == first.dtype and _checks.compute_dtype(x) == x.dtype) for x in tensors
+    )
+
+
+def class_contrast(z: Tensor, order: Tensor, group: Tensor, scale: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """SupCon's losses (N,) of the rows of z (N, D), and how many positives each has (N,); only where :func:`fused`.
+
+    ``order`` (N,) lists the rows class by class, ``group`` (N,) is the class of each entry of it, both int64.
+    """
+    options = (
+        ops.EXCLUDE_SAME_ID,
+        order,
+        group,
+        False,
+        False,
+        False,
+        ops.CONTRAST_MEAN,
+        grad_wanted(z, scale),
+        backend,
+    )
+    return _Fused.apply(z, None, None, None, scale, None, None, *options)
+
+
+def _pairs(q: Tensor, tail: Tensor | None, pairing: int) -> tuple[Tensor, Tensor]:
+    """``order`` and ``group`` of classes of two rows each."""
+    rows = q.shape[0] + (0 if tail is None else tail.shape[0])
+    order = torch.arange(rows, device=q.device)
+    group = order // 2
+    return (order.view(2, -1).T.reshape(-1) if pairing == STACKED else order), group
+
+
+class _Contrast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend):
+        if ctx.needs_input_grad[3]:
+            scale = away_from_zero(scale)
+        row_lse, col_lse, cache = torch.ops.ffcl_fast.similarity_forward.default(
+            q, k, scale, row_ids, col_ids, exclude, both, save, backend
+        )
+        logit = _positive_dot(q, k, positive, pairing) * scale
+        odds, col_odds = _odds(row_lse, col_lse if both else None, logit)
+        logit = logit.to(row_lse.dtype)
+        ctx.save_for_backward(q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, logit, odds, col_odds)
+        ctx.exclude, ctx.pairing, ctx.decoupled, ctx.backend = exclude, pairing, decoupled, backend
+        loss = _odds_loss(odds, decoupled)
+        return loss + _odds_loss(col_odds, decoupled) if both else loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad):
+        q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, logit, odds, col_odds = ctx.saved_tensors
+        need_q, need_k, need_positive, need_scale = ctx.needs_input_grad[:4]
+        row_grad = _odds_grad(grad, odds, ctx.decoupled)
+        col_grad = _odds_grad(grad, col_odds, ctx.decoupled) if col_odds is not None else None
+        dq, dk = torch.ops.ffcl_fast.similarity_backward.default(
+            q, k, scale, row_ids, col_ids, ctx.exclude, row_lse, col_lse, row_grad,
+            row_lse.new_empty(0) if col_grad is None else col_grad, cache,
+            need_q or need_scale, need_k, ctx.backend,
+        )  # fmt: skip
+        # What the positive logits get: the opposite of their rows' (and columns') share.
+        share = row_grad if col_grad is None else row_grad + col_grad
+        weight = share * -scale
+        dscale = scale_grad(q, k, dq, scale) - (share * logit).sum() / scale if need_scale else None
+        dpositive = None
+        if positive is not None:
+            weight = weight[:, None]
+            if need_q or need_scale:
+                dq.addcmul_(weight, positive)
+            if need_positive:
+                dpositive = (weight * q).to(q.dtype)
+        elif ctx.pairing == KEYS:
+            weight = weight[:, None]
+            if need_q or need_scale:
+                dq.addcmul_(weight, k)
+            if need_k:
+                dk.addcmul_(weight, q)
+        elif need_q or need_scale:
+            first, second = _views(q, ctx.pairing)
+            d_first, d_second = _views(dq, ctx.pairing)
+            weight = sum(_views(weight, ctx.pairing))[:, None]
+            d_first.addcmul_(weight, second)
+            d_second.addcmul_(weight, first)
+        return (dq if need_q else None, dk if need_k else None, dpositive, dscale, *(None,) * 8)
+
+
+def _views(x: Tensor, pairing: int) -> tuple[Tensor, Tensor]:
+    """The rows of the first and of the second view, as views of ``x``."""
+    if pairing == INTERLEAVED:
+        return x[0::2], x[1::2]
+    half = x.shape[0] // 2
+    return x[:half], x[half:]
+
+
+def _positive_dot(q: Tensor, k: Tensor | None, positive: Tensor | None, pairing: int) -> Tensor:
+    if positive is None and pairing == KEYS:
+        positive = k
+    if positive is not None:
+        return row_dot(q, positive, torch.float64)
+    dots = row_dot(*_views(q, pairing), torch.float64)
+    return torch.cat((dots, dots)) if pairing == STACKED else dots.repeat_interleave(2)
+
+
+def _odds_loss(odds: Tensor, decoupled: bool) -> Tensor:
+    if decoupled:
+        return odds.masked_fill(odds == -torch.inf, 0.0)
+    return F.softplus(odds, threshold=_SOFTPLUS_THRESHOLD)
+
+
+def _odds_grad(grad: Tensor, odds: Tensor, decoupled: bool) -> Tensor:
+    return grad * (odds != -torch.inf if decoupled else torch.sigmoid(odds))
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        q,
+        tail,
+        k,
+        positive,
+        scale,
+        row_ids,
+        col_ids,
+        exclude,
+        order,
+        group,
+        unit_q,
+        unit_k,
+        both,
+        kind,
+        save,
+        backend,
+    ):
+        if ctx.needs_input_grad[4]:
+            scale = away_from_zero(scale)
+        loss, count, *saved = torch.ops.ffcl_fast.contrast_forward.default(
+            q,
+            tail,
+            k,
+            positive,
+            scale,
+            row_ids,
+            col_ids,
+            exclude,
+            order,
+            group,
+            unit_q,
+            unit_k,
+            both,
+            kind,
+            save,
+            backend,
+        )
+        ctx.save_for_backward(q, tail, k, positive, scale, row_ids, col_ids, order, group, count, *saved)
+        ctx.exclude, ctx.unit, ctx.backend = exclude, (unit_q, unit_k), backend
+        ctx.mark_non_differentiable(count)
+        ctx.set_materialize_grads(False)
+        return loss, count
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad, _):
+        q, tail, k, positive, scale, row_ids, col_ids, order, group, *saved = ctx.saved_tensors
+        need_q, need_tail, need_k, need_positive, need_scale = ctx.needs_input_grad[:5]
+        if grad is None:
+            return (None,) * 16
+        dq, dk, d_positive, d_scale = torch.ops.ffcl_fast.contrast_backward.default(
+            q, tail, k, positive, scale, row_ids, col_ids, ctx.exclude, order, group, *ctx.unit, *saved, grad,
+            need_q or need_tail, need_k, need_positive, need_scale, ctx.backend,
+        )  # fmt: skip
+        split = q.shape[0]
+        return (
+            dq[:split] if need_q else None,
+            dq[split:] if need_tail else None,
+            dk if need_k else None,
+            d_positive if need_positive else None,
+            d_scale if need_scale else None,
+            *(None,) * 11,
+        )
+
+
+def _odds(row_lse: Tensor, col_lse: Tensor | None, logit: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The normalisers minus the positives' float64 logits, in the accumulator dtype.
+
+    In float64 up to the difference: at a scale of 33 each rounding of a logit to float32 costs 1e-6 of the loss.
+    """
+    # An infinite logit is an overflow of the inputs: NaN, as in a softmax, and not a loss of 0.
+    odds = torch.add(row_lse - logit, logit, alpha=0.0).to(row_lse.dtype)
+    return odds, None if col_lse is None else (col_lse - logit).to(row_lse.dtype)
