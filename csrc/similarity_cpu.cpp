@@ -550,7 +550,8 @@ int similarity_backward(const Similarity& args, const float* row_lse, const floa
   if (columns)
     factors(e.cols, col_grad, col_lse, kept ? kept + 2 * args.rows : nullptr, col_factor, col_shift, padded_cols);
   else
-    for (int64_t j = 0; j < padded_cols; ++j) col_factor[j] = col_shift[j] = 0;
+    for (int64_t j = 0; j < padded_cols; ++j)  // 0 times an exponential that overflowed would be NaN
+      col_factor[j] = 0, col_shift[j] = __builtin_inff();
   const Factors f{row_factor, row_shift, e.self ? row_factor : col_factor, e.self ? row_shift : col_shift,
                   offset, e.g};
 

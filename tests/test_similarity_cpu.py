@@ -132,3 +132,19 @@ def test_ids_beyond_32_bits():
         truth = reference.similarity_forward(q, k, scale, row_ids, col_ids, mode, True, False)
         torch.testing.assert_close(row, truth[0])
         torch.testing.assert_close(col, truth[1])
+
+
+@pytest.mark.parametrize("scale", (150.0, 200.0, 1000.0))
+@pytest.mark.parametrize("save", (False, True))
+def test_gradient_of_rows_alone_where_exponentials_overflow(scale, save):
+    """Temperature 0.007 and below: columns without a gradient must not add 0 times infinity."""
+    q, k = F.normalize(torch.randn(20, 12), dim=1), F.normalize(torch.randn(33, 12), dim=1)
+    k[:20] = q  # the largest logits there can be
+    args = (q, k, torch.tensor(scale), None, None, ops.EXCLUDE_NONE)
+    row, col, cache = similarity.similarity_forward(*args, False, save)
+    gradients = similarity.similarity_backward(*args, row, col, row.sigmoid(), col, cache, True, True)
+    wide = [q.double(), k.double(), args[2].double(), *args[3:]]
+    truth_row, none, _ = reference.similarity_forward(*wide, False, False)
+    truth = reference.similarity_backward(*wide, truth_row, none, row.sigmoid().double(), none, None, True, True)
+    for ours, exact in zip(gradients, truth, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-3)
