@@ -29,7 +29,7 @@ from ffcl_fast.train.local import LeafWalk
 from ffcl_fast.train.model import Classifier, block_names, build
 from ffcl_fast.train.stages import GlobalStage, LocalStage
 
-from . import machine, store
+from . import machine, store, trainer_tables
 from .measure import peak_beyond
 
 RESULTS = store.RESULTS / "trainer"
@@ -204,25 +204,6 @@ def merge(folder: Path, found: dict[str, dict[str, Any]], part: str) -> Path:
     return path
 
 
-def tables(stored: dict[str, Any]) -> str:
-    """Time and memory as two Markdown tables."""
-    lines = [
-        "| local stage, a step of 64 pairs | images/s | against plain PyTorch | largest difference of a layer's loss |"
-    ]
-    lines += ["|---|--:|--:|--:|"]
-    for name, record in stored["steps"].items():
-        if "time" in record:
-            t = record["time"]
-            ratio = f"{t['speedup']:.2f} x" if "speedup" in t else ""
-            loss = f"{t['loss_difference']:.1e}" if "speedup" in t else ""
-            lines.append(f"| {name} | {t['images_per_second']:.0f} | {ratio} | {loss} |")
-    lines += ["", "| peak memory of a step beyond weights, gradients and Adam's state | MB |", "|---|--:|"]
-    for name, record in stored["steps"].items():
-        if "memory" in record:
-            lines.append(f"| {name} | {record['memory']['peak_bytes'] / 1e6:.0f} |")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="about how long to time all (default: 60)")
@@ -239,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.only != "time":
             merge(RESULTS, {name: memory_apart(name) for name in STEPS}, "memory")
     for path in sorted(RESULTS.glob("*.json")):
-        print(tables(json.loads(path.read_text(encoding="utf-8"))))
+        print(trainer_tables.tables(json.loads(path.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":
