@@ -13,7 +13,7 @@ PROCESSES := tests/test_across_memory.py tests/test_pretrain.py tests/test_pretr
 EMULATED := tests/test_cuda_similarity.py tests/test_cuda_goodness.py
 PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: help train test test-triton test-cuda test-processes bench reproduce report kernels gpu-check docs wheel check-wheel lint format clean distclean
+.PHONY: help train test test-triton test-cuda test-processes bench reproduce report check-report kernels gpu-check docs wheel check-wheel lint format clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,12 +22,12 @@ help:
 	@echo "make test-triton [ARGS='-k pool']                                  the Triton kernels under its interpreter"
 	@echo "make bench [ARGS='-k ntxent']                                      the measurements, benchmarks/results/"
 	@echo "make reproduce                                                     the CPU measurements in 15 minutes, and the report"
-	@echo "make report                                                        tables and plots from stored measurements"
+	@echo "make report | check-report                                         tables and plots from stored measurements | stale ones"
 	@echo "make kernels [ARGS='--chips sm90']                                 compile the Triton kernels for every chip"
 	@echo "make gpu-check [ARGS=--dry-run]                                    GPU tests, memory checker, measurements"
 	@echo "make docs                                                          the documentation site, into site/"
 	@echo "make wheel | check-wheel                                           sdist and CPU wheel | tested without a compiler"
-	@echo "make lint | format                                                 ruff and mypy | ruff and clang-format"
+	@echo "make lint | format                                                 ruff, clang-format, mypy | ruff and clang-format"
 	@echo "make clean | distclean                                             build outputs | the environment as well"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS); FFCL_CUDA=0|1, FFCL_CUDA_ARCHS for the build"
 
@@ -82,13 +82,18 @@ test-cuda: $(VENV)/.test
 bench: $(VENV)/.bench
 	@$(PY) -m pytest benchmarks $(ARGS)
 
-# The CPU part of the report anew, in under 15 minutes: two seconds a workload.
+# The CPU part of the report anew, in under 15 minutes: two seconds a workload, without the largest sizes.
 reproduce: $(VENV)/.bench
-	@FFCL_BENCH_DEVICE=cpu $(PY) -m pytest -q benchmarks --seconds 2 $(ARGS)
+	@FFCL_BENCH_DEVICE=cpu $(PY) -m pytest -q benchmarks --brief --seconds 2 $(ARGS)
 	@$(PY) -m benchmarks.report
 
 report: $(VENV)/.bench
 	@$(PY) -m benchmarks.report $(ARGS)
+
+# Tables, sentences and plots in the README and the documentation are those of the stored measurements and runs.
+check-report: $(VENV)/.test
+	@$(PY) -m benchmarks.report --check README.md
+	@$(PY) -m benchmarks.ablation_report --check docs/ffcl.md README.md
 
 # Every Triton kernel configuration for every chip, and the CUDA kernels of the build, without a GPU.
 kernels: $(VENV)/.test
@@ -113,6 +118,9 @@ check-wheel: wheel $(VENV)/.test
 
 lint: $(VENV)/.dev
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet .
+	@$(VENV)/bin/clang-format --dry-run --Werror csrc/*
+	@$(VENV)/bin/pre-commit validate-config
 	@$(PY) -m mypy
 
 format: $(VENV)/.dev

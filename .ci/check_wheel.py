@@ -13,7 +13,6 @@ import argparse
 import os
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tempfile
 import zipfile
@@ -61,7 +60,7 @@ def environment(folder: Path, wheel: Path) -> Path:
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         check=True, capture_output=True, text=True,
     ).stdout.strip()  # fmt: skip
-    lent = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
+    lent = dict.fromkeys(path for path in sys.path if Path(path).name in ("site-packages", "dist-packages"))
     Path(own, "lent.pth").write_text("\n".join(lent) + "\n")
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel], check=True)
     return python

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import machine
+from . import machine, trainer_tables
 from .bars_gpu import GPU
 from .verdict import MET, MISSED, NOT_MEASURED, NOT_REACHABLE, Bar, Results, Verdict
 
@@ -119,6 +119,7 @@ CPU = [
             ("siglip", "SigLIP"),
         )
     ),
+    *trainer_tables.BARS,
 ]
 
 # Kernel families by backend, and the workload families (of families.py) whose GPU records show that they have run.

@@ -105,7 +105,7 @@ def bandwidth(results: Results) -> Verdict:
     """Every timed memory-bound workload's bytes over a copy's."""
     names = {r["workload"] for r in results["records"] if r["family"] in _RESNET_AND_ROWS}
     found = {w: time["fraction_of_ceiling"] for w in names
-             if (time := _ours(results, w)) and "fraction_of_ceiling" in time}  # fmt: skip
+             if (time := _ours(results, w)) and time.get("fraction_of_ceiling") is not None}  # fmt: skip
     if not found:
         return Verdict(NOT_MEASURED)
     worst = min(found, key=lambda w: found[w])

@@ -17,6 +17,7 @@ from benchmarks.workloads import Workload
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ffcl_fast benchmarks")
     group.addoption("--quick", action="store_true", help="tiny sizes, two rounds, nothing stored: is the code alive?")
+    group.addoption("--brief", action="store_true", help="leave out the largest sizes: a report in minutes")
     group.addoption(
         "--results", type=Path, default=None, help="folder of the results files (default: benchmarks/results)"
     )
@@ -58,9 +59,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.benchmark(group=workload.name, timer=_clock))
         # Tiny sizes are the same for every size of a family, and temperatures differ in a number: one is enough.
         group = "numerics" if workload.family.name in NUMERICS else workload.family.name
-        if workload is not first.setdefault((item.function, group), workload):
+        repeated = workload is not first.setdefault((item.function, group), workload)
+        if (repeated and config.getoption("--quick")) or (config.getoption("--brief") and not workload.brief):
             leave_out.append(item)
-    if config.getoption("--quick") and leave_out:
+    if leave_out:
         config.hook.pytest_deselected(items=leave_out)
         items[:] = [item for item in items if item not in leave_out]
 

@@ -103,9 +103,10 @@ def measure(workload: Workload, names: Sequence[str], seconds: float, min_rounds
     calls: dict[str, Call] = {}
     first: dict[str, list[Tensor | None]] = {}
     inputs = workload.inputs()
+    truths: Truths = {}
     for name in names:
         with _failing(found[name]):
-            found[name].rel_error = relative_error(workload, providers[name])
+            found[name].rel_error = relative_error(workload, providers[name], truths)
             call = Call(providers[name], workload.family, inputs, usual=workload.dtype)
             peak, first[name] = peak_beyond(call.results)
             found[name].peak_bytes = None if peak is None else max(0, peak - call.gradient_bytes())
@@ -185,10 +186,14 @@ def limit_memory(share: float = 0.6) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def relative_error(workload: Workload, provider: Provider) -> float | None:
+Truths = dict[torch.dtype | None, list[Tensor | None]]  # of the reference in float64, by the dtype of its inputs
+
+
+def relative_error(workload: Workload, provider: Provider, truths: Truths | None = None) -> float | None:
     """Largest norm-relative error of outputs and gradients against float64, at a size where that is affordable.
 
-    float64 gets the provider's own inputs, rounded where its dtype rounds them.
+    float64 gets the provider's own inputs, rounded where its dtype rounds them. ``truths`` keeps the reference's
+    results for the workload's other providers.
     """
     family = workload.family
     if provider.kind == "ceiling":
@@ -196,9 +201,11 @@ def relative_error(workload: Workload, provider: Provider) -> float | None:
     inputs = workload.resized(family.check(workload.shape)).inputs()
     call = Call(provider, family, inputs, usual=workload.dtype)
     rounded = {name: x.detach() for name, x in call.inputs.items()}
-    truth = Call(
-        provider if provider.own_definition else family.providers["reference"], family, rounded, torch.float64
-    ).results()
+    truths = {} if truths is None or provider.own_definition else truths
+    if provider.dtype not in truths:
+        which = provider if provider.own_definition else family.providers["reference"]
+        truths[provider.dtype] = Call(which, family, rounded, torch.float64).results()
+    truth = truths[provider.dtype]
     pairs = [(x, y) for x, y in zip(call.results(), truth, strict=True) if x is not None and y is not None]
     return max(float((x.double() - y).norm() / y.norm().clamp_min(1e-300)) for x, y in pairs)
 
@@ -290,6 +297,7 @@ def _time(
         "peak_bytes": samples.peak_bytes,
         "rel_error": None if samples.rel_error is None else _short(samples.rel_error, 3),
         "deterministic": samples.deterministic,
+        "fraction_of_ceiling": None,
     }
     if family.useful_bytes and family.ceiling_bytes:
         moved = (family.ceiling_bytes if kind == "ceiling" else family.useful_bytes)(workload.shape)

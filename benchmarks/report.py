@@ -3,6 +3,7 @@
 python -m benchmarks.report                      print everything as Markdown
 python -m benchmarks.report --write README.md    put the summary between its markers, and draw its plots
 python -m benchmarks.report --check README.md    fail where summary or plots are not those of the measurements
+python -m benchmarks.report --merge FILE         take over what another machine measured: its results file or gpu.json
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import bars, store
+from . import adopt, bars, store, trainer_tables
 from .bars import GPU_BACKENDS, GPU_KERNELS, MET, MISSED, NOT_MEASURED, NOT_REACHABLE, Verdict
+from .variants import FAMILIES
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 _MARK = {MET: "✅ met", MISSED: "❌ missed", NOT_MEASURED: "not yet measured", NOT_REACHABLE: "not reachable here"}
@@ -141,8 +143,29 @@ def full_report(all_results: list[Results]) -> str:
             parts += [f"### {family}", family_table(results, family)]
         if any("memory" in r for r in results["records"]):
             parts += ["### Peak memory, each in a process of its own", memory_table(results)]
+        if "trainer" in results:
+            parts += ["### A step of FFCL's local stage", trainer_tables.tables(results["trainer"])]
+        parts += ["### Rivals that did not run", absent_table(results)]
     parts += ["## GPU", gpu_table(all_results)]
     return "\n\n".join(parts) + "\n"
+
+
+def absent_table(results: Results) -> str:
+    """Every rival without a time on this device, with the reason: what its records say, or that it cannot run here."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for r in results["records"]:
+        for part in ("time", "memory"):
+            if r["kind"] == "rival" and "problem" in r.get(part, {}):
+                sizes = reasons.setdefault((r["provider"], r[part]["problem"]), [])
+                sizes.append(f"{r['family']} {bars.size(r)}")
+    kind = {"cpu": "cpu", "gpu": "cuda"}[results["device"]["kind"]]
+    for family in FAMILIES.values():
+        for name, provider in family.providers.items():
+            if provider.kind == "rival" and kind not in provider.devices:
+                needs = "needs a CUDA GPU" if kind == "cpu" else "runs on a CPU only"
+                reasons.setdefault((name, needs), []).append(family.name)
+    rows = [[name, reason, ", ".join(dict.fromkeys(where))] for (name, reason), where in sorted(reasons.items())]
+    return table(["rival", "why", "where"], rows) if rows else "None: every rival ran at every size."
 
 
 def site_page(all_results: list[Results]) -> str:
@@ -230,8 +253,12 @@ def main(arguments: list[str] | None = None) -> int:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--write", type=Path, metavar="FILE", help="renew the block between the markers, and the plots")
     group.add_argument("--check", type=Path, metavar="FILE", help="exit with 1 where --write would change something")
+    group.add_argument("--merge", type=Path, metavar="FILE", help="store another machine's results or gpu.json")
     options = parser.parse_args(arguments)
     try:
+        if options.merge:
+            print(adopt.adopt(options.results, options.merge))
+            return 0
         all_results = store.load_all(options.results)
         if options.check:
             found = stale(options.check, all_results)

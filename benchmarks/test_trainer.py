@@ -19,7 +19,7 @@ def test_trainer(request):
         trainer.merge(folder / "trainer" if folder else trainer.RESULTS, found, "time")
 
 
-@pytest.mark.parametrize("name", trainer.STEPS)
+@pytest.mark.parametrize("name", trainer.TRAINING)
 def test_trainer_memory(request, name):
     if request.config.getoption("--quick"):
         assert set(trainer.memory_here(name, 4, 32)) == {"peak_bytes"}

@@ -29,7 +29,7 @@ from ffcl_fast.train.local import LeafWalk
 from ffcl_fast.train.model import Classifier, block_names, build
 from ffcl_fast.train.stages import GlobalStage, LocalStage
 
-from . import machine, store
+from . import machine, store, trainer_tables
 from .measure import peak_beyond
 
 RESULTS = store.RESULTS / "trainer"
@@ -122,6 +122,41 @@ def _end_to_end(pixels: int) -> Step:
     return _ours(network, GlobalStage(network, Config()))
 
 
+def _convolutions(last: bool) -> Callable[[int], Step]:
+    """The leaf modules' convolutions and their weights' gradients on random data, nothing else: what bounds a step."""
+
+    def make(pixels: int) -> Step:
+        network = _network(pixels)
+        calls: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
+
+        def step(batch: Batch) -> dict[str, float]:
+            if not calls:
+                _record(network, batch, calls, last)
+            for conv, x, gradient in calls:
+                conv(x)
+                torch.ops.aten.convolution_backward(
+                    gradient, x, conv.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0],
+                    conv.groups, [False, True, False],
+                )  # fmt: skip
+            return {}
+
+        return torch.no_grad()(step)
+
+    return make
+
+
+def _record(network: Classifier, batch: Batch, calls: list[tuple[nn.Conv2d, Tensor, Tensor]], last: bool) -> None:
+    """Fill ``calls`` with the leaf walk's convolutions on data of the shapes that this batch has there."""
+    form = torch.channels_last if last else torch.contiguous_format
+    network.to(memory_format=form)
+    x = torch.cat([scaled(batch[0]), scaled(batch[1])])
+    for _, module in LeafWalk(network.backbone).leaves:
+        y = module(x)
+        if isinstance(module, nn.Conv2d):
+            calls.append((module, x.clone(memory_format=form), torch.randn_like(y, memory_format=form)))
+        x = y.flatten(1) if isinstance(module, nn.AdaptiveAvgPool2d) else y
+
+
 # name -> (how it is made, what it is compared with)
 STEPS: dict[str, tuple[Callable[[int], Step], str]] = {
     "plain PyTorch, leaf modules": (_plain_leaves, ""),
@@ -131,7 +166,10 @@ STEPS: dict[str, tuple[Callable[[int], Step], str]] = {
     "ours, blocks": (_local("blocks"), "plain PyTorch, blocks"),
     "ours, blocks, channels last": (_local("blocks", True), "plain PyTorch, blocks"),
     "end-to-end back-propagation": (_end_to_end, ""),
+    "the convolutions alone, leaf modules": (_convolutions(False), ""),
+    "the convolutions alone, leaf modules, channels last": (_convolutions(True), ""),
 }
+TRAINING = [name for name in STEPS if "alone" not in name]
 
 
 def batch(pairs: int, pixels: int) -> Batch:
@@ -204,25 +242,6 @@ def merge(folder: Path, found: dict[str, dict[str, Any]], part: str) -> Path:
     return path
 
 
-def tables(stored: dict[str, Any]) -> str:
-    """Time and memory as two Markdown tables."""
-    lines = [
-        "| local stage, a step of 64 pairs | images/s | against plain PyTorch | largest difference of a layer's loss |"
-    ]
-    lines += ["|---|--:|--:|--:|"]
-    for name, record in stored["steps"].items():
-        if "time" in record:
-            t = record["time"]
-            ratio = f"{t['speedup']:.2f} x" if "speedup" in t else ""
-            loss = f"{t['loss_difference']:.1e}" if "speedup" in t else ""
-            lines.append(f"| {name} | {t['images_per_second']:.0f} | {ratio} | {loss} |")
-    lines += ["", "| peak memory of a step beyond weights, gradients and Adam's state | MB |", "|---|--:|"]
-    for name, record in stored["steps"].items():
-        if "memory" in record:
-            lines.append(f"| {name} | {record['memory']['peak_bytes'] / 1e6:.0f} |")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="about how long to time all (default: 60)")
@@ -237,9 +256,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.only != "memory":
             merge(RESULTS, measure(options.seconds), "time")
         if options.only != "time":
-            merge(RESULTS, {name: memory_apart(name) for name in STEPS}, "memory")
+            merge(RESULTS, {name: memory_apart(name) for name in TRAINING}, "memory")
     for path in sorted(RESULTS.glob("*.json")):
-        print(tables(json.loads(path.read_text(encoding="utf-8"))))
+        print(trainer_tables.tables(json.loads(path.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class Workload:
     """A family at a size with the providers that compute it side by side.
 
     ``leave_out``: providers that this size is pointless for. ``rounds``: at least so many. ``dtype``: of the matrices.
+    ``brief``: whether ``--brief`` measures it, as what is quick or what a bar needs.
     """
 
     family: Family
@@ -32,6 +33,7 @@ class Workload:
     leave_out: tuple[str, ...] = ()
     rounds: int = 5
     dtype: torch.dtype | None = None
+    brief: bool = True
 
     @property
     def name(self) -> str:
@@ -84,10 +86,11 @@ def _list(family: str, *shapes: Shape, **options) -> list[Workload]:
 SIMILARITY = [
     *_list("nt_xent", (8192, 128), (8192, 512)),
     *_list("clip", (8192, 128), (8192, 512)),
-    *_list("sup_con", (8192, 128), (8192, 512)),
+    *_list("sup_con", (8192, 128)),
+    *_list("sup_con", (8192, 512), brief=False),
     *_list("info_nce", (8192, 128)),
-    *_list("info_nce_queue", (4096, 65536, 128)),
-    *_list("siglip", (8192, 512)),
+    *_list("info_nce_queue", (4096, 65536, 128), brief=False),
+    *_list("siglip", (8192, 512), brief=False),
 ]
 # What the design measures on a GPU, at sizes for two cores.
 _WIDE = dict(leave_out=("panels",), rounds=3)
@@ -120,7 +123,7 @@ SMALL = [
 _CURVE = dict(leave_out=("pytorch-metric-learning", "product"))
 SCALING = [
     *_list("nt_xent", *[(n, 128) for n in (256, 1024, 2048, 4096)], **_CURVE),
-    *_list("nt_xent", (16384, 128), (32768, 128), rounds=3, **_CURVE),
+    *_list("nt_xent", (16384, 128), (32768, 128), rounds=3, brief=False, **_CURVE),
 ]
 _RESNET = ((128, 28, 28), (256, 14, 14), (512, 7, 7))  # ResNet-18's activations at 224 pixels, after the first stage
 GOODNESS = [
@@ -128,7 +131,8 @@ GOODNESS = [
     *_list("pair_cosine_nhwc", (64, 64, 56, 56)),
     *_list("pool_goodness", (64, 64, 56, 56)),
     *_list("pool_goodness_nhwc", (64, 64, 56, 56)),
-    *_list("goodness_normalize", (4096, 2048), (65536, 512), (8192, 1024), (2048, 4096)),
+    *_list("goodness_normalize", (4096, 2048), (8192, 1024), (2048, 4096)),
+    *_list("goodness_normalize", (65536, 512), brief=False),
     *_list("layerwise", (256,), (2048,), (8192,)),
 ]
 BF16 = [
@@ -136,19 +140,26 @@ BF16 = [
     *_list("clip", (8192, 256), chosen=("cpu", "cpu-bf16")),
 ]
 # Peak memory in a process of its own. The largest are for us alone: a matrix of pairs would have 2^32 entries.
-_MEMORY_SIZES = (2048, 4096, 8192, 16384)
 _OTHERS = ("product", "panels")  # a process takes seconds: NT-Xent shows what the panels take
+_NT_XENT = ("pytorch-metric-learning", "product")
 MEMORY = [
-    *_list("nt_xent", *[(n, 128) for n in _MEMORY_SIZES], leave_out=("pytorch-metric-learning", "product")),
-    *_list("clip", *[(n, 128) for n in _MEMORY_SIZES], leave_out=_OTHERS),
-    *_list("sup_con", (8192, 128), (16384, 128), leave_out=_OTHERS),
-    *_list("info_nce", (8192, 128), (16384, 128), leave_out=_OTHERS),
-    *_list("siglip", (8192, 128), (16384, 128), leave_out=_OTHERS),
-    *_list("nt_xent", (65536, 128), (16384, 512), chosen=("cpu",)),
-    *_list("clip", (65536, 128), (16384, 512), chosen=("cpu",)),
-    *_list("sup_con", (65536, 128), chosen=("cpu",)),
-    *_list("info_nce", (65536, 128), chosen=("cpu",)),
-    *_list("siglip", (65536, 128), chosen=("cpu",)),
+    *_list("nt_xent", (2048, 128), (4096, 128), leave_out=_NT_XENT, brief=False),
+    *_list("nt_xent", (8192, 128), (16384, 128), leave_out=_NT_XENT),
+    *_list("clip", (2048, 128), (4096, 128), (8192, 128), leave_out=_OTHERS, brief=False),
+    *_list("clip", (16384, 128), leave_out=_OTHERS),
+    *(
+        w
+        for family in ("sup_con", "info_nce", "siglip")
+        for n in (8192, 16384)
+        for w in _list(family, (n, 128), leave_out=_OTHERS, brief=n == 16384)
+    ),
+    *_list("nt_xent", (16384, 512), chosen=("cpu",)),
+    *_list("clip", (16384, 512), chosen=("cpu",)),
+    *(
+        w
+        for family in ("nt_xent", "clip", "sup_con", "info_nce", "siglip")
+        for w in _list(family, (65536, 128), chosen=("cpu",), brief=False)
+    ),
     *_list("pair_cosine", (64, 64, 56, 56), leave_out=("copy",)),
     *_list("goodness_normalize", (4096, 2048), leave_out=("copy",)),
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .functional.goodness import goodness_and_normalize, goodness_normalize
+from .functional.goodness import check_eps, goodness_and_normalize, goodness_normalize
 from .losses.goodness import GoodnessLoss
 
 __all__ = ["ForwardForwardLayer", "goodness_normalize"]
@@ -34,7 +34,7 @@ class ForwardForwardLayer(nn.Module):
         normalize: divide what goes to the next layer by its root mean square (:func:`goodness_normalize`), so that it
             does not carry this layer's goodness. With a :class:`GoodnessLoss` this, the ReLU and the goodness are one
             pass over the output.
-        eps: of that division.
+        eps: of that division, > 0.
 
     Attributes:
         last_loss: the loss of the last training call, detached, or None.
@@ -59,6 +59,7 @@ class ForwardForwardLayer(nn.Module):
         for name, value in (("loss", loss), ("optimizer_factory", optimizer_factory)):
             if not callable(value):
                 raise TypeError(f"{name} must be callable; got {type(value).__name__}")
+        check_eps(eps)
         self.module = module
         self.loss = loss
         self.relu = relu

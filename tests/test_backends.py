@@ -69,3 +69,13 @@ def test_the_cpu_backend_without_its_compiled_part(monkeypatch):
     for a, b in zip(backends.load("cpu").similarity_forward(*arguments), panels.similarity_forward(*arguments),
                     strict=True):  # fmt: skip
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ("triton", "cuda"))
+def test_a_sample_too_long_for_32_bit_places_is_refused(name):
+    module = backends.load(name)
+    longest = torch.zeros(()).expand(2, 2**31)  # one element of memory
+    problem = "a sample may have at most 2^31 - 1 elements, these have 2147483648"
+    assert module.unavailable("goodness_forward", longest) == problem
+    assert module.unavailable("pool_goodness_forward", longest.unflatten(1, (2, 2**30))) == problem
+    assert module.unavailable("goodness_forward", longest[:, 1:]) != problem

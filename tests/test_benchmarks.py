@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("matplotlib")
 
-from benchmarks import bars, machine, measure, plots, report, store
+from benchmarks import ablation_report, bars, machine, measure, plots, report, store, trainer_tables
 from benchmarks.families import CLIP
 from benchmarks.provider import Family, Provider
 from benchmarks.variants import FAMILIES, NUMERICS
@@ -54,6 +54,8 @@ def test_a_quick_run_measures_every_family(tmp_path):
     done = _quick(tmp_path / "results", f"--benchmark-json={raw}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
+    wanted = {"provider", "workload", "units", "tflops", "peak_bytes", "rel_error", "deterministic", "device", "torch",
+              "triton", "commit", "fraction_of_ceiling"}  # fmt: skip
     (results,) = store.load_all(tmp_path / "results")
     assert {r["family"] for r in results["records"]} == set(FAMILIES) - set(NUMERICS) | {next(iter(NUMERICS))}
     for record in results["records"]:
@@ -65,10 +67,9 @@ def test_a_quick_run_measures_every_family(tmp_path):
         assert time["seconds"] > 0 and time["rounds"] >= 2 and time["peak_bytes"] >= 0, record
         assert time["rel_error"] < (0.05 if record["dtype"] == "bfloat16" else 1e-5), record
         assert isinstance(time["deterministic"], bool) and {"commit", "when", "torch"} <= time.keys(), record
+        assert wanted <= record.keys() | time.keys(), record
     assert all("over_ours" in r["time"] for r in timed)
 
-    wanted = {"provider", "workload", "units", "tflops", "peak_bytes", "rel_error", "deterministic", "device", "torch",
-              "triton", "commit", "fraction_of_ceiling"}  # fmt: skip
     benchmarks = json.loads(raw.read_text())["benchmarks"]
     assert benchmarks and all(set(b["extra_info"]) == wanted for b in benchmarks)
     shown = {b["extra_info"]["provider"]: b["stats"]["median"] for b in benchmarks if "clip" in b["fullname"]}
@@ -76,6 +77,7 @@ def test_a_quick_run_measures_every_family(tmp_path):
 
     text = report.full_report([results])
     assert "open_clip" in text and "not yet run on a GPU" in text
+    assert "| memeff | needs a CUDA GPU |" in text
 
 
 def test_every_size_has_its_own_record():
@@ -112,6 +114,13 @@ def test_a_rival_that_fails_costs_its_own_row_only():
     assert records["cpu"]["rounds"] == 3 and records["cpu"]["rel_error"] < 1e-6 and records["cpu"]["deterministic"]
     assert records["missing"] == {"run": records["cpu"]["run"], "problem": "not installed: No module named 'nobody'"}
     assert records["failing"]["problem"].startswith("out of memory")
+
+
+def test_rivals_that_did_not_run_are_listed_with_the_reason():
+    results = _results(clip={"problem": "not installed: No module named 'open_clip'"}, small=_time(2.0))
+    text = report.absent_table(results)
+    assert "| open_clip | not installed: No module named 'open_clip' | clip 8192 x 128 |" in text
+    assert "| siglip-kernel | needs a CUDA GPU | siglip |" in text and "small" not in text
 
 
 def test_errors_and_different_bits_are_seen():
@@ -209,6 +218,48 @@ def test_merging_keeps_what_was_not_measured_anew(tmp_path):
     found = {r["workload"]: r for r in store.load(path)["records"]}
     assert found["w"] == record | {"memory": {"peak_bytes": 3}} and found["v"]["time"] == {"seconds": 2.0}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_another_machine_measured_is_filed_under_its_own_name(tmp_path, capsys):
+    """A GPU's results file, and gpu.json of tools.gpu_measure, merged on a machine that has no GPU."""
+    own = store.merge(tmp_path / "here", [{"workload": "w", "provider": "cpu", "time": {"seconds": 1.0}}])
+    gpu = {"slug": "gpu-made-up", "kind": "gpu", "name": "Made up", "isa": "sm_90", "threads": 1, "flags": []}
+    record = {"workload": "clip-64x8", "provider": "triton", "family": "clip", "time": {"seconds": 2.0}}
+    theirs = store.merge(tmp_path / "there", [record], gpu, {"torch": "2.14"})
+    assert theirs.name == "gpu-made-up.json"
+
+    both = {"forward ms": 4.0, "forward fraction": 0.81, "both ms": 16.0, "both fraction": 0.72, "MiB": 3.0}
+    clip = {
+        "key": "clip 65536x65536x512",
+        "name": "clip",
+        "rows": 65536,
+        "width": 512,
+        "ours": {**both, "same bits": 1},
+    }
+    clip |= {"memeff": {**both, "both ms": 32.0}, "inf-cl": {"problem": "not installed"}}
+    cosine = {"key": "pair cosine 64x64x56x56", "name": "pair cosine", "ours": {**both, "both fraction": 0.9}}
+    queue = {"key": "info_nce 4096x65536x128", "name": "info_nce", "rows": 4096, "width": 128, "ours": both}
+    measured = {"device": "Made up", "torch": "2.14", "product_tflops": 1.0, "copy_gbytes": 1.0}
+    (tmp_path / "gpu.json").write_text(json.dumps(measured | {"rows": [clip, cosine, queue]}))
+
+    for path in (theirs, tmp_path / "gpu.json"):
+        assert report.main(["--results", str(tmp_path / "here"), "--merge", str(path)]) == 0
+    assert sorted(p.name for p in own.parent.iterdir()) == sorted([own.name, "gpu-made-up.json"])
+    assert [r["workload"] for r in store.load(own)["records"]] == ["w"]
+    found = store.load(own.parent / "gpu-made-up.json")
+    assert found["device"]["name"] == "Made up" and found["versions"]["torch"] == "2.14"
+    times = {(r["workload"], r["provider"]): r["time"] for r in found["records"]}
+    assert len(times) == 5 and times["clip-64x8", "triton"] == {"seconds": 2.0}
+    assert times["clip-65536x512", "triton"]["seconds"] == 0.016
+    assert times["clip-65536x512", "inf-cl"]["problem"] == "not installed"
+    verdict = {bar.required: bar.check(found) for bar in bars.GPU}
+    assert verdict["<= 32 ms"].state == bars.MET and verdict[">= 80 %, >= 70 %"].state == bars.MET
+    assert verdict[">= 88 %"] == bars.Verdict(bars.MET, "90%", "least, at pair_cosine-64x64x56x56, of 1")
+    assert "2.00 x memeff" in verdict[">= 1.5 x, 2 x, 1 x"].measured
+    for number, text in enumerate(("{", "[]", '{"schema": 1}')):
+        (tmp_path / f"{number}.json").write_text(text)
+        assert report.main(["--results", str(tmp_path), "--merge", str(tmp_path / f"{number}.json")]) == 2
+        assert f"{number}.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ("", "{", "[]", '{"schema": 99}'))
@@ -365,3 +416,81 @@ def test_plots_against_the_ceilings(name, tmp_path):
     assert "<svg" in first and "digest-of-records" in first
     plots.draw(name, results, tmp_path / "plot.svg", "digest-of-records")
     assert (tmp_path / "plot.svg").read_text() == first
+
+
+def test_a_brief_run_measures_every_cpu_bar():
+    brief = {w.name for question in (SIMILARITY, SMALL, BF16, GOODNESS, MEMORY) for w in question if w.brief}
+    barred = ["nt_xent-8192x128", "nt_xent-8192x512", "clip-8192x128", "clip-8192x512", "sup_con-8192x128"]
+    barred += [f"{family}-512x{d}" for family in ("nt_xent", "clip", "sup_con") for d in (128, 512)]
+    barred += ["nt_xent-8192x256", "clip-8192x256", "pair_cosine-64x64x56x56", "goodness_normalize-4096x2048"]
+    assert set(barred) <= brief
+    assert {w.family.name for w in MEMORY if w.brief} >= {"nt_xent", "clip", "sup_con", "info_nce", "siglip"}
+
+
+def _trainer(speedup: float, local: float) -> dict:
+    def time(ratio):
+        return {"over": "plain PyTorch, leaf modules", "speedup": ratio, "speedup_quartiles": [ratio, ratio],
+                "rounds": 3, "loss_difference": 1e-5, "images_per_second": 9.0}  # fmt: skip
+
+    steps = {"plain PyTorch, leaf modules": {"time": {"images_per_second": 4.0}, "memory": {"peak_bytes": 7e6}},
+             "ours, leaf modules": {"time": time(1.1), "memory": {"peak_bytes": local}},
+             "ours, leaf modules, channels last": {"time": time(speedup)},
+             "end-to-end back-propagation": {"memory": {"peak_bytes": 5e6}}}  # fmt: skip
+    return {"batch": 64, "pixels": 64, "backbone": "resnet18", "steps": steps}
+
+
+@pytest.mark.parametrize(
+    "speedup,local,states",
+    ((2.5, 4e6, (bars.MET, bars.MET)), (2.49, 5e6, (bars.MISSED, bars.MISSED))),
+)
+def test_verdicts_on_the_trainer_and_its_tables(tmp_path, speedup, local, states):
+    (tmp_path / "trainer").mkdir()
+    path = store.merge(tmp_path, [{"workload": "w", "provider": "p", "family": "f", "shape": [1], "kind": "ours"}])
+    (tmp_path / "trainer" / path.name).write_text(json.dumps(_trainer(speedup, local)))
+    (results,) = store.load_all(tmp_path)
+    assert tuple(bar.check(results).state for bar in bars.CPU[-2:]) == states
+    assert f"| ours, leaf modules, channels last | 9 | {speedup:.2f} x | 1.0e-05 |" in trainer_tables.tables(
+        results["trainer"]
+    )
+    unequal = json.loads(json.dumps(results))
+    unequal["trainer"]["steps"]["ours, leaf modules, channels last"]["time"]["loss_difference"] = 0.1
+    assert bars.CPU[-2].check(unequal).state == bars.MISSED
+    assert bars.CPU[-2].check(_results()).state == bars.CPU[-1].check(_results()).state == bars.NOT_MEASURED
+    (tmp_path / "trainer" / path.name).write_text("{")
+    with pytest.raises(ValueError, match="trainer"):
+        store.load_all(tmp_path)
+
+
+def test_ablations_in_the_documentation_are_checked_against_the_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation_report, "ROOT", tmp_path)
+    monkeypatch.setattr(ablation_report, "STORED", tmp_path / "runs")
+    monkeypatch.setattr(ablation_report, "IMAGES", tmp_path)
+    (tmp_path / "runs").mkdir()
+
+    def store_runs(best: float) -> None:
+        rows = {"no pretraining": (0.5, 0.6), "FFCL: both": (0.7, best), "other": (0.4, 0.5)}
+        found = {"rows": [{"name": name, "runs": [
+            {"seed": seed, "test": {"accuracy": a, "macro_f1": 0.5, "auc": 0.5}} for seed, a in enumerate(values)
+        ]} for name, values in rows.items()]}  # fmt: skip
+        (tmp_path / "runs" / "some_name.json").write_text(json.dumps(found))
+
+    store_runs(0.8)
+    page = tmp_path / "page.md"
+    blocks = [f"<!-- ablation-{kind}:some_name -->\n<!-- ablation:end -->" for kind in ("table", "summary")]
+    page.write_text(f"before\n{blocks[0]}\nbetween\n{blocks[1]}\nafter\n")
+    assert ablation_report.main(["--check", str(page)]) == 1
+    assert ablation_report.main(["--write", str(page)]) == 0 == ablation_report.main(["--check", str(page)])
+    text = page.read_text()
+    assert text.startswith("before\n") and "\nbetween\n" in text and text.endswith("\nafter\n")
+    assert "| FFCL: both | 75.00 ± 7.07 |" in text and (tmp_path / "runs" / "some_name.md").read_text() in text
+    assert "FFCL 75.0 ± 7.1 % test accuracy, no pretraining 55.0 ± 7.1 %, the other variants between 45.0" in text
+    assert "FFCL's +20.0 points come with a standard deviation of 0.0 over 2 seeds." in text
+    store_runs(0.9)
+    capsys.readouterr()
+    assert ablation_report.main(["--check", str(page)]) == 1
+    assert capsys.readouterr().err.count("stale") == 3  # the page, the table beside the runs, the plot
+    for wrong in ("nothing shown", "<!-- ablation-table:unknown -->\n<!-- ablation:end -->"):
+        page.write_text(wrong)
+        assert ablation_report.main(["--check", str(page)]) == 2
+    (tmp_path / "runs" / "broken.json").write_text('{"rows": []}')
+    assert ablation_report.main(["--check", str(page)]) == 2 and "broken.json" in capsys.readouterr().err

@@ -124,7 +124,5 @@ def test_linear_goodness(dtype):
     n, k, h = 33, 100, 70
     x, weight, bias = (t.to(dtype).to(DEVICE) for t in (activations(n, k), activations(h, k) / 10, activations(h)))
     ours = OPS.linear_goodness(x, weight, bias, True, True, "triton")
-    plain, truth = (
-        F.linear(x.to(d), weight.to(d), bias.to(d)).relu().square().mean(1) for d in (dtype, torch.float64)
-    )
+    plain, truth = (F.linear(x.to(d), weight.to(d), bias.to(d)).relu().square().mean(1) for d in (dtype, torch.float64))
     assert_close_to_reference(ours, plain, truth, name="goodness")

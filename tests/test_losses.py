@@ -207,3 +207,9 @@ def test_modules_move_and_cast():
     assert loss(x, x.flip(0)).dtype == torch.float64
     half = ff.NTXentLoss(memory_bank_size=(8, 6)).bfloat16()
     assert half(x.bfloat16(), x.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", (0, 0.0, True, "0.07", float("nan"), float("inf"), None))
+def test_a_base_temperature_that_cannot_be_is_refused_when_built(value):
+    with pytest.raises(ValueError, match="base_temperature must be a finite number other than zero, got"):
+        ff.SupConLoss(base_temperature=value)

@@ -133,3 +133,6 @@ def test_bad_arguments():
     ):
         with pytest.raises(TypeError, match=words):
             ForwardForwardLayer(*args)
+    for error, eps in ((TypeError, "a"), (ValueError, 0.0), (ValueError, float("nan"))):
+        with pytest.raises(error, match="eps must be"):
+            ForwardForwardLayer(nn.Linear(2, 2), GoodnessLoss(), sgd, eps=eps)

@@ -10,6 +10,7 @@ from goodness_cases import BACKENDS, DTYPES, NATIVE, ODD_VALUES, SHAPES, activat
 
 from ffcl_fast import PairCosineLoss, functional, reference
 from ffcl_fast.functional import pair_cosine
+from ffcl_fast.functional.pair_cosine import pair_cosine_gradient
 from helpers import assert_close_to_reference
 
 _ops = torch.ops.ffcl_fast
@@ -336,3 +337,44 @@ def test_reference_has_the_formula_of_the_contract():
     torch.testing.assert_close(coefficients, torch.stack((w / (n1 * n2), w * cos / n1**2, w * cos / n2**2), 1))
     torch.testing.assert_close(loss, THEIRS(h1, h2, target, 0.1, reduction="none"))
     assert functional.pair_cosine is pair_cosine
+
+
+# --- both halves of one tensor, for local training -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("relu", (False, True))
+@pytest.mark.parametrize("shape", ((2, 7), (6, 3, 4, 5)), ids=str)
+def test_the_gradient_of_halves_is_autograds(dtype, relu, shape):
+    for last in (False, len(shape) == 4):
+        h = activations(*shape, dtype=dtype)
+        h.flatten(1)[:, :2] = h.flatten(1)[:, :2].abs() + 0.1  # kept by ReLU: a cosine of 1 has a gradient of rounding
+        h = h.to(memory_format=torch.channels_last) if last else h
+        target = targets(shape[0] // 2)
+        leaf = h.clone().requires_grad_()
+        expected = pair_cosine(*leaf.chunk(2), target, 0.1, relu=relu)
+        expected.backward()
+        for backend in ("auto", "panels"):
+            loss, gradient = pair_cosine_gradient(h.requires_grad_(), target, 0.1, relu=relu, backend=backend)
+            assert gradient.dtype == dtype and gradient.stride() == h.stride() and not gradient.requires_grad
+            tolerance = {"rtol": 0.02, "atol": 2e-3} if dtype in (torch.float16, torch.bfloat16) else {}
+            torch.testing.assert_close(gradient, leaf.grad, **tolerance)
+            torch.testing.assert_close(loss, expected.detach())
+
+
+def test_halves_that_cannot_be_are_named():
+    for h, target, problem in (
+        (torch.rand(3, 4), torch.ones(2), "h must hold pairs, an even number of rows; got 3"),
+        (torch.rand(4, 4), torch.ones(3), "target must have shape"),
+        (torch.rand(4, 4), torch.zeros(2), "target must hold only 1"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            pair_cosine_gradient(h, target)
+    with pytest.raises(TypeError, match="h must be a tensor; got list"):
+        pair_cosine_gradient([1.0], torch.ones(1))
+
+
+def test_a_margin_that_is_no_number_is_refused_when_built():
+    for margin in ("a", None, True):
+        with pytest.raises(TypeError, match="margin must be a number; got"):
+            PairCosineLoss(margin=margin)

@@ -80,7 +80,7 @@ def test_the_cache_changes_rounding_only(symmetric, monkeypatch):
 def test_instruction_sets(isa):
     """Each in a process of its own, against float64; one that this processor lacks says so."""
     seed = str(torch.randint(0, 2**31, ()).item())
-    env = {**os.environ, "FFCL_ISA": isa}
+    env = {**os.environ, "FFCL_ISA": isa, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("isa_check.py")), seed], env=env, capture_output=True, text=True
     )

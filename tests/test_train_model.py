@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
@@ -243,3 +244,70 @@ def test_leaves_that_do_not_follow_on_each_other_are_named(tmp_path):
 def test_the_local_loss_is_the_packages_own(tmp_path):
     config = tiny(tmp_path, margin=0.25)
     assert isinstance(LocalStage(build(config, 8, 2, backbone=TinyNet()), config).objective.loss, PairCosineLoss)
+
+
+def test_the_gradient_made_in_one_visit_is_that_of_the_loss(tmp_path, rng):
+    """Leaves with ReLU and BatchNorms, and blocks: with the objective's gradient and without it."""
+    for layers in ("leaves", "blocks"):
+        config = tiny(tmp_path, backbone="resnet18", local_layers=layers, margin=0.1)
+        network = build(config, 8, 2).eval()  # eval: the same BatchNorm in both ways
+        batch = pair_batch(rng)
+        found = []
+        for gradient in (True, False):
+            stage = LocalStage(network, config)
+            assert stage.objective.gradient is not None
+            if not gradient:
+                stage.objective = dataclasses.replace(stage.objective, gradient=None)
+            network.zero_grad()
+            scalars = stage.step(batch, train=True)
+            found.append((scalars, {n: p.grad for n, p in network.named_parameters() if p.grad is not None}))
+        (ours, grads), (plain, expected) = found
+        assert ours.keys() == plain.keys() and grads.keys() == expected.keys() and grads
+        for name, loss in ours.items():
+            assert float(loss) == pytest.approx(float(plain[name]), abs=1e-6)
+        for name, grad in expected.items():
+            torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+        with torch.no_grad():
+            quiet = stage.step(batch, train=False)
+        expected = {name: float(loss) for name, loss in plain.items()}
+        assert {name: float(loss) for name, loss in quiet.items()} == pytest.approx(expected, abs=1e-6)
+
+
+class Staged(nn.Module):
+    """A network of the caller's own with named stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.second = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6))
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.second(torch.relu(self.first(x)))
+        return self.last(x.mean((2, 3)))
+
+
+class Two(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def test_frozen_stages_of_a_network_of_ones_own_stay_as_they_are(tmp_path, rng):
+    net = Staged()
+    net.second.requires_grad_(False)
+    config = tiny(tmp_path)
+    stage = LocalStage(build(config, 8, 2, backbone=net), config, ["first", "second", "last"])
+    scalars = stage.step(pair_batch(rng), train=True)
+    assert list(scalars) == ["loss", "first", "second", "last"]
+    learning = {name for name, p in net.named_parameters() if p.grad is not None}
+    assert learning == {"first.weight", "first.bias", "last.weight", "last.bias"}
+
+
+@pytest.mark.parametrize("layers", ("blocks", "leaves"))
+def test_a_layer_that_returns_a_tuple_is_named(tmp_path, rng, layers):
+    net = Staged()
+    net.second = nn.Sequential(nn.Sequential(nn.Conv2d(4, 6, 3), Two()))
+    with pytest.raises(UserError, match="second.0.* returns a tuple"):
+        walk(net, layers, ["first", "second.0"])(torch.rand(2, 1, 8, 8), lambda name, h: None)
+    with pytest.raises(UserError, match="expected one .* tensor from it, got a tuple"):
+        build(tiny(tmp_path), 8, 2, backbone=Two())

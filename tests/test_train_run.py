@@ -274,3 +274,28 @@ def test_more_than_two_classes_learn_with_every_loss(tmp_path, loss):
         tiny(tmp_path, stages="downstream", downstream_loss=loss, epochs_downstream=3, epoch_samples=0, lr=0.02)
     )
     assert run.metrics["test"]["accuracy"] > 0.5
+
+
+def test_an_error_before_anything_is_stored_leaves_the_name_free(tmp_path, monkeypatch):
+    config = tiny(tmp_path, name="again", seed=5)
+    real = stages.Trainer._finite
+    monkeypatch.setattr(stages.Trainer, "_finite", lambda *_: (_ for _ in ()).throw(UserError("the loss is nan")))
+    with pytest.raises(UserError, match="nan"):
+        quiet(config)
+    assert not (tmp_path / "again").exists()
+    net = TinyNet().requires_grad_(False)
+    with pytest.raises(UserError, match="stage local: nothing to train"):
+        train(config, backbone=net, log=lambda line: None)
+    assert not (tmp_path / "again").exists()
+
+    def later(self, stage, epoch, scalars):
+        if stage.name == "global":
+            raise UserError("the loss is nan")
+        return real(self, stage, epoch, scalars)
+
+    monkeypatch.setattr(stages.Trainer, "_finite", later)
+    with pytest.raises(UserError, match="nan"):
+        quiet(config)
+    assert list((tmp_path / "again" / "checkpoints").glob("local*"))  # work is never thrown away
+    with pytest.raises(UserError, match="again: exists already.*--resume"):
+        quiet(config)

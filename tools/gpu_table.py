@@ -1,6 +1,6 @@
 """Markdown of what ``tools.gpu_measure`` stored: a row a workload, and every GPU bar of peers.md.
 
-    python -m tools.gpu_table FOLDER/gpu.json
+python -m tools.gpu_table FOLDER/gpu.json
 """
 
 from __future__ import annotations

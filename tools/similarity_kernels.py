@@ -108,8 +108,9 @@ def compilations(chip: str) -> Iterator[Compilation]:
     yield from _vectors()
 
 
-def _variants(op: str, tile: Tile, width: int, dtype: str, how: str, ids: bool, usual: bool,
-              aligned: bool = True) -> Iterator[Compilation]:
+def _variants(
+    op: str, tile: Tile, width: int, dtype: str, how: str, ids: bool, usual: bool, aligned: bool = True
+) -> Iterator[Compilation]:
     """The ways to launch a kernel with this tile; off the usual widths the one that needs the most registers."""
     unit = (4 if dtype == "fp32" else 8) if aligned else 1
     matrix = how == "ieee" and dtype != "fp32"

@@ -18,6 +18,7 @@ from . import native
 
 HALVES = (torch.bfloat16, torch.float16)
 MAX_WIDTH = 4096  # of embeddings
+MAX_ELEMENTS = 2**31 - 1  # of a sample: places in a row are 32-bit numbers
 DEVICE = "cuda"  # the device type whose tensors the kernels take
 
 
@@ -43,6 +44,8 @@ def unavailable(op: str, x: Tensor) -> str | None:
     """Why ``op`` cannot run for tensors like ``x``, or None."""
     if op not in _OPERATORS:
         return "not written in CUDA"
+    if op not in _SIMILARITY and x[0].numel() > MAX_ELEMENTS:
+        return f"a sample may have at most 2^31 - 1 elements, these have {x[0].numel()}"
     if native.module is None:
         return native.problem
     if not native.module.cuda_built():

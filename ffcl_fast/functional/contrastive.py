@@ -13,6 +13,8 @@ Each agrees with the library it is named after, defaults included, and never sto
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -225,6 +227,13 @@ def two_views(
     )
 
 
+def check_base_temperature(value: float) -> None:
+    """Raises ValueError unless ``value`` is a finite number other than zero."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or value == 0 or not math.isfinite(value):
+        raise ValueError(f"base_temperature must be a finite number other than zero, got {value!r}")
+
+
 def sup_con(
     features: Tensor,
     labels: Tensor | None = None,
@@ -268,8 +277,7 @@ def sup_con(
         raise TypeError(f"mask must be a real tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
     if mask is not None and tuple(mask.shape) != (batch, batch):
         raise ValueError(f"mask must have shape {(batch, batch)}, got {tuple(mask.shape)}")
-    if isinstance(base_temperature, bool) or not isinstance(base_temperature, (int, float)) or base_temperature == 0:
-        raise ValueError(f"base_temperature must be a number other than zero, got {base_temperature!r}")
+    check_base_temperature(base_temperature)
     scale = _checks.inverse_temperature(temperature, features)
     factor = (
         scale.reciprocal() / base_temperature if isinstance(temperature, Tensor) else temperature / base_temperature

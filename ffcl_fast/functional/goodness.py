@@ -89,9 +89,7 @@ def goodness_and_normalize(
 ) -> tuple[Tensor, Tensor]:
     """:func:`goodness` (N,) and :func:`goodness_normalize` (h's shape and dtype) from one read of ``h``."""
     check_activation(h, "h")
-    check_number(eps, "eps")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive; got {eps}")
+    check_eps(eps)
     _checks.backend(backend)
     rows, restore = flatten(h)
     g, out = _Goodness.apply(rows, is_mean(kind), relu, True, float(eps), backend)
@@ -141,6 +139,13 @@ def check_number(value: float, name: str, minimum: float | None = None) -> None:
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
     if minimum is not None and not value >= minimum:
         raise ValueError(f"{name} must be at least {minimum}; got {value}")
+
+
+def check_eps(value: float) -> None:
+    """Raise TypeError unless ``value`` is a number, ValueError unless it is positive."""
+    check_number(value, "eps")
+    if not value > 0:
+        raise ValueError(f"eps must be positive; got {value}")
 
 
 def is_mean(kind: str) -> bool:

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .. import backends
 from .. import ops as ops  # registers torch.ops.ffcl_fast
+from ..backends import native
+from ..backends.cpu import goodness as cpu_goodness
 from . import _checks
 from .goodness import channels_last, check_activation, check_number, flatten
 from .similarity import differentiable_once
@@ -67,6 +70,33 @@ def pair_cosine(
 
 
 pair_cosine.folds_weight = True  # for `layerwise`
+
+
+def pair_cosine_gradient(
+    h: Tensor, target: Tensor, margin: float = 0.0, *, relu: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The mean of :func:`pair_cosine` over the pairs (h[i], h[N + i]) and its gradient, outside autograd, for local
+    training: of two halves of one tensor, autograd would join the gradients by a copy.
+
+    h: (2N, ...). Returns the loss, 0-dimensional, and the gradient in h's shape, dtype and memory format. Raises as
+    :func:`pair_cosine` does.
+    """
+    check_activation(h, "h")
+    h = h.detach()
+    if h.shape[0] % 2:
+        raise ValueError(f"h must hold pairs, an even number of rows; got {h.shape[0]}")
+    h1, h2 = h.chunk(2)
+    target = _check(h1, h2, target, margin, "mean", 1.0, backend)
+    rows, restore = flatten(h)
+    a, b = rows.chunk(2)
+    scale = 1.0 / a.shape[0]
+    if native.usable(h) and backends.get(backend, "pair_cosine_forward", a).__name__ == backends.BACKENDS["cpu"]:
+        gradient = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        loss, _ = cpu_goodness.pair_cosine_into(a, b, target, float(margin), relu, scale, *gradient.chunk(2))
+    else:
+        loss, _, *parts = _ops.pair_cosine_forward(a, b, target, float(margin), relu, scale, True, True, backend)
+        gradient = torch.cat(parts)
+    return loss.sum() * scale, restore(gradient)
 
 
 def _check(

@@ -192,7 +192,7 @@ class SupConLoss(_Spread):
         group: the processes; None for all.
 
     Raises:
-        ValueError: an unknown option, or a temperature of zero.
+        ValueError: an unknown option, or a temperature or base temperature of zero.
     """
 
     def __init__(
@@ -209,6 +209,7 @@ class SupConLoss(_Spread):
         _checks.choice("contrast_mode", contrast_mode, contrastive.CONTRAST_MODES)
         _checks.backend(backend)
         _check_temperature(temperature)
+        contrastive.check_base_temperature(base_temperature)
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..functional import _checks
-from ..functional.goodness import KINDS, check_activation, goodness
+from ..functional.goodness import KINDS, check_activation, check_number, goodness
 from ..functional.goodness_many import goodness_many
 from ..functional.objectives import OBJECTIVES, TwoThreshold, default_threshold, goodness_loss
 from ..functional.pair_cosine import pair_cosine
@@ -22,7 +22,8 @@ class PairCosineLoss(nn.Module):
         relu: apply ReLU to both activations first, in the same pass.
         backend: ``"auto"`` or one of :data:`ffcl_fast.backends.NAMES`.
 
-    Raises ValueError for an unknown reduction. See :func:`ffcl_fast.functional.pair_cosine`.
+    Raises ValueError for an unknown reduction, TypeError for a margin that is no number. See
+    :func:`ffcl_fast.functional.pair_cosine`.
     """
 
     folds_weight = True
@@ -31,6 +32,7 @@ class PairCosineLoss(nn.Module):
         self, margin: float = 0.0, reduction: str = "mean", *, relu: bool = False, backend: str = "auto"
     ) -> None:
         super().__init__()
+        check_number(margin, "margin")
         _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         _checks.backend(backend)
         self.margin = margin

@@ -14,6 +14,7 @@ an unfinished ablation has every row over the seeds so far. A finished run's wei
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
@@ -197,8 +198,19 @@ def write(plan: Plan, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / JSON, json.dumps(found, indent=1))
     write_text(out / TABLE, markdown(found))
-    error_bars(out / PLOT, {r["name"]: [run["test"]["accuracy"] for run in r["runs"]] for r in found["rows"]})
+    draw(out / PLOT, found)
     return found
+
+
+def digest(found: dict[str, Any]) -> str:
+    """What a plot of these runs was drawn from; stored inside it."""
+    return "runs:" + hashlib.sha256(json.dumps(found["rows"], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def draw(path: Path, found: dict[str, Any]) -> None:
+    """Accuracy of every run, with means and error bars, :func:`digest` in the picture's metadata."""
+    rows = {row["name"]: [run["test"]["accuracy"] for run in row["runs"]] for row in found["rows"]}
+    error_bars(path, rows, digest(found))
 
 
 def _summary(directory: Path, seed: int) -> dict[str, Any]:
@@ -233,9 +245,9 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
+def spread(values: Sequence[float], sign: str = "", digits: int = 2) -> str:
     """``mean ± standard deviation`` (n - 1), a lone value, or a dash."""
     if not values:
         return "–"
-    mean = format(statistics.fmean(values), f"{sign}.2f")
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+    mean = format(statistics.fmean(values), f"{sign}.{digits}f")
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"

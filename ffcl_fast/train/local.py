@@ -33,6 +33,7 @@ class BlockWalk:
         self.has_stem = bool(parameters) and not parameters[0].startswith(self.names[0] + ".")
         self.has_tail = bool(parameters) and not parameters[-1].startswith(self.names[-1] + ".")
         self.layers = ["stem"] * self.has_stem + self.names + ["tail"] * self.has_tail
+        self.before_relu: frozenset[str] = frozenset()
 
     @contextlib.contextmanager
     def _cuts(self, visit: Visit) -> Iterator[None]:
@@ -44,6 +45,11 @@ class BlockWalk:
 
         def after(name: str) -> Callable:
             def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+                if not isinstance(output, Tensor):
+                    raise UserError(
+                        f"layers: {name} returns a {type(output).__name__}, but the local stage needs one tensor from"
+                        " each layer; name other modules as layers"
+                    )
                 return _handed_on(visit(name, output), output).detach()
 
             return hook
@@ -57,7 +63,7 @@ class BlockWalk:
             for handle in handles:
                 handle.remove()
 
-    def __call__(self, x: Tensor, visit: Visit) -> None:
+    def __call__(self, x: Tensor, visit: Visit, raw: bool = False) -> None:
         with self._cuts(visit):
             output = self.backbone(x)
         if self.has_tail:
@@ -73,7 +79,8 @@ class LeafWalk:
 
     As in FFCL's notebook: a convolution's (or linear layer's) output passes ReLU before its loss, a BatchNorm has its
     own loss, modules without parameters only pass data on, and shortcut convolutions get no update.
-    What goes on to the next module is the module's own output, as in the whole network.
+    What goes on to the next module is the module's own output, as in the whole network. A ``raw`` walk leaves the ReLU
+    to the visitor: ``before_relu`` names the layers that it is for.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -83,8 +90,9 @@ class LeafWalk:
             if not any(True for _ in module.children()) and not any(part in _SHORTCUTS for part in name.split("."))
         ]
         self.layers = [name for name, module in self.leaves if any(True for _ in module.parameters())]
+        self.before_relu = frozenset(n for n, module in self.leaves if isinstance(module, nn.Conv2d | nn.Linear))
 
-    def __call__(self, x: Tensor, visit: Visit) -> None:
+    def __call__(self, x: Tensor, visit: Visit, raw: bool = False) -> None:
         for name, module in self.leaves:
             try:
                 x = module(x.detach())
@@ -92,8 +100,10 @@ class LeafWalk:
                 raise UserError(
                     f"local_layers leaves: {name} does not follow on the module before it ({error}); use blocks"
                 ) from None
+            if not isinstance(x, Tensor):
+                raise UserError(f"local_layers leaves: {name} returns a {type(x).__name__}, not one tensor; use blocks")
             if any(True for _ in module.parameters()):
-                x = _handed_on(visit(name, F.relu(x) if isinstance(module, nn.Conv2d | nn.Linear) else x), x)
+                x = _handed_on(visit(name, F.relu(x) if name in self.before_relu and not raw else x), x)
             if isinstance(module, nn.AdaptiveAvgPool2d):
                 x = torch.flatten(x, 1)
 

@@ -52,10 +52,13 @@ def build(
     backbone.eval()
     try:
         with torch.no_grad():
-            shape = backbone(torch.zeros(2, 1, image_size, image_size)).shape
+            output = backbone(torch.zeros(2, 1, image_size, image_size))
     except Exception as error:  # any of the library's many complaints about sizes
         raise UserError(f"backbone {what}: cannot take {image_size} x {image_size} images ({error})") from None
     backbone.train(was_training)
+    if not isinstance(output, Tensor):
+        raise UserError(f"backbone {what}: expected one (N, features) tensor from it, got a {type(output).__name__}")
+    shape = output.shape
     if len(shape) != 2 or shape[0] != 2:
         raise UserError(f"backbone {what}: expected (N, features) from it, got {tuple(shape)} for N = 2")
     if initialise and "downstream" in config.stages and 1 in (config.batch_size, config.epoch_samples):

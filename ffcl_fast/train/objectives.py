@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ffcl_fast.functional import pool_goodness
+from ffcl_fast.functional.pair_cosine import pair_cosine_gradient
 from ffcl_fast.losses import GoodnessLoss, InfoNCELoss, LayerwiseLoss, NTXentLoss, PairCosineLoss, SupConLoss
 
 from . import parallel
@@ -24,12 +25,15 @@ _CONTRASTIVE: dict[str, Callable[..., Any]] = {"info_nce": InfoNCELoss, "nt_xent
 @dataclass(frozen=True)
 class Objective:
     """``loss(h1, h2, third)`` is a mean over samples; ``items``: the kind of :class:`Views` it is for;
-    ``normalize``: the next layer must not see this one's goodness, so its input is brought to unit mean square."""
+    ``normalize``: the next layer must not see this one's goodness, so its input is brought to unit mean square.
+    ``gradient(h, third, relu)``, where there is one, gives that loss of h's two halves (after ReLU where ``relu``) and
+    its gradient in h from one visit."""
 
     name: str
     items: str
     loss: Callable[[Tensor, Tensor, Tensor], Tensor]
     normalize: bool = False
+    gradient: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]] | None = None
 
 
 def objective(name: str, config: Config) -> Objective:
@@ -46,7 +50,11 @@ def objective(name: str, config: Config) -> Objective:
             return layerwise([h1], [h2], label if name == "sup_con" else None)
 
         return Objective(name, "views", contrast)
-    return Objective(name, "pairs", PairCosineLoss(margin=config.margin))
+
+    def gradient(h: Tensor, target: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+        return pair_cosine_gradient(h, target, config.margin, relu=relu)
+
+    return Objective(name, "pairs", PairCosineLoss(margin=config.margin), gradient=gradient)
 
 
 def _pooled(h: Tensor) -> Tensor:

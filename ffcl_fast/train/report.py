@@ -84,8 +84,15 @@ class Board:
             self.writer.add_scalar(f"test/{name}", value, self.step)
 
 
-def _draw(path: Path, size: tuple[float, float], columns: int, fill: Callable[[Any, Sequence[Any]], None]) -> None:
-    """A figure with a row of ``columns`` axes, filled by ``fill(figure, axes)`` and written atomically."""
+def _draw(
+    path: Path,
+    size: tuple[float, float],
+    columns: int,
+    fill: Callable[[Any, Sequence[Any]], None],
+    description: str | None = None,
+) -> None:
+    """A figure with a row of ``columns`` axes, filled by ``fill(figure, axes)`` and written atomically, ``description``
+    in its metadata."""
     import matplotlib
 
     matplotlib.use("agg")  # no display needed, and no window left open
@@ -95,7 +102,8 @@ def _draw(path: Path, size: tuple[float, float], columns: int, fill: Callable[[A
         figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
         try:
             fill(figure, axes[0])
-            write_atomically(path, lambda scratch: figure.savefig(scratch))
+            metadata = {"Description": description} if description else None
+            write_atomically(path, lambda scratch: figure.savefig(scratch, metadata=metadata))
         finally:
             plt.close(figure)
 
@@ -167,8 +175,9 @@ def _accuracy(axis: Any, history: list[dict[str, Any]], test: float) -> None:
     axis.legend(fontsize=7)
 
 
-def error_bars(path: Path, rows: dict[str, Sequence[float]]) -> None:
-    """One line a row, top to bottom: its values as dots, their mean with one standard deviation to either side."""
+def error_bars(path: Path, rows: dict[str, Sequence[float]], description: str | None = None) -> None:
+    """One line a row, top to bottom: its values as dots, their mean with one standard deviation to either side;
+    ``description`` goes into the picture's metadata."""
 
     def fill(figure: Any, axes: Sequence[Any]) -> None:
         axis = axes[0]
@@ -185,7 +194,7 @@ def error_bars(path: Path, rows: dict[str, Sequence[float]]) -> None:
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.set_xlabel("test accuracy, %: each seed, mean and standard deviation")
 
-    _draw(path, (7.0, 1.2 + 0.36 * len(rows)), 1, fill)
+    _draw(path, (7.0, 1.2 + 0.36 * len(rows)), 1, fill, description)
 
 
 def confusion_matrix(path: Path, probability: Tensor, labels: Tensor, classes: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -79,9 +80,12 @@ def train(
     network = build(config, data.image_size, len(data.classes), backbone).to(device)
     parallel.same_weights(network)
     _speed_up(network, config, device, layers)
+    stages = {name: _stage(name, network, config, data, layers) for name in config.stages}
     with ExitStack() as stack:
         directory = Path(resume) if resume is not None else _new_directory(config, data) if first else None
         directory = fabric.broadcast(directory)
+        if first and resume is None:
+            stack.push(_free_the_name(directory))
         if first:
             stack.callback(lock(directory))
         if first and resume is None:
@@ -117,7 +121,7 @@ def train(
             for name in config.stages[config.stages.index(progress.stage) :]:
                 if name != progress.stage:
                     progress.stage, progress.epoch, progress.step, progress.partial = name, 0, 0, {}
-                trainer.fit(_stage(name, network, config, data, layers), progress)
+                trainer.fit(stages[name], progress)
                 if first:
                     checkpoints.finish_stage(name, network)
         except KeyboardInterrupt:
@@ -178,6 +182,17 @@ def resumed_config(directory: Path, flags: dict[str, Any]) -> Config:
             f"{changed[0]}: a resumed run keeps its own, {getattr(stored, changed[0])!r}; leave the flag out"
         )
     return config
+
+
+def _free_the_name(directory: Path) -> Callable[..., None]:
+    """What an ExitStack calls at the end: deletes a new run's folder where an error came before anything was stored,
+    so that the same command can be given again. Ctrl-C keeps it: that run can be resumed."""
+
+    def leave(kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not any((directory / CHECKPOINTS).glob("*/manifest.json")):
+            shutil.rmtree(directory, ignore_errors=True)
+
+    return leave
 
 
 def is_finished(directory: Path) -> bool:

@@ -73,21 +73,31 @@ class LocalStage:
     def step(self, batch: Sequence[Tensor], train: bool) -> dict[str, Tensor]:
         first, second, third = batch
         losses: dict[str, Tensor] = {}
+        raw = self.objective.gradient is not None
 
         def visit(name: str, activation: Tensor) -> Tensor | None:
             if self.active in (None, name):
-                h1, h2 = activation.chunk(2)
-                loss = self.objective.loss(h1, h2, third)
-                if train:
-                    loss.backward()
-                losses[name] = loss.detach()
+                losses[name] = self._learn(activation, third, train, raw and name in self.walk.before_relu)
             if name == self.active:
                 raise _LastLayer
             return goodness_normalize(activation.detach()) if self.objective.normalize else None
 
         with contextlib.suppress(_LastLayer):
-            self.walk(torch.cat([scaled(first), scaled(second)]), visit)
+            self.walk(torch.cat([scaled(first), scaled(second)]), visit, raw)
         return {"loss": torch.stack(list(losses.values())).mean(), **losses}
+
+    def _learn(self, activation: Tensor, third: Tensor, train: bool, relu: bool) -> Tensor:
+        """The loss of a layer, back-propagated in training where any of the layer's parameters learns."""
+        train = train and activation.requires_grad
+        if train and self.objective.gradient is not None:
+            loss, gradient = self.objective.gradient(activation, third, relu)
+            activation.backward(gradient)
+            return loss
+        h1, h2 = (F.relu(activation) if relu else activation).chunk(2)
+        loss = self.objective.loss(h1, h2, third)
+        if train:
+            loss.backward()
+        return loss.detach()
 
 
 class _LastLayer(Exception):
@@ -202,6 +212,8 @@ class Trainer:
         """
         config, length = self.config, self.config.epochs(stage.name)
         parameters = [p for p in stage.parameters() if p.requires_grad]
+        if not parameters:
+            raise UserError(f"stage {stage.name}: nothing to train, requires_grad is off for every parameter")
         optimizer = Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         schedule = CosineAnnealingWarmRestarts(optimizer, T_0=length)
         history = progress.history.setdefault(stage.name, [])

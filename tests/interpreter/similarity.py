@@ -98,9 +98,7 @@ def check_gradient(q, k, scale, row_ids=None, col_ids=None, exclude=0, both=True
 
     head, tail = (row_ids, col_ids, exclude), (torch.empty(0), *need)
     ours = OPS.similarity_backward(q, k, scale, *head, *vectors(torch.float32), *tail, "triton")
-    truth = reference.similarity_backward(
-        q.double(), double(k), scale.double(), *head, *vectors(torch.float64), *tail
-    )
+    truth = reference.similarity_backward(q.double(), double(k), scale.double(), *head, *vectors(torch.float64), *tail)
     eager = reference.similarity_backward(q, k, scale, *head, *vectors(torch.float32), *tail)
     for name, x, y, z in zip(("dq", "dk"), ours, eager, truth, strict=True):
         assert x.dtype == q.dtype
@@ -244,9 +242,7 @@ def test_descriptors_load_what_pointers_load():
 def _both_passes(q, k, scale):
     row_lse, col_lse, cache = OPS.similarity_forward(q, k, scale, None, None, 0, True, True, "triton")
     u, v = torch.ones_like(row_lse), torch.ones_like(col_lse)
-    grads = OPS.similarity_backward(
-        q, k, scale, None, None, 0, row_lse, col_lse, u, v, cache, True, True, "triton"
-    )
+    grads = OPS.similarity_backward(q, k, scale, None, None, 0, row_lse, col_lse, u, v, cache, True, True, "triton")
     return row_lse, col_lse, *grads
 
 

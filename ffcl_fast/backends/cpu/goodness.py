@@ -37,11 +37,16 @@ def goodness_backward(h, goodness, grad_goodness, grad_out, mean, relu, eps):
 def pair_cosine_forward(h1, h2, target, margin, relu, scale, need_1, need_2):
     if not native.usable(h1):
         return panels.pair_cosine_forward(h1, h2, target, margin, relu, scale, need_1, need_2)
-    h1, h2 = _dense(h1), _dense(h2)
     rows, dim = h1.shape
-    loss = h1.new_empty(rows, dtype=torch.float32)
-    coefficients = h1.new_empty((rows, 3), dtype=torch.float32)
     d1, d2 = (h1.new_empty((rows, dim) if need else (0, dim)) for need in (need_1, need_2))
+    return *pair_cosine_into(h1, h2, target, margin, relu, scale, d1, d2), d1, d2
+
+
+def pair_cosine_into(h1, h2, target, margin, relu, scale, d1, d2):
+    """Loss and coefficients of ``pair_cosine_forward``; the gradients go into ``d1`` and ``d2``, dense or empty."""
+    h1, h2 = _dense(h1), _dense(h2)
+    loss = h1.new_empty(h1.shape[0], dtype=torch.float32)
+    coefficients = h1.new_empty((h1.shape[0], 3), dtype=torch.float32)
     status = native.module.pair_cosine_forward(
         _rows(h1, relu),
         h2.data_ptr(),
@@ -55,7 +60,7 @@ def pair_cosine_forward(h1, h2, target, margin, relu, scale, need_1, need_2):
         _address(d2),
     )
     native.check(status, "pair_cosine")
-    return loss, coefficients, d1, d2
+    return loss, coefficients
 
 
 def pair_cosine_backward(h1, h2, coefficients, grad, relu, need_1, need_2):

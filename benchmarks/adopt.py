@@ -1,0 +1,109 @@
+"""Measurements that were made on another machine, as records of that machine: results files, and gpu.json of
+``tools.gpu_measure``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from . import store
+from .variants import FAMILIES
+
+# Names of tools.gpu_workloads whose work is that of a family here. Its info_nce gives the keys a gradient, ours not.
+_FAMILIES = {
+    "clip": "clip",
+    "clip, a million": "clip",
+    "ragged clip": "clip",
+    "nt_xent": "nt_xent",
+    "sup_con": "sup_con",
+    "siglip": "siglip",
+    "goodness + normalise": "goodness_normalize",
+    "pair cosine": "pair_cosine",
+}
+_DESCRIPTION = ("key", "name", "rows", "width")
+_OURS = "triton"
+
+
+def adopt(folder: Path, path: Path) -> Path:
+    """Merge the file ``path`` into the results file of the device that it names; that file's path.
+
+    Raises ValueError naming ``path`` where it is neither a results file nor a gpu.json.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if isinstance(found, dict) and "records" in found:
+        found = store.load(path)
+        return store.merge(folder, found["records"], found["device"], found["versions"])
+    if not isinstance(found, dict) or not {"device", "torch", "rows"} <= found.keys():
+        raise ValueError(f"{path} is neither a results file nor a gpu.json of tools.gpu_measure")
+    when = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc)
+    stamp = {
+        "when": found.get("when", when.strftime("%Y-%m-%dT%H:%MZ")),
+        "commit": found.get("commit", "a commit that gpu.json does not tell"),
+        "torch": found["torch"],
+    }
+    return store.merge(folder, gpu_records(found["rows"], stamp), _device(found), {"torch": found["torch"]})
+
+
+def _device(found: dict[str, Any]) -> dict[str, Any]:
+    name = found["device"]
+    return {
+        "slug": "gpu-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+        "kind": "gpu",
+        "name": name,
+        "isa": "this GPU",
+        "threads": 0,
+        "flags": [],
+    }
+
+
+def gpu_records(rows: list[dict[str, Any]], stamp: dict[str, str]) -> list[dict[str, Any]]:
+    """A record for each column of each row whose work is that of a family here."""
+    return [
+        _record(row, provider, values, stamp)
+        for row in rows
+        if row["name"] in _FAMILIES
+        for provider, values in row.items()
+        if provider not in _DESCRIPTION
+    ]
+
+
+def _record(row: dict[str, Any], provider: str, values: dict[str, Any], stamp: dict[str, str]) -> dict[str, Any]:
+    family = FAMILIES[_FAMILIES[row["name"]]]
+    sizes = [int(n) for n in row["key"].rpartition(" ")[2].split("x")]
+    shape = [row["rows"], row["width"]] if "width" in row else sizes
+    ours = provider == "ours"
+    time: dict[str, Any] = {**stamp, "run": "gpu_measure"}
+    if "problem" in values:
+        time["problem"] = values["problem"]
+    else:
+        seconds, forward = values["both ms"] / 1e3, values["forward ms"] / 1e3
+        useful = family.useful_bytes(tuple(shape)) / 2 if family.useful_bytes else None  # bfloat16
+        time |= {
+            "seconds": seconds,
+            "forward_seconds": forward,
+            "tflops": family.units * family.unit_flops(tuple(shape)) / seconds / 1e12 or None,
+            "peak_bytes": int(values["MiB"] * 2**20),
+            "rel_error": None,
+            "deterministic": values.get("same bits"),
+            "fraction_of_ceiling": values["both fraction"],
+            "forward_fraction_of_ceiling": values["forward fraction"],
+        }
+        if useful:
+            time["gigabytes_per_second"] = useful / seconds / 1e9
+    return {
+        "workload": f"{family.name}-{'x'.join(map(str, shape))}",
+        "family": family.name,
+        "shape": shape,
+        "provider": _OURS if ours else provider,
+        "kind": "ours" if ours else "rival",
+        "what": "ffcl_fast, Triton kernels" if ours else f"{provider}, as tools.gpu_measure calls it",
+        "dtype": "bfloat16",
+        "units": family.units,
+        "time": time,
+    }
