@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import ops
 from . import _checks
+from .constant_keys import contrast_constant
 from .similarity import INTERLEAVED, STACKED, contrast, differentiable_once, prepare, raw_lse, row_dot, sigmoid_loss
 
 NEGATIVE_MODES = ("unpaired", "paired")
@@ -153,7 +154,7 @@ def nt_xent(
         out0: (N, D) the first view.
         out1: (N, D) the second view.
         negatives: (M, D) a memory bank: out0 alone is contrasted, with out1 as positives and these as negatives. They
-            are taken as they are, not normalised, and get no gradient.
+            are taken as they are, not normalised, get no gradient, and may be written over before the backward pass.
         ids: (N,) integers; rows with equal ids are no negatives of each other. Not with ``negatives``.
         decoupled: leave the positive out of the normaliser (DCL, Yeh et al. 2022). A row without negatives has 0.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -174,7 +175,7 @@ def nt_xent(
         q, positive = prepare(out0, True), prepare(out1, True)
         bank = negatives.detach().to(device=q.device, dtype=q.dtype)
         _checks.alike("negatives", bank, "out0", q)
-        loss = contrast(q, bank, scale, positive=positive, decoupled=decoupled, backend=backend)
+        loss = contrast_constant(q, bank, scale, positive, decoupled=decoupled, backend=backend)
         return _checks.reduce(loss, reduction)
     ids = _checks.ids("ids", ids, out0.shape[0], out0.device)
     if ids is None:
