@@ -1,19 +1,27 @@
-"""Run by torchrun in test_pretrain.py: ``ffcl pretrain`` whose second process dies once, after the first epoch."""
+"""What test_pretrain_processes.py has torchrun's agent start: a pretraining whose second process dies once."""
+
+from __future__ import annotations
 
 import os
-import sys
+from pathlib import Path
 
 from ffcl_fast.cli import main
 from ffcl_fast.pretrain import run
 
-if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    plain = run._Training._epoch
 
-    def epoch(self, number):
-        if number == 1:
-            os._exit(9)
-        return plain(self, number)
+def pretrain(out: str, log: str, arguments: list[str]) -> None:
+    """``ffcl pretrain`` in one worker; before the first restart rank 1 dies after one epoch."""
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        plain = run._Training._epoch
 
-    run._Training._epoch = epoch
+        def epoch(self, number):
+            if number == 1:
+                os._exit(9)
+            return plain(self, number)
 
-sys.exit(main(["pretrain", *sys.argv[1:]]))
+        run._Training._epoch = epoch
+    with Path(log).open("a") as file:
+        os.dup2(file.fileno(), 1)
+        code = main(["pretrain", *arguments, "--out", out])
+    if code:
+        raise SystemExit(code)

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,30 @@ TIMEOUT = 30  # seconds a collective waits
 LONGEST = 300  # seconds until a test is given up
 
 _context = multiprocessing.get_context("forkserver")
-# DistributedDataParallel imports torch._dynamo, which takes longer than all of a test. Not the package itself: the fork
-# server does not know the path that the test has it from.
-_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "numpy"])
+# DistributedDataParallel imports torch._dynamo, which takes longer than all of a test.
+_PRELOADED = ["torch", "torch._dynamo", "torch.distributed", "numpy", "ffcl_fast"]
 # A started process imports the test by its name: the folder of the tests, and the package's, must be on its path.
 _PATHS = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def preload(*modules: str) -> None:
+    """Let the fork server import these too; call it where a test module is imported, before any process is started."""
+    _PRELOADED.extend(modules)
+
+
+def start_server() -> None:
+    """The fork server, which imports from where this process does; nothing where it runs already."""
+    _context.set_forkserver_preload(_PRELOADED)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(_PATHS + ([before] if before else []))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,7 @@ def run(
 ) -> list[Any]:
     """See above. With ``check`` an exception in any process fails the test, else it is its result, as ``Raised``."""
     sys.path[:0] = [path for path in _PATHS if path not in sys.path]
+    start_server()
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for rank in range(world):

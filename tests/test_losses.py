@@ -109,15 +109,40 @@ def test_memory_bank_is_saved_and_restored():
 def test_memory_bank_keeps_the_last_embeddings():
     bank = MemoryBank((7, 2))
     rows = torch.arange(20.0).view(10, 2)
-    bank(rows[:3], update=True)
-    before = bank.bank.clone()
-    assert torch.equal(bank(rows[3:5], update=True), before)
+    kept = bank.keys(2)
+    bank.enqueue(rows[:3])
+    bank.enqueue(rows[3:5])
     assert torch.equal(bank.bank[:5], rows[:5]) and bank.bank_ptr == 5
-    bank(rows[5:8], update=True)  # cut at the end, as lightly does
+    bank.enqueue(rows[5:8])  # cut at the end, as lightly does
     assert torch.equal(bank.bank, rows[:7]) and bank.bank_ptr == 0
-    bank(rows, update=True)  # larger than the bank
+    bank.enqueue(rows)  # larger than the bank
     assert torch.equal(bank.bank, rows[:7]) and bank.bank_ptr == 0
-    assert torch.equal(bank(rows, update=False), rows[:7])
+    assert kept.data_ptr() == bank.keys(2).data_ptr()
+
+
+@pytest.mark.parametrize("decoupled", (False, True))
+def test_a_memory_bank_is_written_before_the_backward_pass(decoupled):
+    """A symmetric loss, as MoCo's users write it: each half has the gradients of the bank that it was computed with."""
+    temperature = nn.Parameter(torch.tensor(0.3))
+    loss = ff.NTXentLoss(temperature, memory_bank_size=(10, 5), decoupled=decoupled)
+    bank = loss.memory_bank.bank
+    x, y = (vectors(4, 5).requires_grad_() for _ in range(2))
+    truth = []
+    for a, b in ((x, y), (y, x)):
+        leaves = [v.detach().double().requires_grad_() for v in (a, b, temperature)]
+        p, q = (nn.functional.normalize(v, dim=1) for v in leaves[:2])
+        positive = (p * q).sum(1, keepdim=True)
+        logits = torch.cat((positive, p @ bank.double().T), 1) / leaves[2]
+        ((logits[:, decoupled:].logsumexp(1) - logits[:, 0]).mean()).backward()
+        truth.append([v.grad for v in leaves])
+        if a is x:
+            value = loss(x, y)
+            assert torch.equal(bank[:4], nn.functional.normalize(y.detach()))
+    (value + loss(y, x)).backward()
+    assert loss.memory_bank.bank is bank and torch.equal(bank[4:8], nn.functional.normalize(x.detach()))
+    (x0, y0, t0), (y1, x1, t1) = truth
+    for ours, expected in ((x.grad, x0 + x1), (y.grad, y0 + y1), (temperature.grad, t0 + t1)):
+        torch.testing.assert_close(ours.double(), expected, rtol=3e-5, atol=3e-6)
 
 
 def test_memory_bank_of_a_bare_size_and_wrong_width():

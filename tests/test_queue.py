@@ -23,21 +23,28 @@ def test_is_negative_keys_without_a_copy():
     value = loss(query, key, queue)
     address = queue.bank.data_ptr()
     queue.enqueue(key)
-    value.backward()  # reads the rows of its forward pass although keys were enqueued since
+    value.backward()  # of the rows of its forward pass although keys were enqueued since
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(query.grad, expected_query.grad)
     assert torch.equal(queue.keys[:4], normalize(key)) and torch.equal(queue.keys[4:], before[4:])
     assert queue.keys.data_ptr() == address
 
 
-def test_a_late_backward_is_refused():
+def test_a_late_backward_is_right():
+    """Two losses of different queues, one backward pass after both."""
     queue = ff.Queue(6, 5)
-    loss = ff.InfoNCELoss()
-    value = loss(torch.randn(4, 5, requires_grad=True), torch.randn(4, 5), queue)
-    queue.enqueue(torch.randn(4, 5))
-    loss(torch.randn(4, 5), torch.randn(4, 5), queue)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
+    loss = ff.InfoNCELoss(0.5)
+    a, b = (torch.randn(4, 5, requires_grad=True) for _ in range(2))
+    expected_a, expected_b = (x.detach().clone().requires_grad_() for x in (a, b))
+    (loss(expected_a, b.detach(), queue.keys.clone())).backward()
+    first = loss(a, b.detach(), queue)
+    queue.enqueue(b)
+    (loss(expected_b, a.detach(), queue.keys.clone())).backward()
+    second = loss(b, a.detach(), queue)
+    queue.enqueue(a)
+    (first + second).backward()
+    torch.testing.assert_close(a.grad, expected_a.grad)
+    torch.testing.assert_close(b.grad, expected_b.grad)
 
 
 def test_keeps_the_last_keys():
@@ -51,14 +58,13 @@ def test_keeps_the_last_keys():
     assert int(queue.position) == 19 % 5
 
 
-def test_is_saved_with_what_waits():
+def test_is_saved():
     queue = ff.Queue(6, 3)
     queue.enqueue(torch.randn(4, 3))
     file = io.BytesIO()
     torch.save(queue.state_dict(), file)
     file.seek(0)
     other = ff.Queue(6, 3)
-    other.enqueue(torch.randn(2, 3))  # forgotten
     other.load_state_dict(torch.load(file))
     assert torch.equal(other.keys, queue.keys) and int(other.position) == 4
 

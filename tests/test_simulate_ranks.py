@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tools.schedule_model import Machine, Problem, crossover, memory, seconds, t
 from tools.simulate_ranks import main, simulate
 
 MACHINE = Machine(rate=1e9, bandwidth=1e9, latency=1e-5, hop=2e-6, call=1e-6)
+NARROW = Machine(rate=1e9, bandwidth=1e7, latency=1e-5, hop=2e-6, call=1e-6)  # messages take longer than products
 
 
 @pytest.mark.parametrize("symmetric", (False, True))
@@ -19,8 +22,9 @@ def test_even_ranks(world, strategy, symmetric, seed):
     result = simulate(problem, strategy, MACHINE, timed=False, seed=seed)
     assert result["error"] < 1e-5
     assert result["sent"] == pytest.approx(traffic(problem, strategy))
-    tolerance = 1e-6 if strategy == "gather" else 0.5  # the model takes a ring's first message to be hidden
-    assert result["seconds"] == pytest.approx(seconds(problem, strategy, MACHINE), rel=tolerance)
+    assert result["seconds"] == pytest.approx(seconds(problem, strategy, MACHINE), rel=0.05)
+    narrow = simulate(problem, strategy, NARROW, timed=False, seed=seed)["seconds"]
+    assert narrow == pytest.approx(seconds(problem, strategy, NARROW), rel=0.25)
 
 
 @pytest.mark.parametrize("symmetric", (False, True))
@@ -47,7 +51,20 @@ def test_model_on_paper():
 
 
 def test_command(capsys):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)  # the caller's, whatever it is
     assert main(["--ranks", "3", "--rows", "6", "--dim", "4", "--rate", "1e9"]) == 0
     assert capsys.readouterr().out.count("error") == 4
     assert main(["--paper", "--rate", "1e14", "--dim", "512"]) == 0
     assert capsys.readouterr().out.count("\n") == 18
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(threads)
+
+
+def test_prediction_and_real_processes(tmp_path, capsys):
+    """What --real measures and stores; how near the prediction comes is the machine's matter, not a test's."""
+    assert main(["--real", "2", "--rows", "64", "--dim", "16", "--json", str(tmp_path / "a" / "real.json")]) == 0
+    records = json.loads((tmp_path / "a" / "real.json").read_text())["records"]
+    assert [(r["world"], r["strategy"]) for r in records] == [(2, "gather"), (2, "ring")]
+    assert all(r["real_seconds"] > 0 and r["predicted_seconds"] > 0 for r in records)
+    assert capsys.readouterr().out.count("predicted") == 2

@@ -87,10 +87,14 @@ def traffic(p: Problem, strategy: str) -> float:
 
 
 def memory(p: Problem, strategy: str) -> float:
-    """Bytes a process holds at most beyond its own embeddings and their gradients."""
+    """Bytes a process holds at most beyond its own embeddings, their gradients and a kernel's workspace.
+
+    gather: all keys, their gradients, and those once more where the collective copies them. ring: the block at work
+    and the one that arrives; the gradients that its tile gives to both sides, and those on their way in and out.
+    """
     if strategy == "gather":
         return p.world * (p.keys + 2 * p.gradients)
-    return 2 * p.keys + 3 * p.gradients
+    return 2 * p.keys + 4 * p.gradients
 
 
 def seconds(p: Problem, strategy: str, machine: Machine) -> float:
@@ -108,11 +112,16 @@ def seconds(p: Problem, strategy: str, machine: Machine) -> float:
     half = p.symmetric and w % 2 == 0
     own = 0.5 if p.symmetric else 1.0
     vectors = 8 * p.rows if p.sums else 0
-    time = machine.product(FORWARD, own * p.block) + machine.product(BACKWARD, own * p.block)
-    for step in range(1, hops + 1):
-        part = p.block * (0.5 if half and step == hops else 1.0)
-        time += max(machine.product(FORWARD, part), machine.message(p.keys + vectors))
-        time += max(machine.product(BACKWARD, part), machine.message(p.keys + p.gradients + vectors))
+    time = 0.0
+    for step in range(hops + 1):  # the own block first; while one is computed the next is on its way
+        part = p.block * (own if step == 0 else 0.5 if half and step == hops else 1.0)
+        forward, backward = machine.product(FORWARD, part), machine.product(BACKWARD, part)
+        if step < hops:
+            # sums and gradients of the block before travel beside it, on the same link
+            sums, grads = (vectors, p.gradients) if step > p.symmetric else (0, 0)
+            forward = max(forward, machine.message(p.keys + sums))
+            backward = max(backward, machine.message(p.keys + vectors + grads))
+        time += forward + backward
     return time + machine.message(vectors) + machine.message(p.gradients)
 
 

@@ -1,24 +1,28 @@
 """Plays the schedules of W processes in one: the library's own code and real tiles, a simulated clock and network.
 
     python -m tools.simulate_ranks --ranks 64 --rows 128     both ways, numerics checked, times predicted
-    python -m tools.simulate_ranks --real 2 --rows 2048      a step on 2 real processes, by the wall clock
+    python -m tools.simulate_ranks --real 2 4 --rows 2048    a step on 2 and on 4 real processes, by the wall clock
     python -m tools.simulate_ranks --paper --rate 4e14 --bandwidth 4e10    tables from assumptions alone
 
 Every rank is a thread that runs ``ffcl_fast.distributed.similarity``; only what it sends and receives goes through
 mailboxes here. A rank's clock advances by the processor time of its tiles (or by ``--rate``), and by waiting for
-messages that take latency + bytes / bandwidth. Results are compared with one process that has the whole batch.
+messages that take latency + bytes / bandwidth and share their sender's link. Results are compared with one process that
+has the whole batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import queue
 import sys
-import tempfile
 import threading
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -29,7 +33,10 @@ from ffcl_fast.distributed import similarity
 from ffcl_fast.distributed.exchange import Ring
 from ffcl_fast.distributed.meeting import Meeting
 
-from .schedule_model import Machine, Problem, crossover, memory, seconds, traffic
+from .files import write_text
+from .processes import run
+from .scale_tables import paper_table
+from .schedule_model import Machine, Problem, seconds, traffic
 
 WAIT = 600
 
@@ -40,6 +47,7 @@ class Network:
     def __init__(self, world: int, machine: Machine, block: float | None) -> None:
         self.world, self.machine, self.block = world, machine, block
         self.clock, self.sent = [0.0] * world, [0.0] * world
+        self.link = [0.0] * world  # until when a rank's link is busy with what it sends
         self.boxes: dict[tuple[int, int], queue.Queue] = defaultdict(queue.Queue)
         self.barrier = threading.Barrier(world, timeout=WAIT)
         self.board: list = [None] * world
@@ -87,7 +95,8 @@ class SimulatedRing(Ring):
         network, rank = self.network, self.rank
         size = sum(x.numel() * x.element_size() for x in tensors)
         network.sent[rank] += size
-        arrival = network.clock[rank] + network.machine.message(size)
+        network.link[rank] = max(network.link[rank], network.clock[rank]) + size / network.machine.bandwidth
+        arrival = network.link[rank] + network.machine.latency
         network.boxes[(rank - hops) % self.world, hops].put(([x.clone() for x in tensors], arrival))
 
         def wait() -> list[Tensor]:
@@ -135,6 +144,7 @@ def simulate(problem: Problem, strategy: str, machine: Machine, timed: bool, siz
 
     threads = [threading.Thread(target=rank_body, args=(rank,), daemon=True) for rank in range(world)]
     with ExitStack() as stack:
+        stack.enter_context(_one_thread())  # MKL's number is every thread's: it is put back
         for name in ("gather_rows", "all_reduce_lse", "reduce_scatter_rows"):
             stack.enter_context(mock.patch.object(similarity, name, getattr(network, name)))
         for thread in threads:
@@ -210,71 +220,64 @@ def _error(problem: Problem, results, q, k, scale, u, v) -> float:
     return max(errors)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch on one thread, and afterwards on as many as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 # --- real processes --------------------------------------------------------------------------------------------------
 
 
-def measure(world: int, rows: int, dim: int, repeats: int) -> dict[str, float]:
-    """Wall-clock seconds of a step of CLIP's loss on real processes, and what the network does, by ping-pong."""
-    with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.get_context("spawn")
-        answers = context.SimpleQueue()
-        args = (world, f"file://{folder}/rendezvous", rows, dim, repeats, answers)
-        torch.multiprocessing.spawn(_real, args=args, nprocs=world)
-        return answers.get()
-
-
-def _real(rank: int, world: int, address: str, rows: int, dim: int, repeats: int, answers) -> None:
+def real(rank: int, world: int, rows: int, dim: int, repeats: int) -> dict[str, float]:
+    """Wall-clock seconds of a step of CLIP's loss in a process of a group, and what the network does, by ping-pong."""
     import torch.distributed as dist
 
     import ffcl_fast as ff
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     ring, found = Ring(None), {}
     for name, size in (("latency", 1), ("large", 1 << 20)):
         x = torch.zeros(size)
         found[name] = _median(lambda x=x: ring.start([x], x.shape[0])(), repeats)
     found["bandwidth"] = 4 * (1 << 20) / max(found.pop("large") - found["latency"], 1e-9)
     x, y = (torch.nn.functional.normalize(torch.randn(rows, dim), dim=1).requires_grad_() for _ in range(2))
+    alone = ff.ClipLoss()
+
+    def product() -> None:  # with all processes at it, as in a step
+        dist.barrier()
+        alone(x, y, 10.0).backward()
+
+    found["product"] = _median(product, repeats)
     for strategy in ("gather", "ring"):
         loss = ff.ClipLoss(distributed=strategy)
         found[strategy] = _median(lambda loss=loss: loss(x, y, 10.0).backward(), repeats)
-    alone = ff.ClipLoss()
-    found["product"] = _median(lambda: alone(x, y, 10.0).backward(), repeats)  # with all processes at it
-    if rank == 0:
-        answers.put(found)
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
-def _median(run, repeats: int) -> float:
+def compare(world: int, rows: int, dim: int, repeats: int) -> list[dict[str, float | int | str]]:
+    """The model's prediction, from what rank 0 measures of its parts, beside a step of real processes."""
+    found = run(world, real, rows, dim, repeats)[0]
+    p = Problem(world, rows, dim)
+    machine = Machine(4 * p.block / found["product"], found["bandwidth"], found["latency"])
+    common = {"world": world, "rows": rows, "dim": dim, "machine": asdict(machine)}
+    return [
+        {**common, "strategy": way, "predicted_seconds": seconds(p, way, machine), "real_seconds": found[way]}
+        for way in ("gather", "ring")
+    ]
+
+
+def _median(step: Callable[[], object], repeats: int) -> float:
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        run()
+        step()
         times.append(time.perf_counter() - began)
     return sorted(times[1:])[repeats // 2]
-
-
-def _cell(p: Problem, way: str, machine: Machine) -> str:
-    sent, held = traffic(p, way) / 1e9, memory(p, way) / 1e9
-    return f"{sent:.2f} GB, {held:.2f} GB, {1e3 * seconds(p, way, machine):.2f} ms"
-
-
-def paper(machine: Machine, free: float, dim: int, element: int) -> str:
-    """Markdown: per step and process, for CLIP, by processes and batch, from the assumptions alone."""
-    lines = [
-        "| GPUs | rows each | batch | gather: sent, memory, time | ring: sent, memory, time | take |",
-        "|--:|--:|--:|---|---|---|",
-    ]
-    for world in (8, 64, 256, 1024):
-        for rows in (256, 1024, 4096, 16384):
-            p = Problem(world, rows, dim, element)
-            ways = [_cell(p, way, machine) for way in ("gather", "ring")]
-            lines.append(
-                f"| {world} | {rows} | {world * rows:,} | {ways[0]} | {ways[1]} | {crossover(p, machine, free)} |"
-            )
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -289,22 +292,45 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hop", type=float, help="seconds a hop inside a collective; default: --latency")
     parser.add_argument("--call", type=float, default=0.0, help="seconds an operator takes besides its work")
     parser.add_argument("--free", type=float, default=20e9, help="bytes a gather may take, for --paper")
-    parser.add_argument("--real", type=int, help="run that many real processes and compare with the prediction")
+    parser.add_argument("--real", type=int, nargs="+", help="run that many real processes, compare with the prediction")
+    parser.add_argument("--json", type=Path, help="file for what --real finds")
     parser.add_argument("--paper", action="store_true", help="tables from --rate, --bandwidth and --latency alone")
     flags = parser.parse_args(argv)
     machine = Machine(flags.rate or 1e10, flags.bandwidth, flags.latency, flags.hop, flags.call)
     if flags.paper:
-        print(paper(machine, flags.free, flags.dim, flags.element))
+        print(paper_table(machine, flags.free, flags.dim, flags.element))
         return 0
     if flags.real:
-        found = measure(flags.real, flags.rows, flags.dim, 9)
-        p = Problem(flags.real, flags.rows, flags.dim)
-        actual = Machine(4 * p.block / found["product"], found["bandwidth"], found["latency"])
-        print(f"measured: {actual}")
-        for way in ("gather", "ring"):
-            print(f"{way}: predicted {1e3 * seconds(p, way, actual):.2f} ms, real {1e3 * found[way]:.2f} ms")
-        return 0
-    torch.set_num_threads(1)
+        return _real(flags)
+    with _one_thread():
+        return _simulated(flags, machine)
+
+
+def _real(flags: argparse.Namespace) -> int:
+    records = []
+    for world in flags.real:
+        records += compare(world, flags.rows, flags.dim, 9)
+        print(f"{world} processes: {records[-1]['machine']}")
+        for r in records[-2:]:
+            predicted, actual = r["predicted_seconds"], r["real_seconds"]
+            print(
+                f"  {r['strategy']:6} predicted {1e3 * predicted:8.2f} ms, real {1e3 * actual:8.2f} ms:"
+                f" {actual / predicted:.2f} x",
+                flush=True,
+            )
+    if flags.json:
+        from benchmarks.machine import device
+        from benchmarks.store import stamp
+
+        what = "a step of CLIP's loss, forward and backward, gloo: the model's prediction and the median of nine"
+        head = json.dumps({"what": what, "device": device()["name"], **stamp()})
+        lines = ",\n".join("  " + json.dumps(record) for record in records)
+        flags.json.parent.mkdir(parents=True, exist_ok=True)
+        write_text(flags.json, f'{head[:-1]},\n "records": [\n{lines}\n ]}}\n')
+    return 0
+
+
+def _simulated(flags: argparse.Namespace, machine: Machine) -> int:
     wrong = 0
     for symmetric in (False, True):
         for world in flags.ranks:

@@ -35,6 +35,11 @@ def told(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
         ) from error
 
 
+def of_backend(error: RuntimeError) -> bool:
+    """Whether gloo or NCCL says ``error``: that a process is gone or silent."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
 def gather_rows(x: Tensor, rows: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
     """``x`` (rows[rank], ...) of every process one below the other in the order of ranks: (sum of rows, ...)."""
     most = max(rows)
@@ -121,8 +126,9 @@ class Ring:
         """Let every process's ``payload`` (rows[rank], ...) visit this one and ``steps`` more to its left.
 
         ``compute(step, owner, payload)`` runs while the next payload is on its way. What it returns for a block, (rows
-        of the owner, ...) or None, travels with the block, is merged with what the next process returns, and goes home
-        at the end: returned is what the others, and ``compute`` here at step 0, had to say about this process's rows.
+        of the owner, ...) or None, travels with the block, is merged with what the next process returns (``merge`` may
+        write into its first argument), and goes home at the end: returned is what the others, and ``compute`` here at
+        step 0, had to say about this process's rows.
         """
         payload, arriving, part = list(payload), None, None
         for step in range(steps + 1):

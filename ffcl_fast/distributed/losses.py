@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import _checks, contrastive
-from ..functional.contrast import contrast
+from ..functional.constant_keys import contrast_constant
 from ..functional.similarity import prepare, row_dot
 from . import similarity
 from .exchange import all_reduce, gather_rows
@@ -135,7 +135,7 @@ def info_nce(
         loss = contrastive._paired(query, positive_key, negative_keys, scale, decoupled)
     elif local:
         bank = negative_keys.detach().to(q.dtype)
-        loss = contrast(q, bank, scale, positive=k, decoupled=decoupled, backend=backend)
+        loss = contrast_constant(q, bank, scale, k, decoupled=decoupled, backend=backend)
     else:
         ids = None
         if negative_keys is None:

@@ -41,19 +41,21 @@ class _AcrossSigLip(torch.autograd.Function):
 
         if meeting.strategy == "gather":
             everyone, mine = gather_rows(k, meeting.keys, meeting.group), meeting.own(meeting.keys)
-            parts = [
-                pairs(everyone[cols], cols == mine)
-                for cols in (slice(0, mine.start), mine, slice(mine.stop, everyone.shape[0]))
-                if cols.stop > cols.start
-            ]
-            dk = reduce_scatter_rows(torch.cat(parts), meeting.keys, meeting.group) if grad and need_k else None
+            total = q.new_empty(everyone.shape, dtype=acc) if grad and need_k else None
+            for cols in (slice(0, mine.start), mine, slice(mine.stop, everyone.shape[0])):
+                if cols.stop > cols.start:
+                    part = pairs(everyone[cols], cols == mine)
+                    if total is not None:
+                        total[cols] = part
+                    del part
+            dk = None if total is None else reduce_scatter_rows(total, meeting.keys, meeting.group)
         else:
 
             def visit(step: int, owner: int, payload: list[Tensor]) -> Tensor | None:
                 part = pairs(payload[0], step == 0)
                 return part if grad and need_k else None
 
-            dk = meeting.ring.rotate([k], meeting.keys, meeting.world - 1, visit, torch.add)
+            dk = meeting.ring.rotate([k], meeting.keys, meeting.world - 1, visit, Tensor.add_)
         dscale = row_dot(q, dq).sum() / scale if grad and need_scale else None
         ctx.save_for_backward(
             dq.to(q.dtype) if grad and need_q else None, dk, dscale, dbias if grad and need_bias else None

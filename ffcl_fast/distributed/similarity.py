@@ -237,15 +237,14 @@ def _travelling(block: Tensor, ids: Tensor | None, work: _Blocks) -> list[Tensor
 
 
 def _ring_forward(work: _Blocks, q, k, row_ids, col_ids):
-    meeting = work.meeting
-    row = work.forward(q, k, row_ids, col_ids, True, work.both)
-    own_col, row = row[1], row[0]
+    meeting, row = work.meeting, None
 
     def compute(step, owner, payload):
         nonlocal row
+        if step == 0:  # inside the rotation, so that the first block is on its way meanwhile
+            row, col = work.forward(q, k, row_ids, col_ids, True, work.both)
+            return col if work.both else None
         block, ids = payload[0], payload[1] if len(payload) > 1 else None
-        if step == 0:
-            return own_col if work.both else None
         if not work.symmetric:
             r, c = work.forward(q, block, row_ids, ids, False, work.both)
             row = torch.logaddexp(row, r)
@@ -269,13 +268,14 @@ def _ring_backward(work: _Blocks, q, k, row_ids, col_ids, sides, gathered, need_
     meeting = work.meeting
     row = sides[0]
     visitor = row if work.symmetric else (sides[1] if work.both else None)
-    dq, own_dk = work.backward(
-        q, k, row_ids, col_ids, True, row, None if work.symmetric else visitor, need_q or work.symmetric, need_k
-    )
+    dq = None
 
     def compute(step, owner, payload):
+        nonlocal dq
         if step == 0:
-            return own_dk if need_k and not work.symmetric else None
+            col = None if work.symmetric else visitor
+            dq, dk = work.backward(q, k, row_ids, col_ids, True, row, col, need_q or work.symmetric, need_k)
+            return dk if need_k and not work.symmetric else None
         block, *rest = payload
         col = _side_of(*rest[0].unbind(1)) if visitor is not None else None
         if col is not None:
@@ -287,14 +287,17 @@ def _ring_backward(work: _Blocks, q, k, row_ids, col_ids, sides, gathered, need_
                 dq.add_(d)
             return dk if need_k else None
         mine, other = halved(meeting.rank, owner, step, meeting.keys)
+        if _empty(mine, other):
+            return q.new_zeros(block.shape, dtype=row.lse.dtype)
+        d, dk = work.backward(
+            q[mine], block[other], _cut(row_ids, mine), _cut(ids, other), False,
+            _part(row, mine), _part(col, other), True, True,
+        )  # fmt: skip
+        dq[mine] += d
+        if dk.shape == block.shape:
+            return dk
         part = q.new_zeros(block.shape, dtype=row.lse.dtype)
-        if not _empty(mine, other):
-            d, dk = work.backward(
-                q[mine], block[other], _cut(row_ids, mine), _cut(ids, other), False,
-                _part(row, mine), _part(col, other), True, True,
-            )  # fmt: skip
-            dq[mine] += d
-            part[other] += dk
+        part[other] = dk
         return part
 
     payload = [q if k is None else k]
@@ -302,7 +305,7 @@ def _ring_backward(work: _Blocks, q, k, row_ids, col_ids, sides, gathered, need_
         payload.append(torch.stack((visitor.lse, visitor.weight), 1))
     if work.across and row_ids is not None:
         payload.append(row_ids if k is None else col_ids)
-    home = meeting.ring.rotate(payload, meeting.keys, _steps(work), compute, torch.add)
+    home = meeting.ring.rotate(payload, meeting.keys, _steps(work), compute, Tensor.add_)
     if work.symmetric:
         return dq.add_(home), None
     return dq, home

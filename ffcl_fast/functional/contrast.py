@@ -118,16 +118,16 @@ class _Contrast(torch.autograd.Function):
         logit = logit.to(row_lse.dtype)
         ctx.save_for_backward(q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, logit, odds, col_odds)
         ctx.exclude, ctx.pairing, ctx.decoupled, ctx.backend = exclude, pairing, decoupled, backend
-        loss = _odds_loss(odds, decoupled)
-        return loss + _odds_loss(col_odds, decoupled) if both else loss
+        loss = odds_loss(odds, decoupled)
+        return loss + odds_loss(col_odds, decoupled) if both else loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad):
         q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, logit, odds, col_odds = ctx.saved_tensors
         need_q, need_k, need_positive, need_scale = ctx.needs_input_grad[:4]
-        row_grad = _odds_grad(grad, odds, ctx.decoupled)
-        col_grad = _odds_grad(grad, col_odds, ctx.decoupled) if col_odds is not None else None
+        row_grad = odds_grad(grad, odds, ctx.decoupled)
+        col_grad = odds_grad(grad, col_odds, ctx.decoupled) if col_odds is not None else None
         dq, dk = torch.ops.ffcl_fast.similarity_backward.default(
             q, k, scale, row_ids, col_ids, ctx.exclude, row_lse, col_lse, row_grad,
             row_lse.new_empty(0) if col_grad is None else col_grad, cache,
@@ -176,13 +176,13 @@ def _positive_dot(q: Tensor, k: Tensor | None, positive: Tensor | None, pairing:
     return torch.cat((dots, dots)) if pairing == STACKED else dots.repeat_interleave(2)
 
 
-def _odds_loss(odds: Tensor, decoupled: bool) -> Tensor:
+def odds_loss(odds: Tensor, decoupled: bool) -> Tensor:
     if decoupled:
         return odds.masked_fill(odds == -torch.inf, 0.0)
     return F.softplus(odds, threshold=_SOFTPLUS_THRESHOLD)
 
 
-def _odds_grad(grad: Tensor, odds: Tensor, decoupled: bool) -> Tensor:
+def odds_grad(grad: Tensor, odds: Tensor, decoupled: bool) -> Tensor:
     return grad * (odds != -torch.inf if decoupled else torch.sigmoid(odds))
 
 

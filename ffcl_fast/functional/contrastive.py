@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import ops
 from . import _checks
+from .constant_keys import contrast_constant
 from .contrast import INTERLEAVED, STACKED, class_contrast, contrast, fused
 from .similarity import differentiable_once, prepare, raw_lse, row_dot, sigmoid_loss
 
@@ -157,7 +158,7 @@ def nt_xent(
         out0: (N, D) the first view.
         out1: (N, D) the second view.
         negatives: (M, D) a memory bank: out0 alone is contrasted, with out1 as positives and these as negatives. They
-            are taken as they are, not normalised, and get no gradient.
+            are taken as they are, not normalised, get no gradient, and may be written over before the backward pass.
         ids: (N,) integers; rows with equal ids are no negatives of each other. Not with ``negatives``.
         decoupled: leave the positive out of the normaliser (DCL, Yeh et al. 2022). A row without negatives has 0.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -175,9 +176,10 @@ def nt_xent(
         _checks.embeddings("negatives", negatives)
         if ids is not None:
             raise ValueError("ids must be None where negatives are given")
-        bank = negatives.detach().to(device=out0.device, dtype=_checks.compute_dtype(out0))
-        _checks.alike("negatives", bank, "out0", out0)
-        loss = contrast(out0, bank, scale, positive=out1, unit_q=True, decoupled=decoupled, backend=backend)
+        q, positive = prepare(out0, True), prepare(out1, True)
+        bank = negatives.detach().to(device=q.device, dtype=q.dtype)
+        _checks.alike("negatives", bank, "out0", q)
+        loss = contrast_constant(q, bank, scale, positive, decoupled=decoupled, backend=backend)
         return _checks.reduce(loss, reduction)
     ids = _checks.ids("ids", ids, out0.shape[0], out0.device)
     if ids is None:

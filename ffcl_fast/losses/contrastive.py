@@ -125,7 +125,8 @@ class NTXentLoss(_Spread):
     Args:
         temperature: divides the cosines; a number, or a one-element tensor or parameter that gets a gradient.
         memory_bank_size: 0 for SimCLR's loss; (size, D) for MoCo's, whose negatives are the last ``size`` rows of
-            ``out1``; a bare size takes D from the first batch. The bank is a buffer and is saved with the module.
+            ``out1``; a bare size takes D from the first batch. The bank is a buffer, saved with the module and read
+            without a copy where it has the embeddings' dtype (or autocast's).
         gather_distributed: contrast with the rows of all processes, which get their gradients; or fill the memory bank
             with them.
         distributed: None, or the exact loss across processes: "auto", "gather" or "ring"; see the module's text.
@@ -166,9 +167,12 @@ class NTXentLoss(_Spread):
         if self.memory_bank.size:
             _checks.embeddings("out0", out0)
             _checks.embeddings("out1", out1)
-            _checks.alike("out1", out1, "out0", out0, rows=True)  # before the bank takes them in
-            negatives = self.memory_bank(prepare(out1.detach(), True), update=out0.requires_grad)
-            return contrastive.nt_xent(out0, out1, self.temperature, negatives, **options)
+            _checks.alike("out1", out1, "out0", out0, rows=True)  # before a bank of a bare size takes out1's width
+            negatives = self.memory_bank.keys(out1.shape[1])
+            loss = contrastive.nt_xent(out0, out1, self.temperature, negatives, **options)
+            if out0.requires_grad:
+                self.memory_bank.enqueue(prepare(out1.detach(), True))
+            return loss
         strategy = self.distributed or ("auto" if self.gather_distributed else None)
         if strategy is None or processes.world_size(self.group) == 1:
             return contrastive.nt_xent(out0, out1, self.temperature, **options)

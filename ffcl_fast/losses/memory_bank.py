@@ -12,7 +12,7 @@ from .. import distributed
 
 
 class MemoryBank(nn.Module):
-    """The last ``size`` embeddings seen, (size, D) float32, random unit vectors at first.
+    """The last ``size`` embeddings seen, (size, D) float32, random unit vectors at first. The loss reads it in place.
 
     State: the buffers ``bank`` and ``bank_ptr``, saved by ``state_dict``; a state dict without them (lightly does not
     save its own) leaves them as they are.
@@ -42,33 +42,28 @@ class MemoryBank(nn.Module):
             self.register_buffer("bank", F.normalize(torch.randn(self.size, dim), dim=-1))
             self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long))
 
-    @torch.no_grad()
-    def forward(self, output: Tensor, update: bool) -> Tensor:
-        """The (size, D) embeddings of before; with ``update``, ``output`` (N, D) then replaces the oldest ones.
-
-        As in lightly a batch that does not fit before the end is cut there, and the next one starts at the beginning.
+    def keys(self, width: int) -> Tensor:
+        """The (size, width) embeddings, not a copy: those that the next :meth:`enqueue` writes over included.
 
         Raises:
-            ValueError: ``output`` is not as wide as the bank.
+            ValueError: the bank is of another width.
         """
         if not self.bank.shape[1]:
-            with torch.inference_mode(False):  # a bank made by a validation batch is trained with later
-                bank = torch.randn(self.size, output.shape[1], dtype=self.bank.dtype, device=self.bank.device)
+            with torch.inference_mode(False), torch.no_grad():  # made by a validation batch, it is trained with later
+                bank = torch.randn(self.size, width, dtype=self.bank.dtype, device=self.bank.device)
                 self.bank = F.normalize(bank, dim=-1)
-        if output.shape[1] != self.bank.shape[1]:
-            raise ValueError(
-                f"out1 must be as wide as the memory bank: got shapes {tuple(output.shape)} and "
-                f"{tuple(self.bank.shape)}"
-            )
-        if not update:
-            return self.bank
-        before = self.bank.clone()
-        if self.gather_distributed and distributed.world_size() > 1:
-            output = distributed.gather(output)
-        self._enqueue(output)
-        return before
+        if width != self.bank.shape[1]:
+            raise ValueError(f"out1 must be as wide as the memory bank: got {width}, it is {self.bank.shape[1]} wide")
+        return self.bank
 
-    def _enqueue(self, batch: Tensor) -> None:
+    @torch.no_grad()
+    def enqueue(self, batch: Tensor) -> None:
+        """Let ``batch`` (N, D) replace the oldest embeddings.
+
+        As in lightly a batch that does not fit before the end is cut there, and the next one starts at the beginning.
+        """
+        if self.gather_distributed and distributed.world_size() > 1:
+            batch = distributed.gather_uneven(batch)
         # Positions as tensors: reading the pointer would stall an accelerator and break a compiled graph.
         count = batch.shape[0]
         batch = batch[: self.size].to(device=self.bank.device, dtype=self.bank.dtype)

@@ -18,9 +18,8 @@ class Queue(nn.Module):
         queue.enqueue(key)
         loss.backward()
 
-    No copy is made of it. A backward pass reads the very rows that its forward pass read, so enqueued keys wait, and
-    are written over the oldest ones when the queue is next read: by the next forward pass, by ``keys`` or by
-    ``state_dict``. A backward pass that comes later than that fails with PyTorch's error on changed tensors.
+    The loss reads it where it lies and makes its gradient in the same pass, so no copy is made and a later backward
+    pass is right whatever has been enqueued since.
 
     Args:
         size: keys held.
@@ -43,19 +42,15 @@ class Queue(nn.Module):
         self.position: Tensor
         self.register_buffer("bank", normalized(torch.randn(size, dim), dtype or torch.get_default_dtype()))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
-        self._waiting: list[Tensor] = []
-        self.register_state_dict_pre_hook(lambda module, *_: module._write())
-        self.register_load_state_dict_pre_hook(lambda module, *_: module._waiting.clear())
 
     @property
     def keys(self) -> Tensor:
         """(size, dim) the keys, not a copy."""
-        self._write()
         return self.bank
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Let ``keys`` (n, dim), normalised here, replace the oldest ones before the queue is next read.
+        """Let ``keys`` (n, dim), normalised here, replace the oldest ones.
 
         Raises:
             ValueError: another width.
@@ -65,18 +60,12 @@ class Queue(nn.Module):
         keys = normalized(keys.detach(), self.bank.dtype)
         if self.gather and distributed.world_size() > 1:
             keys = distributed.gather_uneven(keys)
-        self._waiting.append(keys)
-
-    @torch.no_grad()
-    def _write(self) -> None:
-        for keys in self._waiting:
-            skipped = max(0, keys.shape[0] - self.size)
-            keys = keys[skipped:].to(self.bank)
-            # Positions as a tensor: reading the number would stall an accelerator.
-            places = (self.position + skipped + torch.arange(keys.shape[0], device=keys.device)) % self.size
-            self.bank.index_copy_(0, places, keys)
-            self.position.copy_((self.position + skipped + keys.shape[0]) % self.size)
-        self._waiting.clear()
+        skipped = max(0, keys.shape[0] - self.size)
+        keys = keys[skipped:].to(self.bank)
+        # Positions as a tensor: reading the number would stall an accelerator.
+        places = (self.position + skipped + torch.arange(keys.shape[0], device=keys.device)) % self.size
+        self.bank.index_copy_(0, places, keys)
+        self.position.copy_((self.position + skipped + keys.shape[0]) % self.size)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}"

@@ -1,6 +1,6 @@
 """Contrastive pretraining over any number of processes, behind ``ffcl pretrain``: SimCLR, SupCon or CLIP-style.
 
-    torchrun --nproc-per-node 2 -m ffcl_fast.pretrain --data chest_xray_224.tar --method simclr
+    torchrun --nproc-per-node 2 -m ffcl_fast.pretrain --data ../shared/data/chest_xray_224.tar --method simclr
 
 The backbone it leaves, ``backbone.safetensors``, is what ``ffcl train --init`` takes.
 """

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed as processes
+from ..distributed.exchange import LostRank, of_backend
 from ..train import report
 from ..train.checkpoint import save_weights, write_atomically, write_text
 from ..train.errors import UserError
@@ -51,6 +52,13 @@ def pretrain(config: Config, *, resume: bool = False, log: Callable[[str], None]
         training = _Training(config, source, device, rank, world, folder, log if rank == 0 else lambda line: None)
         training.run(state)
         return folder
+    except RuntimeError as error:  # of a collective between losses: DistributedDataParallel's, a broadcast
+        if isinstance(error, LostRank) or not of_backend(error):
+            raise
+        raise LostRank(
+            f"rank {rank} of {world} heard no more from another one, which has died, has raised, or did not come within"
+            f" {config.timeout} s ({str(error).partition(chr(10))[0]})"
+        ) from error
     finally:
         if ours and dist.is_initialized():
             dist.destroy_process_group()
@@ -71,7 +79,12 @@ def _join(config: Config, device: torch.device) -> bool:
     if dist.is_initialized() or "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=config.timeout))
+    timeout = datetime.timedelta(seconds=config.timeout)
+    # torchrun keeps its store over restarts: without a prefix of its own a restarted process may read where another one
+    # listened before the restart, and fails to connect to it.
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"ffcl/restart/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return True
 
 
