@@ -223,3 +223,15 @@ def test_both_ways_to_a_loss_agree(backend, monkeypatch):
     monkeypatch.setattr(backends, "fuses", lambda *_: False)
     for name, loss in losses.items():
         torch.testing.assert_close(fused[name], loss(out0, out1), rtol=2e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_negatives_may_be_written_to_before_the_backward_pass(backend):
+    query, key = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    queue = torch.randn(20, 5)
+    info_nce(query, key, queue.clone()).backward()
+    expected, query.grad = query.grad, None
+    loss = info_nce(query, key, queue)
+    queue[:6] = key
+    loss.backward()
+    torch.testing.assert_close(query.grad, expected)

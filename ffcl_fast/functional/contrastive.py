@@ -23,7 +23,7 @@ from .. import ops
 from . import _checks
 from .constant_keys import contrast_constant
 from .contrast import INTERLEAVED, STACKED, class_contrast, contrast, fused
-from .similarity import differentiable_once, prepare, raw_lse, row_dot, sigmoid_loss
+from .similarity import differentiable_once, grad_wanted, prepare, raw_lse, row_dot, sigmoid_loss
 
 NEGATIVE_MODES = ("unpaired", "paired")
 CONTRAST_MODES = ("all", "one")
@@ -88,6 +88,8 @@ def info_nce(
     else:
         exclude = ops.EXCLUDE_NONE if ids is None else ops.EXCLUDE_SAME_ID
         k, positive = negative_keys, positive_key
+        if not k.requires_grad and grad_wanted(query, positive_key, scale):
+            k = prepare(k, True)  # a queue may be written to before the backward pass: keep the rows of this one
         col_ids = _checks.ids("negative_ids", negative_ids, negative_keys.shape[0], query.device)
     loss = contrast(
         query,
@@ -95,7 +97,7 @@ def info_nce(
         scale,
         positive=positive,
         unit_q=True,
-        unit_k=True,
+        unit_k=k is positive_key or k is negative_keys,
         row_ids=ids,
         col_ids=col_ids,
         exclude=exclude,
