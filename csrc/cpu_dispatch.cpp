@@ -10,6 +10,7 @@
 #include "isa.h"
 #include "rows.h"
 #include "similarity.h"
+#include "valid.h"
 
 namespace ffcl {
 namespace {
@@ -91,44 +92,54 @@ FFCL_DECLARE(avx512)
 #endif
 
 int similarity_forward(const Similarity& args, float* row_lse, float* col_lse, float* cache, int64_t cache_size) {
+  if (!valid(args) || !row_lse || !valid_cache(args, cache, cache_size)) return bad_argument;
   FFCL_DISPATCH(similarity_forward(args, row_lse, col_lse, cache, cache_size))
 }
 
 int similarity_backward(const Similarity& args, const float* row_lse, const float* col_lse, const float* row_grad,
                         const float* col_grad, const float* cache, int64_t cache_size, float* dq, float* dk) {
+  if (!valid(args) || !row_lse || !row_grad || (args.k && col_grad && !col_lse) || (!args.k && !dq) ||
+      !valid_cache(args, cache, cache_size)) return bad_argument;
   FFCL_DISPATCH(
       similarity_backward(args, row_lse, col_lse, row_grad, col_grad, cache, cache_size, dq, dk))
 }
 
 int siglip(const Similarity& args, float bias, bool positives, double* loss, double* dbias, float* dq, float* dk) {
+  if (!valid(args) || !args.k || !loss || !dbias) return bad_argument;
   FFCL_DISPATCH(siglip(args, bias, positives, loss, dbias, dq, dk))
 }
 
 int goodness_forward(const Activations& h, bool mean, double eps, float* goodness, void* out) {
+  if (!valid(h)) return bad_argument;
   FFCL_DISPATCH(goodness_forward(h, mean, eps, goodness, out))
 }
 
 int goodness_backward(const Activations& h, bool mean, double eps, const float* goodness, const float* grad_goodness,
                       const void* grad_out, void* dh) {
+  if (!valid(h)) return bad_argument;
   FFCL_DISPATCH(goodness_backward(h, mean, eps, goodness, grad_goodness, grad_out, dh))
 }
 
 int pair_cosine_forward(const Activations& h1, const void* h2, int64_t h2_stride, const float* target, double margin,
                         double scale, float* loss, float* coefficients, void* d1, void* d2) {
+  if (!valid(h1) || !valid_rows(h2, h1.rows, h1.dim, h2_stride)) return bad_argument;
   FFCL_DISPATCH(pair_cosine_forward(h1, h2, h2_stride, target, margin, scale, loss, coefficients, d1, d2))
 }
 
 int pair_cosine_backward(const Activations& h1, const void* h2, int64_t h2_stride, const float* coefficients,
                          const float* grad, void* d1, void* d2) {
+  if (!valid(h1) || !valid_rows(h2, h1.rows, h1.dim, h2_stride)) return bad_argument;
   FFCL_DISPATCH(pair_cosine_backward(h1, h2, h2_stride, coefficients, grad, d1, d2))
 }
 
 int pool_goodness_forward(const Maps& h, bool mean, float* goodness, float* pooled) {
+  if (!valid(h)) return bad_argument;
   FFCL_DISPATCH(pool_goodness_forward(h, mean, goodness, pooled))
 }
 
 int pool_goodness_backward(const Maps& h, bool mean, const float* pooled, const float* grad_goodness,
                            const float* grad_pooled, void* dh) {
+  if (!valid(h)) return bad_argument;
   FFCL_DISPATCH(pool_goodness_backward(h, mean, pooled, grad_goodness, grad_pooled, dh))
 }
 

@@ -1,15 +1,19 @@
 """The ``ffcl`` command: parsing and messages only; each command imports what it needs when it runs.
 
-Exit codes: 0 done; 1 ``doctor`` found something wrong; 2 a mistake of the user's, told in one line; 130 Ctrl-C.
+Exit codes: 0 done; 1 ``doctor`` found something wrong; 2 a mistake of the user's, told in one line; 130 Ctrl-C;
+143 SIGTERM, as a scheduler sends it, told as Ctrl-C is.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -131,17 +135,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 2
+    terminated: list[int] = []
     try:
-        return _COMMANDS[command](arguments)
+        with _terminates_as_ctrl_c() as terminated:
+            return _COMMANDS[command](arguments)
     except UserError as error:
         problem = str(error)
     except KeyboardInterrupt as stop:
         print(f"\nffcl {command}: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
+        return 143 if terminated else 130
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            reason = str(error).partition("\n")[0].rstrip(".")
+            problem = f"{reason}: killed, often for lack of memory; try fewer --workers, and go on with --resume"
+        elif isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        problem = "out of memory; try a smaller --batch-size or --image-size"
+        else:
+            problem = "out of memory; try a smaller --batch-size or --image-size"
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -149,6 +159,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = " ".join(filter(None, [str(error.filename or ""), error.strerror or str(error)]))
     print(f"ffcl {command}: {problem}", file=sys.stderr)
     return 2
+
+
+@contextlib.contextmanager
+def _terminates_as_ctrl_c() -> Iterator[list[int]]:
+    """SIGTERM interrupts as Ctrl-C does; the list holds it once it has come. Not under torchrun, which restarts ranks
+    that may wait in a collective, where no Python handler runs."""
+    came: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    usable = threading.current_thread() is threading.main_thread() and "RANK" not in os.environ
+    before = signal.signal(signal.SIGTERM, handle) if usable else None
+    try:
+        yield came
+    finally:
+        if usable:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _train(flags: dict[str, Any]) -> int:

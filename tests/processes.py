@@ -89,6 +89,14 @@ def run(
     return results
 
 
+def start(function: Callable[..., Any], *args: Any):
+    """A process that calls ``function(*args)``, outside any group; the caller ends or joins it."""
+    sys.path[:0] = [path for path in _PATHS if path not in sys.path]
+    process = _context.Process(target=function, args=args)
+    process.start()
+    return process
+
+
 def _result(process, receiver) -> Any:
     end = time.monotonic() + LONGEST
     while time.monotonic() < end:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import start
 from safetensors.torch import load_file
 from train_cases import TinyNet, tiny
 
@@ -137,31 +136,43 @@ def test_greedy_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
     assert outcome(tmp_path / "k") == expected
 
 
-SCRIPT = """
-import sys, torch
-from ffcl_fast.train import train
-from ffcl_fast.train.run import report
-from train_cases import TinyNet, tiny
-report.learning_curves = lambda *_: None
-torch.set_num_threads(int(sys.argv[2]))  # the bits depend on it
-torch.manual_seed(5)
-train(tiny(sys.argv[1], name="k", seed=5, batch_size=16, checkpoint_steps=2), backbone=TinyNet())
-"""
+def _train_in_a_child(folder: str, threads: int) -> None:
+    run_module.report.learning_curves = lambda *_: None
+    torch.set_num_threads(threads)  # the bits depend on it
+    quiet(tiny(Path(folder), name="k", seed=5, **SETTINGS))
 
 
-def test_a_process_killed_at_a_random_moment_resumes_to_the_same_bits(whole, tmp_path, monkeypatch):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    paths = ":".join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    command = [sys.executable, script, tmp_path, torch.get_num_threads()]
-    process = subprocess.Popen([str(part) for part in command], env=environment)
+KILLS = int(os.environ.get("FFCL_KILLS", "2"))  # 20 in `make test-long`
+
+
+@pytest.mark.parametrize("kill", range(KILLS))
+def test_a_process_killed_at_a_random_moment_resumes_to_the_same_bits(whole, tmp_path, kill):
+    """SIGKILL at any moment of the run's life, from before its folder exists to its last file."""
+    process = start(_train_in_a_child, str(tmp_path), torch.get_num_threads())
     folder = tmp_path / "k"
-    while not list(folder.glob("checkpoints/*")) and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.5))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if not run_module.is_finished(folder):
+    # The moment is counted in what the run has written, so that it does not depend on the machine's speed.
+    written = random.randint(0, 25)
+    seen: set[tuple[str, int]] = set()
+    while len(seen) < written and process.is_alive():
+        seen |= {(path.name, path.stat().st_ino) for path in _there(folder)}
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, 0.1))
+    process.kill()
+    process.join()
+    left = [path for path in _there(folder) if path.suffix == ".safetensors" and not path.name.startswith(".")]
+    for path in left:
+        load_file(path)  # whole, or not there
+    if not (folder / "config.yaml").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # nothing has begun
+        _train_in_a_child(str(tmp_path), torch.get_num_threads())
+    elif not run_module.is_finished(folder):
         resumed(folder)
     assert outcome(folder) == whole
+
+
+def _there(folder: Path) -> list[Path]:
+    """The files that are there; a file that goes while they are listed is none."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        found += [Path(parent) / name for name in names]
+    return [path for path in found if path.exists()]

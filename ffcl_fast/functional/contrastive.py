@@ -268,6 +268,8 @@ def sup_con(
     """
     _checks.choice("contrast_mode", contrast_mode, CONTRAST_MODES)
     _checks.backend(backend)
+    if isinstance(features, Tensor):
+        _checks.dense("features", features)
     if isinstance(features, Tensor) and features.dim() < 3:
         raise ValueError(f"features must be (batch, views, ...), got shape {tuple(features.shape)}")
     if isinstance(features, Tensor) and features.dim() > 3:

@@ -108,14 +108,20 @@ def channel_group_loss(h: Tensor, labels: Tensor, classes: int, *, relu: bool = 
         relu, backend: as in :func:`ffcl_fast.functional.goodness`.
 
     Returns:
-        0-dimensional float32 tensor. Raises as ``goodness`` does, and ValueError for labels of another shape.
+        0-dimensional float32 tensor. Raises as ``goodness`` does, and ValueError for labels of another shape or, where
+        the check needs no device synchronisation (CPU, not under ``torch.compile``), outside [0, classes).
     """
     g = goodness(h, "mean_squares", relu=relu, groups=classes, backend=backend)
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor; got {type(labels).__name__}")
     if labels.shape != h.shape[:1]:
         raise ValueError(f"labels must have shape {(h.shape[0],)}; got {tuple(labels.shape)}")
-    return F.cross_entropy(g, labels.long())
+    labels = labels.long()
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = (int(x) for x in torch.aminmax(labels))
+        if least < 0 or most >= classes:
+            raise ValueError(f"labels must be in [0, {classes}); got {least if least < 0 else most}")
+    return F.cross_entropy(g, labels)
 
 
 def margin_sup_con(features: Tensor, labels: Tensor, margin: float = 0.0, temperature: float = 0.1) -> Tensor:

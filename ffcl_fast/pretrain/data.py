@@ -9,6 +9,8 @@ import glob
 import io
 import os
 import random
+import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -145,15 +147,22 @@ class Shards(Source):
         seed = derive_seed(self.config.seed, "shards", number, rank)
         pipeline = wds.DataPipeline(
             wds.ResampledShards(self.urls, seed=seed, deterministic=True),
-            wds.tarfile_to_samples(),
+            wds.tarfile_to_samples(handler=self._unreadable),
             wds.shuffle(_SHUFFLED, rng=random.Random(seed)),
             wds.map(lambda sample: self._decoded(sample, seed)),
         )
         loader = DataLoader(
             pipeline, batch_size=self.config.batch_size, num_workers=self.config.workers, collate_fn=collate
         )
-        for _, batch in zip(range(self.steps(world)), loader, strict=False):
-            yield batch
+        try:
+            for _, batch in zip(range(self.steps(world)), loader, strict=False):
+                yield batch
+        except UserError as error:  # from a worker it comes with all of that one's traceback
+            raise UserError(str(error).rpartition("UserError: ")[2]) from None
+
+    def _unreadable(self, error: Exception) -> bool:
+        where = next((str(part) for part in reversed(error.args) if str(part) in self.urls), self.config.data)
+        raise UserError(f"data {where}: not a readable shard ({error.args[0] if error.args else error})") from None
 
     def _decoded(self, sample: dict, seed: int) -> tuple[Tensor, Tensor, int]:
         key = sample.get("__key__", "?")
@@ -161,9 +170,11 @@ class Shards(Source):
         if kind is None:
             raise UserError(f"data {self.config.data}: sample {key!r} has no image ({_IMAGES.replace(';', ', ')})")
         try:
-            with Image.open(io.BytesIO(sample[kind]), formats=sorted(set(FORMATS.values()))) as image:
-                size = (self.image_size, self.image_size)
-                pixels = np.asarray(image.convert("L").resize(size, Image.Resampling.BILINEAR))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(io.BytesIO(sample[kind]), formats=sorted(set(FORMATS.values()))) as image:
+                    size = (self.image_size, self.image_size)
+                    pixels = np.asarray(image.convert("L").resize(size, Image.Resampling.BILINEAR))
             label = int(sample["cls"]) if "cls" in sample else -1
             caption = sample["txt"].decode() if "txt" in sample else ""
         except Exception as error:  # Pillow's decoders raise anything on hostile bytes
@@ -174,17 +185,42 @@ class Shards(Source):
         return self.item(torch.from_numpy(pixels.copy())[None], label, caption, derive_seed(seed, key))
 
 
+# What curl, which webdataset starts through a shell, may be asked for.
+_URL = re.compile(r"https?://[\w.~:/?#\[\]@!&()*+,;=%-]+")
+
+
 def _shards(data: str) -> list[str]:
-    """The shard files that ``data`` means, or none: then it is not about shards."""
+    """The shard files that ``data`` means, or none: then it is not about shards.
+
+    Raises UserError for other URLs than http and https (webdataset's "pipe:" would start a program), and for files that
+    are links out of their folder, or no files.
+    """
     if "{" in data or data.startswith(("http://", "https://")):
         import webdataset as wds
 
-        return list(wds.shardlists.expand_urls(data))
+        return [_checked(url) for url in wds.shardlists.expand_urls(data)]
     if "*" in data:
         found = sorted(glob.glob(data))
         if not found:
             raise UserError(f"data {data!r}: no such files")
-        return found
+        return [_checked_file(path) for path in found]
     if os.path.isdir(data) and not os.path.isdir(os.path.join(data, "train")):
-        return sorted(glob.glob(os.path.join(glob.escape(data), "*.tar")))
+        return [_checked_file(path) for path in sorted(glob.glob(os.path.join(glob.escape(data), "*.tar")))]
     return []
+
+
+def _checked(url: str) -> str:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url) is None:
+        return _checked_file(url)
+    if not _URL.fullmatch(url):
+        raise UserError(f"data {url!r}: expected a file or a plain http(s) address")
+    return url
+
+
+def _checked_file(path: str) -> str:
+    whole = os.path.abspath(path)  # from the root: no name can be taken for another kind of address
+    if not os.path.isfile(whole):
+        raise UserError(f"data {path}: no such file")
+    if os.path.dirname(os.path.realpath(whole)) != os.path.realpath(os.path.dirname(whole)):
+        raise UserError(f"data {path}: a symbolic link that leads out of its folder; copy the file in")
+    return whole

@@ -12,6 +12,7 @@ Kept are the newest, the one before it (should the newest be damaged) and the be
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -74,7 +75,23 @@ def save_weights(path: Path, network: nn.Module) -> None:
     """The network's tensors as safetensors, atomically."""
     from safetensors.torch import save_model
 
-    write_atomically(path, lambda scratch: save_model(network, str(scratch)))
+    write_atomically(path, lambda scratch: _told(path, save_model, network, str(scratch)))
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """``state`` for :func:`torch.load`, atomically."""
+    write_atomically(path, lambda scratch: _told(path, torch.save, state, scratch))
+
+
+def _told(path: Path, write: Callable[..., Any], *arguments: Any) -> None:
+    """``write(*arguments)``; a full disk, which these libraries tell as errors of their own, is an OSError."""
+    try:
+        write(*arguments)
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(errno.EIO, f"cannot be written ({reason})", str(path)) from error
 
 
 def load_weights(path: Path, network: nn.Module) -> None:
@@ -103,7 +120,7 @@ class Checkpoints:
         scratch.mkdir()
         try:
             save_weights(scratch / _WEIGHTS, network)
-            write_atomically(scratch / _STATE, lambda path: torch.save(state, path))
+            save_state(scratch / _STATE, state)
             files = {name: _fingerprint(scratch / name) for name in (_WEIGHTS, _STATE)}
             write_text(scratch / _MANIFEST, json.dumps({**asdict(progress), "files": files}, indent=1))
             target = self.directory / progress.folder

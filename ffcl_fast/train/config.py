@@ -22,6 +22,8 @@ CONTRASTIVE = ("info_nce", "nt_xent", "sup_con")  # these compare two views of e
 GOODNESS = ("sum_squares", "mean_squares")
 OBJECTIVES = ("logistic", "silu", "symba", "two_threshold")  # ffcl_fast.functional.OBJECTIVES, which needs torch
 
+LARGEST_FILE = 1 << 18  # characters of a YAML file that are read
+
 # What a preset sets; every value can still be overridden. `quick` is sized for 2 CPU cores and under 5 minutes,
 # `paper` for the settings seen in the authors' notebook (shared description: batch 10, 64 x 64, 50 epochs, seed 48).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -228,7 +230,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
+            text = file.read(LARGEST_FILE + 1)
+        if len(text) > LARGEST_FILE:
+            raise UserError(f"config {path}: larger than {LARGEST_FILE >> 10} KiB, which no settings need")
+        values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
     except yaml.YAMLError as error:

@@ -13,6 +13,7 @@ import shutil
 import tarfile
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -185,14 +186,17 @@ def _unpacked(path: Path) -> Path:
             target = cache / f"{path.stem}-{key}"
             if target.is_dir():
                 return target
-            members = [m for m in packed if m.isdir() or (m.isfile() and Path(m.name).suffix.lower() in FORMATS)]
-            size = sum(m.size for m in members)
             cache.mkdir(parents=True, exist_ok=True)
-            if size > min(LARGEST_TAR, shutil.disk_usage(cache).free):
-                raise UserError(f"data {path}: unpacks to {size >> 20} MiB, more than {cache} has room for")
+            room, size, members = min(LARGEST_TAR, shutil.disk_usage(cache).free), 0, []
+            for member in packed:  # the sum so far, so that a bomb is never read to its end
+                size += member.size
+                if size > room:
+                    raise UserError(f"data {path}: unpacks to over {room >> 20} MiB, more than {cache} has room for")
+                if member.isdir() or (member.isfile() and Path(member.name).suffix.lower() in FORMATS):
+                    members.append(member)
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
                 packed.extractall(Path(scratch) / "data", members=members, filter="data")
                 os.replace(Path(scratch) / "data", target)
             return target
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"data {path}: expected a folder or a readable .tar file ({error})") from None

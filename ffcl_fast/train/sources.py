@@ -101,8 +101,11 @@ def _find_or_download(config: Config, name: str, info: dict) -> Path:
     if config.data_dir and not folders[0].is_dir():
         raise UserError(f"data_dir {config.data_dir!r}: no such folder")
     for folder in folders:
-        if (folder / f"{name}.npz").is_file():
-            return folder / f"{name}.npz"
+        path = folder / f"{name}.npz"
+        if path.is_file():
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"data {path}: a symbolic link that leads out of {folder}; copy the file in")
+            return path
     import medmnist
 
     root = folders[0] if config.data_dir else _home()
@@ -143,7 +146,8 @@ def _check_archive(path: Path, classes: int) -> None:
                     raise UserError(f"data {path}: {split}_labels is not one whole number an image")
                 if labels.min() < 0 or labels.max() >= classes:
                     raise UserError(f"data {path}: {split}_labels has values outside 0 ... {classes - 1}")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+    # an array whose header promises more than memory holds is a MemoryError
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zipfile.zlib.error) as error:
         raise UserError(f"data {path}: not a readable .npz file ({error})") from None
 
 

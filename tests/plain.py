@@ -1,0 +1,129 @@
+"""The losses as anyone would write them in plain PyTorch, similarity matrix and all, and the comparison with ours.
+
+Every function computes in the dtype of its inputs and differentiates under autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helpers import assert_close_to_reference
+
+
+def info_nce(query, positive, negatives=None, temperature=0.1, ids=None, negative_ids=None, decoupled=False) -> Tensor:
+    """(N,); negatives None, (M, D) or (N, M, D)."""
+    q, p = F.normalize(query, dim=1), F.normalize(positive, dim=1)
+    logit = (q * p).sum(1) / temperature
+    if negatives is None:
+        s = q @ p.T / temperature
+        out = torch.eye(len(q), dtype=torch.bool) if ids is None else ids[:, None] == ids[None, :]
+    elif negatives.dim() == 3:
+        s = (q[:, None] * F.normalize(negatives, dim=2)).sum(2) / temperature
+        out = None
+    else:
+        s = q @ F.normalize(negatives, dim=1).T / temperature
+        out = None if ids is None else ids[:, None] == negative_ids[None, :]
+    if out is not None:
+        s = s.masked_fill(out, -torch.inf)
+    if decoupled:
+        odds = s.logsumexp(1) - logit
+        return torch.where(odds == -torch.inf, 0.0, odds)
+    return torch.cat((logit[:, None], s), 1).logsumexp(1) - logit
+
+
+def nt_xent(x, y, temperature=0.5, ids=None, decoupled=False) -> Tensor:
+    """(2N,), the rows of ``x`` first."""
+    z = F.normalize(torch.cat((x, y)), dim=1)
+    s = z @ z.T / temperature
+    n = len(x)
+    logit = s.diagonal(n).repeat(2)
+    ids = (torch.arange(n) if ids is None else ids).repeat(2)
+    s = s.masked_fill(ids[:, None] == ids[None, :], -torch.inf)
+    if decoupled:
+        odds = s.logsumexp(1) - logit
+        return torch.where(odds == -torch.inf, 0.0, odds)
+    return torch.cat((logit[:, None], s), 1).logsumexp(1) - logit
+
+
+def sup_con(features, labels, temperature=0.07, one=False) -> Tensor:
+    """(); anchors without a positive are left out of the mean."""
+    n, views, _ = features.shape
+    z = features.transpose(0, 1).reshape(n * views, -1)
+    labels = labels.repeat(views)
+    anchors = n if one else n * views
+    s = z[:anchors] @ z.T / temperature
+    itself = torch.eye(n * views, dtype=torch.bool)[:anchors]
+    positive = (labels[:anchors, None] == labels[None, :]) & ~itself
+    log_p = s - s.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
+    count = positive.sum(1)
+    rows = -(log_p * positive).sum(1)[count > 0] / count[count > 0]
+    factor = temperature / 0.07
+    return rows.mean() * factor if rows.numel() else features.sum() * 0
+
+
+def clip(x, y, scale, ids=None) -> Tensor:
+    s = scale * x @ y.T
+    if ids is not None:
+        same = (ids[:, None] == ids[None, :]).fill_diagonal_(False)
+        s = s.masked_fill(same, -torch.inf)
+    labels = torch.arange(len(x))
+    return (F.cross_entropy(s, labels) + F.cross_entropy(s.T, labels)) / 2
+
+
+def siglip(x, y, scale, bias, negative_only=False) -> Tensor:
+    s = scale * x @ y.T + bias
+    z = -torch.ones_like(s)
+    if not negative_only:
+        z.diagonal().fill_(1)
+    return -F.logsigmoid(z * s).sum() / len(x)
+
+
+def goodness(h, mean=False, relu=False) -> Tensor:
+    a = (F.relu(h) if relu else h).flatten(1)
+    squares = a * a
+    return squares.mean(1) if mean else squares.sum(1)
+
+
+def normalize(h, eps=1e-6, relu=False) -> Tensor:
+    a = (F.relu(h) if relu else h).flatten(1)
+    return (a / (a.square().mean(1, keepdim=True).sqrt() + eps)).reshape(h.shape)
+
+
+def pooled(h, relu=False) -> Tensor:
+    return (F.relu(h) if relu else h).flatten(2).mean(2)
+
+
+def pair_cosine(h1, h2, target, margin=0.0, relu=False) -> Tensor:
+    """(N,)"""
+    a, b = ((F.relu(h) if relu else h).flatten(1) for h in (h1, h2))
+    return F.cosine_embedding_loss(a, b, target, margin, reduction="none")
+
+
+def agree(ours, written_out, inputs: list[Tensor], terms: float = 0.0, gradient_terms: float = 0.0) -> None:
+    """Value and gradients of ``ours`` against ``written_out`` in float64 by the project's rule; no input is changed.
+
+    A loss of several rows gets a random upstream gradient, so that a row taken for another shows. What is not finite
+    (a row without any pair) has no gradient. ``terms``, ``gradient_terms``: of what size the numbers are whose
+    difference a value or a gradient may be, see ``assert_close_to_reference``.
+    """
+    results, weight = [], None
+    before = [x.clone() for x in inputs]
+    for function, double in ((ours, False), (written_out, False), (written_out, True)):
+        leaves = [(x.double() if double else x.detach()).requires_grad_() for x in inputs]
+        value = function(*leaves)
+        if weight is None:
+            weight = torch.randn(value.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+        finite = torch.where(value.isfinite(), value, 0.0)
+        gradients = torch.autograd.grad((finite * weight.to(value.dtype)).sum(), leaves, allow_unused=True)
+        results.append([value.detach(), *gradients])
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True)), "an input was changed"
+    for number, (mine, plainly, exact) in enumerate(zip(*results, strict=True)):
+        if exact is None:
+            assert mine is None or not mine.any()
+            continue
+        name, factor, size = ("value", 2, terms) if number == 0 else (f"gradient {number}", 3, gradient_terms)
+        if number:
+            plainly, exact = (torch.where(x.isnan(), 0.0, x) for x in (plainly, exact))
+        assert_close_to_reference(mine, plainly, exact, factor, name, size)

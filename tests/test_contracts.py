@@ -1,0 +1,259 @@
+"""What holds for every function alike: determinism, threads, processes, memory, no waiting for the device."""
+
+from __future__ import annotations
+
+import ast
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import every_loss
+import pytest
+import torch
+from every_loss import LOSSES
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ffcl_fast import backends, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+_ops = torch.ops.ffcl_fast
+
+
+def _leaves(seed: int = 0) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(seed)
+    return tuple(x.requires_grad_() for x in every_loss.inputs())
+
+
+def _everything(seed: int = 0) -> dict[str, list[torch.Tensor]]:
+    return {name: every_loss.run(name, _leaves(seed)) for name in LOSSES}
+
+
+def _different(a: dict, b: dict) -> list[str]:
+    return [n for n in a if len(a[n]) != len(b[n]) or not all(map(torch.equal, a[n], b[n]))]
+
+
+# (arguments without the backend) of every operator
+def _arguments() -> dict[str, tuple]:
+    q, k = torch.randn(7, 5), torch.randn(6, 5)
+    scale, ids = torch.tensor(3.0), (torch.arange(7) % 3, torch.arange(6) % 3)
+    head = (q, k, scale, *ids, ops.EXCLUDE_SAME_ID)
+    row, col, cache = _ops.similarity_forward(*head, True, True, "cpu")
+    h, maps = torch.randn(4, 9), torch.randn(3, 4, 5)
+    g, out = _ops.goodness_forward(h, False, True, True, 0.1, "cpu")
+    pooled = _ops.pool_goodness_forward(maps, True, False, "cpu")[1]
+    target = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    coefficients = _ops.pair_cosine_forward(h, out, target, 0.0, False, 1.0, True, True, "cpu")[1]
+    return {
+        "similarity_forward": (*head, True, False),
+        "similarity_backward": (*head, row, col, row, col, cache, True, True),
+        "siglip": (q[:6], k, scale, -scale, True, True),
+        "goodness_forward": (h, True, True, True, 0.1),
+        "goodness_backward": (h, g, g, out, False, True, 0.1),
+        "pair_cosine_forward": (h, out, target, 0.0, True, 0.5, True, False),
+        "pair_cosine_backward": (h, out, coefficients, g, True, True, False),
+        "scale_": (h.clone(), torch.tensor(2.0)),
+        "pool_goodness_forward": (maps, False, True),
+        "pool_goodness_backward": (maps, pooled, torch.randn(3), None, False, True),
+        "goodness_many": ([h, q], True, False),
+        "goodness_many_backward": ([h, q], torch.randn(11), True, False),
+        "linear_goodness": (q, k, torch.randn(6), True, True),
+    }
+
+
+def test_opcheck_of_every_operator():
+    arguments = _arguments()
+    names = {
+        n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("ffcl_fast::")
+    }
+    assert names == set(arguments), "an operator is not in this test's table"
+    utils = ("test_schema", "test_faketensor")
+    for name, values in arguments.items():
+        torch.library.opcheck(getattr(_ops, name).default, (*values, "auto"), test_utils=utils)
+
+
+def test_deterministic_algorithms_are_honoured():
+    """No complaint, and the same bits; PyTorch then also fills every fresh tensor with NaN."""
+    before = _everything()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not _different(before, _everything())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_only_requested_gradients_are_given(name):
+    used = {i for i, x in enumerate(_leaves()) if len(_alone(name, i)) > 1}
+    assert used
+    for i in range(5):
+        results = _alone(name, i)
+        assert results[0].isfinite() and len(results) == 1 + (i in used)
+    nothing = LOSSES[name](*(x.detach() for x in _leaves()))
+    assert not nothing.requires_grad
+
+
+def _alone(name: str, index: int) -> list[torch.Tensor]:
+    return every_loss.run(name, tuple(x.detach().requires_grad_(i == index) for i, x in enumerate(_leaves())))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_input_is_changed(name):
+    leaves = _leaves()
+    before = [x.detach().clone() for x in leaves]
+    every_loss.run(name, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(leaves, before, strict=True))
+
+
+# ------------------------------------------------------------------------------------------- no waiting for the device
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Tensors without data that say they are on a GPU: reading a number back from one raises."""
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_reads_nothing_back_from_the_device(name, pretended_gpu):
+    leaves = tuple(x.requires_grad_() for x in every_loss.inputs("cuda"))
+    value = LOSSES[name](*leaves)
+    assert value.device.type == "cuda" and value.requires_grad
+
+
+CHECKED = ("pair_cosine", "pair_cosine rows", "layerwise", "goodness of groups")  # on a CPU they look at their targets
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_gradient_reads_nothing_back(name, pretended_gpu, monkeypatch):
+    """The same for the backward pass; as CPU tensors without data, since autograd will not pretend a GPU."""
+    if name in CHECKED:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    leaves = tuple(x.requires_grad_() for x in every_loss.inputs())
+    assert len(every_loss.run(name, leaves)) > 1
+
+
+def test_what_reads_back_would_be_seen(pretended_gpu):
+    with pytest.raises(Exception, match="[Dd]ata.?dependent|_local_scalar_dense"):
+        bool(torch.ones(3, device="cuda").sum() > 1)
+
+
+READING = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "is_nonzero"}
+
+
+def test_backends_of_a_gpu_read_nothing_back():
+    """By their source: what a launch needs of the device stays there; only timing, when asked for, waits."""
+    found = []
+    folder = ROOT / "ffcl_fast" / "backends"
+    for path in [
+        *folder.glob("triton/*.py"),
+        *folder.glob("cuda*.py"),
+        folder / "panels.py",
+        *folder.glob("panels_*.py"),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in READING:
+                found.append(f"{path.name}:{node.lineno} {node.func.attr}")
+    assert not [f for f in found if not f.startswith("launch.py")], found
+
+
+# ------------------------------------------------------------------------------------------------ threads and processes
+
+
+def test_python_threads_at_once():
+    expected, wrong = [_everything(seed) for seed in range(4)], []
+    inputs = [_leaves(seed) for seed in range(4)]
+
+    def work(number: int) -> None:
+        for _ in range(3):
+            leaves = tuple(x.detach().requires_grad_() for x in inputs[number])
+            wrong.extend(_different(expected[number], {name: every_loss.run(name, leaves) for name in LOSSES}))
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def _child(numbers: list, sender) -> None:
+    torch.set_num_threads(2)
+    sender.send([[x.numpy() for x in values] for values in _everything(3).values()])
+    sender.close()
+
+
+@pytest.mark.parametrize("method", ("fork", "spawn"))
+def test_other_processes_compute_the_same(method, monkeypatch):
+    """After a fork, which leaves OpenMP without its threads, and in a process of its own."""
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    monkeypatch.setenv("PYTHONPATH", paths)
+    monkeypatch.setattr(sys, "path", [*paths.split(os.pathsep), *sys.path])
+    torch.set_num_threads(2)
+    expected = _everything(3)
+    if method == "fork":
+        # Straight away: nothing of the parent's test runner may run on in a copy. Without what a fork leaves behind:
+        # autograd's own threads, and OpenMP's, which PyTorch's products would wait for.
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            with torch.no_grad():
+                same = all(torch.allclose(LOSSES[n](*_leaves(3)), v[0], rtol=1e-4) for n, v in expected.items())
+            os._exit(0 if same else 1)
+        for _ in range(3000):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(child, signal.SIGKILL)
+            pytest.fail("the child hangs")
+        assert os.waitstatus_to_exitcode(status) == 0
+        return
+    context = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=([], sender))
+    process.start()
+    sender.close()
+    results = receiver.recv()
+    process.join()
+    ours = {name: [torch.from_numpy(x) for x in values] for name, values in zip(expected, results, strict=True)}
+    assert not _different(expected, ours)
+
+
+GROWTH = """
+import gc, torch
+import every_loss
+torch.manual_seed(0)
+leaves = tuple(x.requires_grad_() for x in every_loss.inputs())
+def resident():
+    gc.collect()
+    return int(open("/proc/self/statm").read().split()[1]) * 4
+def tensors():
+    return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+names = list(every_loss.LOSSES)
+def calls(count):
+    for i in range(count):
+        every_loss.run(names[i % len(names)], leaves)
+calls(1000)
+before = resident(), tensors()
+calls(10000)
+print(resident() - before[0], tensors() - before[1])
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_ten_thousand_calls_leave_no_memory_behind():
+    """A tensor of 1.5 kB lost in each call would be 15 MB."""
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", GROWTH], env=environment, capture_output=True, text=True, check=True)
+    kilobytes, tensors = map(int, done.stdout.split())
+    assert kilobytes < 4096 and tensors == 0

@@ -1,0 +1,257 @@
+"""Files of ill will that tests/test_train_data.py, test_train_checkpoint.py and test_train_config.py leave out."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from train_cases import TinyNet, tiny, write_image_folder, write_medmnist
+
+from ffcl_fast.pretrain import Config
+from ffcl_fast.pretrain.data import open_source
+from ffcl_fast.train import config as config_module
+from ffcl_fast.train import folder, sources, train
+from ffcl_fast.train import run as run_module
+from ffcl_fast.train.config import load_config
+from ffcl_fast.train.data import prepare
+from ffcl_fast.train.errors import UserError
+
+
+@pytest.fixture
+def random(seed) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(autouse=True)
+def own_places(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def refused(call, *parts: str) -> None:
+    with pytest.raises(UserError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and "Traceback" not in text and all(part in text for part in parts), text
+
+
+def files_under(root: Path) -> set[str]:
+    return {str(p.relative_to(root)) for p in root.rglob("*") if not p.is_dir()}
+
+
+# ---------------------------------------------------------------------------------------------------------------- .npz
+
+
+def medmnist(tmp_path):
+    return lambda: prepare(tiny(tmp_path, data="pneumoniamnist", data_dir=str(tmp_path)))
+
+
+def test_an_npz_that_unpacks_to_too_much(tmp_path, random, monkeypatch):
+    path = write_medmnist(tmp_path / "pneumoniamnist.npz", random)
+    monkeypatch.setattr(sources, "LARGEST_ARRAY", 10_000)
+    refused(medmnist(tmp_path), str(path), "unpacks to more than")
+
+
+def test_an_array_whose_header_promises_more_than_there_is(tmp_path, random):
+    path = write_medmnist(tmp_path / "pneumoniamnist.npz", random)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**15, 28, 28)})
+    with zipfile.ZipFile(path) as packed:
+        members = {name: packed.read(name) for name in packed.namelist()}
+    members["train_images.npy"] = header.getvalue() + b"\0" * 100
+    with zipfile.ZipFile(path, "w") as packed:
+        for name, content in members.items():
+            packed.writestr(name, content)
+    refused(medmnist(tmp_path), str(path))
+
+
+def test_an_npz_that_is_a_link_out_of_its_folder(tmp_path, random):
+    write_medmnist(tmp_path / "elsewhere.npz", random)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "pneumoniamnist.npz").symlink_to(tmp_path / "elsewhere.npz")
+    refused(lambda: prepare(tiny(tmp_path, data="pneumoniamnist", data_dir=str(tmp_path / "data"))), "symbolic link")
+
+
+# ---------------------------------------------------------------------------------------------------------------- .tar
+
+
+def packed(tmp_path, random) -> tuple[Path, Path]:
+    root = write_image_folder(tmp_path / "xrays", random)
+    path = tmp_path / "xrays.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(root, "xrays")
+    return path, root
+
+
+def unpacking(tmp_path, path):
+    return lambda: prepare(tiny(tmp_path, data=str(path), image_size=8))
+
+
+def test_a_truncated_tar(tmp_path, random):
+    path, _ = packed(tmp_path, random)
+    path.write_bytes(path.read_bytes()[: int(random.integers(600, 20_000))])
+    refused(unpacking(tmp_path, path), "xrays")  # in the midst of a member, or of a class's images
+    assert not list((tmp_path / "cache").rglob("*.tmp*"))
+
+
+def test_a_truncated_compressed_tar(tmp_path, random):
+    path, _ = packed(tmp_path, random)
+    squeezed = gzip.compress(path.read_bytes())
+    path.write_bytes(squeezed[: len(squeezed) // 2])
+    refused(unpacking(tmp_path, path), str(path))
+
+
+def test_a_tar_bomb_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """A member that says 2^60 bytes, none of which are there: what counts is said before what follows."""
+    path = tmp_path / "bomb.tar"
+    member = tarfile.TarInfo("bomb/train/a/x.jpeg")
+    member.size = 2**60
+    path.write_bytes(gzip.compress(member.tobuf() + b"\0" * 10**6))
+    refused(unpacking(tmp_path, path), str(path), "unpacks to over")
+    monkeypatch.setattr(folder, "LARGEST_TAR", 1000)
+    small = tmp_path / "small.tar"
+    with tarfile.open(small, "w") as archive:
+        for i in range(3):
+            info = tarfile.TarInfo(f"small/train/a/{i}.txt")
+            info.size = 400
+            archive.addfile(info, io.BytesIO(b"x" * 400))
+    refused(unpacking(tmp_path, small), str(small), "unpacks to over")
+
+
+@pytest.mark.parametrize("kind", (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE))
+def test_only_plain_files_leave_a_tar(tmp_path, random, kind):
+    path, _ = packed(tmp_path, random)
+    with tarfile.open(path, "a") as archive:
+        member = tarfile.TarInfo("xrays/train/NORMAL/evil.jpeg")
+        member.type, member.linkname = kind, "/etc/passwd"
+        archive.addfile(member)
+    unpacking(tmp_path, path)()
+    assert not list((tmp_path / "cache").rglob("evil*"))
+
+
+# --------------------------------------------------------------------------------------------------------------- shards
+
+
+def shard(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def png(size: int = 20) -> bytes:
+    image = io.BytesIO()
+    Image.fromarray(np.zeros((size, size), np.uint8)).save(image, "PNG")
+    return image.getvalue()
+
+
+def drawing(data: object, workers: int = 0):
+    config = Config(data=str(data), image_size=16, batch_size=4, epoch_samples=8, workers=workers)
+    return lambda: list(open_source(config).epoch(0, 0, 1))
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+@pytest.mark.parametrize("damage", ("truncated", "text", "empty image", "bomb"))
+def test_a_damaged_shard(tmp_path, damage, workers, monkeypatch):
+    path = shard(tmp_path / "s" / "a.tar", {f"{i}.png": png() for i in range(9)})
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:700])
+    elif damage == "text":
+        path.write_text("no")
+    elif damage == "empty image":
+        shard(path, {f"{i}.png": b"" for i in range(9)})
+    else:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    refused(drawing(tmp_path / "s", workers), str(tmp_path / "s"))
+
+
+def test_pickles_in_a_shard_are_not_read(tmp_path):
+    opens = b"cbuiltins\nopen\n(S'" + str(tmp_path / "unpickled").encode() + b"'\nS'w'\ntR."
+    members = {
+        f"{i}.{kind}": content for i in range(9) for kind, content in (("png", png()), ("pyd", opens), ("pth", opens))
+    }
+    shard(tmp_path / "s" / "a.tar", members)
+    assert len(drawing(tmp_path / "s")()) == 2
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_shard_that_is_a_link_out_of_its_folder(tmp_path):
+    path = shard(tmp_path / "elsewhere.tar", {"0.png": png()})
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "a.tar").symlink_to(path)
+    for data in (tmp_path / "s", tmp_path / "s" / "*.tar", tmp_path / "s" / "{a,a}.tar"):
+        refused(drawing(data), "a.tar", "symbolic link")
+    os.mkfifo(tmp_path / "s" / "b.tar")
+    (tmp_path / "s" / "a.tar").unlink()
+    refused(drawing(tmp_path / "s"), "b.tar", "no such file")
+
+
+@pytest.mark.parametrize(
+    "data",
+    (
+        "pipe:touch ran{0..0}",
+        "pipe: touch ran; {a,b}",
+        "http://x/'; touch ran; '{0..1}.tar",
+        "https://x/$(touch ran){0..1}.tar",
+        "file:`touch ran`{0..1}",
+        "s3://bucket/{0..1}.tar",
+    ),
+)
+def test_an_address_of_shards_starts_no_program(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    refused(drawing(data), "data", "plain http(s) address")
+    assert not files_under(tmp_path)
+
+
+def test_a_file_named_as_a_command_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shard(tmp_path / "pipe:touch ran.tar", {f"{i}.png": png() for i in range(9)})
+    assert len(drawing("*.tar")()) == 2
+    assert files_under(tmp_path) == {"pipe:touch ran.tar"}
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def test_a_config_without_end(tmp_path, monkeypatch):
+    path = tmp_path / "c.yaml"
+    path.write_text("lr: 1e-3\n" + "# long\n" * 50_000)
+    refused(lambda: load_config({}, path), str(path), "larger than")
+    refused(lambda: load_config({}, "/dev/zero"), "/dev/zero")
+
+
+def test_a_config_that_multiplies(tmp_path):
+    """A "billion laughs": aliases are references, so it stays small, and is no setting."""
+    lines = ["a: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"b{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    (tmp_path / "c.yaml").write_text("\n".join(lines))
+    refused(lambda: load_config({}, tmp_path / "c.yaml"), "unknown setting 'a'")
+    assert config_module.LARGEST_FILE < 10**6
+
+
+# ------------------------------------------------------------------------------------------ what a run may write, where
+
+
+def test_nothing_outside_the_runs_folder_is_written(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))  # it keeps a list of fonts
+    for name in ("HOME", "TMPDIR"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_module.report, "learning_curves", lambda *_: None)
+    torch.manual_seed(0)
+    run = train(
+        tiny("runs", name="r", stages="downstream", epochs_downstream=1), backbone=TinyNet(), log=lambda line: None
+    )
+    assert run.directory == Path("runs/r")
+    assert not [name for name in files_under(tmp_path) if not name.startswith("runs/r/")]
