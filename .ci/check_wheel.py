@@ -22,8 +22,8 @@ TESTS = (
     "test_build.py", "test_cli.py", "test_functional.py", "test_goodness.py", "test_losses.py", "test_nn.py",
     "test_ops.py", "test_pair_cosine.py", "test_similarity_cpu.py",
 )  # fmt: skip
-# PyTorch's own default compiler needs a C++ compiler on a CPU; the sweeps of instruction sets take minutes.
-LEFT_OUT = "not inductor and not instruction_set"
+# PyTorch's own default compiler needs a C++ compiler on a CPU; the others take minutes and depend on no packaging.
+LEFT_OUT = "not inductor and not instruction_set and not ctrl_c and not evaluate_repeats"
 NEEDED = ("ffcl_fast/py.typed", "ffcl_fast/_native", "ffcl_fast/backends/triton/tiles.py", "/entry_points.txt")
 FOREIGN = ("tests/", "benchmarks/", "csrc/", "tools/", "docs/")
 PROBE = """
