@@ -1,4 +1,4 @@
-"""The tools that measure on real processes: what they print and store. How near predictions come is no test's matter."""
+"""The tools that measure on real processes: what they print and store, not how near predictions come."""
 
 from __future__ import annotations
 
