@@ -22,7 +22,7 @@ def test_prediction_and_real_processes(tmp_path, capsys):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_command(tmp_path, capsys):
     file = tmp_path / "made" / "memory.json"
-    assert rank_memory.main(["--worlds", "2", "--rows", "8", "--dim", "16", "--json", str(file)]) == 0
+    assert rank_memory.main(["--worlds", "2", "--wide", "4", "32", "--rows", "8", "--json", str(file)]) == 0
     records = json.loads(file.read_text())["records"]
-    assert {r["loss"] for r in records} == set(rank_memory.LOSSES) and len(records) == 10
-    assert capsys.readouterr().out.count("on paper") == 10
+    assert {r["loss"] for r in records} == set(rank_memory.LOSSES) and len(records) == 20
+    assert capsys.readouterr().out.count("on paper") == 20
