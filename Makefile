@@ -9,7 +9,7 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -lt 8 ] && echo $$n || ec
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 # Tests with a target of their own: what they need or cost is not for every run.
-PROCESSES := tests/test_across_memory.py tests/test_pretrain.py tests/test_pretrain_processes.py
+PROCESSES := $(addprefix tests/test_,across_memory.py rank_tools.py pretrain.py pretrain_processes.py)
 EMULATED := tests/test_cuda_similarity.py tests/test_cuda_goodness.py
 PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 

@@ -27,7 +27,7 @@ LONGEST = 300  # seconds until a test is given up
 
 _context = multiprocessing.get_context("forkserver")
 # DistributedDataParallel imports torch._dynamo, which takes longer than all of a test.
-_PRELOADED = ["torch", "torch._dynamo", "torch.distributed", "numpy", "ffcl_fast"]
+_PRELOADED = ["torch", "torch._dynamo", "torch.distributed", "numpy", "pytest", "ffcl_fast"]
 # A started process imports the test by its name: the folder of the tests, and the package's, must be on its path.
 _PATHS = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -20,7 +20,8 @@ from ffcl_fast.distributed import LostRank
 from ffcl_fast.pretrain import pretrain
 
 # What a pretraining imports takes longer than the pretraining: once for all processes that the fork server starts.
-processes.preload("torchvision.models", "timm", "matplotlib.pyplot", "torch.utils.tensorboard")
+processes.preload("ffcl_fast.pretrain.run", "timm", "sklearn.datasets", "sklearn.model_selection")
+processes.preload("matplotlib.pyplot", "torch.utils.tensorboard")
 
 
 def test_two_processes_train_as_one(tmp_path):

@@ -1,7 +1,8 @@
-"""Processes of one gloo group on this machine, one thread each."""
+"""Processes of one gloo group on this machine, one thread each, from a fork server that has imported what they need."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import torch.distributed as dist
 
 def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``function(rank, world, *args)`` returns in each of ``world`` processes, by rank."""
+    multiprocessing.set_forkserver_preload(["torch", "ffcl_fast"])
     with tempfile.TemporaryDirectory() as folder:
-        answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
+        answers = torch.multiprocessing.get_context("forkserver").SimpleQueue()
         arguments = (world, f"file://{folder}/rendezvous", function, args, answers)
-        torch.multiprocessing.spawn(_process, args=arguments, nprocs=world)
+        torch.multiprocessing.start_processes(_process, args=arguments, nprocs=world, start_method="forkserver")
         return [result for _, result in sorted((answers.get() for _ in range(world)), key=lambda answer: answer[0])]
 
 

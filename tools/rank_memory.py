@@ -1,7 +1,7 @@
 """Peak memory of one process of many, measured: by the number of processes and by the rows of each.
 
     python -m tools.rank_memory --json benchmarks/results/processes/memory.json
-    python -m tools.rank_memory --worlds 2 4 --rows 512 --dim 512 --losses clip
+    python -m tools.rank_memory --worlds 2 4 --wide 512 512 --rows --losses clip
 
 A step is forward and backward of a loss on processes of this machine (gloo). Its peak is what a process had resident at
 most beyond what it had before the step: all tensors of the loss, and the gradients that it leaves. Every larger
@@ -32,7 +32,8 @@ from .schedule_model import Problem, memory
 
 MIB = 1 << 20
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
-WORLDS, ROWS = (2, 4, 8), (512, 1024, 2048, 4096)
+WORLDS, WIDE = (2, 4, 8), (256, 2048)  # rows and width where blocks are large beside everything else
+ROWS = (512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -121,17 +122,19 @@ def expected(step: Step, world: int) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rank_memory", description=__doc__.partition("\n")[0])
     parser.add_argument("--worlds", type=int, nargs="+", default=WORLDS, help="numbers of processes")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows a process")
-    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--wide", type=int, nargs=2, default=WIDE, help="rows and width on all numbers of processes")
+    parser.add_argument("--rows", type=int, nargs="*", default=ROWS, help="rows a process, on the first number of them")
+    parser.add_argument("--dim", type=int, default=128, help="width of those")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--json", type=Path, help="file to write")
     flags = parser.parse_args(argv)
     records = []
-    few = min(flags.rows)
+    ways = [(loss, way) for loss in flags.losses for way in ("gather", "ring")]
     for world in flags.worlds:
-        # every number of processes at one size; every size on the first number
-        rows = flags.rows if world == flags.worlds[0] else [few]
-        steps = [Step(loss, way, n, flags.dim) for n in rows for loss in flags.losses for way in ("gather", "ring")]
+        sizes = [tuple(flags.wide)]
+        if world == flags.worlds[0]:
+            sizes += [(rows, flags.dim) for rows in flags.rows]
+        steps = [Step(*way, *size) for size in sizes for way in ways]
         for step, peak in zip(steps, measure(world, steps), strict=True):
             paper = expected(step, world)
             records.append({"world": world, **asdict(step), "peak_bytes": peak, "paper_bytes": int(paper)})

@@ -46,27 +46,28 @@ def source(found: dict[str, Any]) -> str:
 
 
 def memory_tables() -> str:
-    """By number of processes at one size, then by rows on the fewest processes."""
+    """By number of processes at the widest size, then by rows on the fewest processes."""
     found = load("memory")
     records = found["records"]
     worlds = sorted({r["world"] for r in records})
-    sizes = sorted({r["rows"] for r in records})
-    by_key = {(r["loss"], r["strategy"], r["world"], r["rows"]): r for r in records}
+    width, dim = max(r["dim"] for r in records), min(r["dim"] for r in records)
+    wide = next(r["rows"] for r in records if r["dim"] == width)
+    sizes = sorted({r["rows"] for r in records if r["dim"] == dim})
+    by_key = {(r["loss"], r["strategy"], r["world"], r["rows"], r["dim"]): r for r in records}
     ways = list(dict.fromkeys((r["loss"], r["strategy"]) for r in records))
-    dim = records[0]["dim"]
 
     def cell(*key: Any) -> str:
         return f"{by_key[key]['peak_bytes'] / MIB:.1f}"
 
-    grown = [[f"{loss}, {way}", *(cell(loss, way, world, sizes[0]) for world in worlds)] for loss, way in ways]
-    longer = [[f"{loss}, {way}", *(cell(loss, way, worlds[0], rows) for rows in sizes)] for loss, way in ways]
+    grown = [[f"{loss}, {way}", *(cell(loss, way, world, wide, width) for world in worlds)] for loss, way in ways]
+    longer = [[f"{loss}, {way}", *(cell(loss, way, worlds[0], rows, dim) for rows in sizes)] for loss, way in ways]
     plain = [f"{4 * rows * rows * worlds[0] / MIB:.0f}" for rows in sizes]
     return "\n\n".join(
         (
-            f"{sizes[0]} rows of {dim} float32 a process ({4 * sizes[0] * dim / MIB:g} MiB), MiB:",
+            f"{wide} rows of {width} float32 a process ({4 * wide * width / MIB:g} MiB), MiB:",
             table(["loss", *(f"{world} processes" for world in worlds)], grown),
-            f"{worlds[0]} processes, MiB; the last line is one matrix of a process's rows by all keys, which nothing"
-            " holds:",
+            f"{worlds[0]} processes, rows of {dim}, MiB; the last line is one matrix of a process's rows by all keys,"
+            " which nothing holds:",
             table(
                 ["loss", *(f"{rows} rows each" for rows in sizes)],
                 [*longer, ["rows x keys, float32", *plain]],
