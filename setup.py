@@ -6,6 +6,7 @@ found; FFCL_CUDA_ARCHS names their architectures as CMake does (default "80;90a;
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -142,11 +143,17 @@ class CMakeBuild(build_ext):
     def _file_name(self, ext: Extension) -> str:
         return Path(self.get_ext_filename(ext.name)).name
 
+    def toolkit(self) -> Toolkit | None:
+        """The CUDA toolkit to build with, after telling the choice: a warning where nobody asked for the CPU alone."""
+        toolkit, message = find_toolkit(os.environ)
+        asked = toolkit or os.environ.get("FFCL_CUDA") == "0"
+        self.announce(f"ffcl_fast: {message}", level=logging.INFO if asked else logging.WARNING)
+        return toolkit
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        toolkit, message = find_toolkit(os.environ)
-        self.announce(f"ffcl_fast: {message}", level=3)
+        toolkit = self.toolkit()
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         kind = f"cuda{toolkit.version}" if toolkit else "cpu"
         work = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}-{kind}"

@@ -129,8 +129,10 @@ GPU_KERNELS = {
     "SigLIP": ("siglip",),
     "pair cosine": ("pair_cosine",),
     "ReLU + goodness + normalise": ("goodness_normalize",),
+    "pooling + goodness": ("pool_goodness", "pool_goodness_nhwc"),
 }
 GPU_BACKENDS = ("triton", "cuda")
+NOT_WRITTEN = {("SigLIP", "cuda")}  # kernels that a backend does not have
 
 
 def gpu_runs(all_results: list[Results], backend: str, families: tuple[str, ...]) -> list[str]:

@@ -53,8 +53,7 @@ def gpu_table(all_results: list[Results]) -> str:
     """Which kernels have run on which GPU, and the GPU bars on each, or as not yet measured."""
     rows = []
     for kernels, families in GPU_KERNELS.items():
-        found = [bars.gpu_runs(all_results, backend, families) for backend in GPU_BACKENDS]
-        rows.append([kernels, *("; ".join(names) or "not yet run on a GPU" for names in found)])
+        rows.append([kernels, *(_confirmed(all_results, kernels, families, backend) for backend in GPU_BACKENDS)])
     lines = [table(["kernels", *GPU_BACKENDS], rows), ""]
     gpus = [results for results in all_results if results["device"]["kind"] == "gpu"]
     if not gpus:
@@ -62,6 +61,13 @@ def gpu_table(all_results: list[Results]) -> str:
     for results in gpus:
         lines += [f"{results['device']['name']}:", "", bars_table(results), ""]
     return "\n".join(lines).rstrip()
+
+
+def _confirmed(all_results: list[Results], kernels: str, families: tuple[str, ...], backend: str) -> str:
+    """The GPUs that have run a backend's kernels."""
+    if (kernels, backend) in bars.NOT_WRITTEN:
+        return "no such kernel"
+    return "; ".join(bars.gpu_runs(all_results, backend, families)) or "not yet run on a GPU"
 
 
 def family_table(results: Results, family: str) -> str:

@@ -1,16 +1,13 @@
-// Python entry points of goodness.h. Addresses are Tensor.data_ptr(); 0 stands for "none".
+// Python entry points of goodness.h.
 #include <pybind11/pybind11.h>
 
+#include "address.h"
 #include "goodness.h"
 
 namespace py = pybind11;
+using ffcl::pointer;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 ffcl::Activations activations(uintptr_t h, int64_t rows, int64_t dim, int64_t stride, int dtype, bool relu,
                               int threads) {
@@ -19,8 +16,8 @@ ffcl::Activations activations(uintptr_t h, int64_t rows, int64_t dim, int64_t st
 
 ffcl::Maps maps(uintptr_t h, int64_t samples, int64_t channels, int64_t positions, int64_t stride, bool channels_last,
                 int dtype, bool relu, int threads) {
-  return {pointer<const void>(h), samples, channels, positions, stride, channels_last,
-          static_cast<ffcl::DType>(dtype), relu, threads};
+  return {pointer<const void>(h),          samples, channels, positions, stride, channels_last,
+          static_cast<ffcl::DType>(dtype), relu,    threads};
 }
 
 }  // namespace

@@ -6,21 +6,18 @@
 #include <tuple>
 #include <vector>
 
+#include "address.h"
 #include "goodness_cuda.h"
 
 namespace py = pybind11;
+using ffcl::pointer;
 
 namespace {
 
 ffcl::GoodnessRows rows(uintptr_t h, int64_t rows, int64_t dim, int64_t stride, int dtype, bool relu, bool mean,
                         float eps, int device, uintptr_t stream) {
-  return {reinterpret_cast<const void*>(h), rows, dim, stride, static_cast<ffcl::DType>(dtype), relu, mean, eps, device,
-          reinterpret_cast<void*>(stream)};
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+  return {pointer<const void>(h), rows, dim, stride, static_cast<ffcl::DType>(dtype), relu, mean, eps, device,
+          pointer<void>(stream)};
 }
 
 // (h, dh or 0, rows, dim, stride, first_row) of each layer.
@@ -89,9 +86,8 @@ void bind_goodness_cuda(py::module_& m) {
       "goodness_backward_cuda",
       [](const ffcl::GoodnessRows& args, uintptr_t goodness, uintptr_t grad_goodness, uintptr_t grad_out,
          uintptr_t dh) {
-        return ffcl::goodness_backward_cuda(args, reinterpret_cast<const float*>(goodness),
-                                            reinterpret_cast<const float*>(grad_goodness),
-                                            reinterpret_cast<const void*>(grad_out), reinterpret_cast<void*>(dh));
+        return ffcl::goodness_backward_cuda(args, pointer<const float>(goodness), pointer<const float>(grad_goodness),
+                                            pointer<const void>(grad_out), pointer<void>(dh));
       },
       py::call_guard<py::gil_scoped_release>());
   m.attr("MANY_LAYERS") = ffcl::MANY_LAYERS;

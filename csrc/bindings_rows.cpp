@@ -1,21 +1,25 @@
-// Python entry points of rows.h. Addresses are Tensor.data_ptr(); 0 stands for "none".
+// Python entry points of rows.h.
 #include <pybind11/pybind11.h>
 
+#include "address.h"
 #include "rows.h"
 
 namespace py = pybind11;
+using ffcl::pointer;
 
 namespace {
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 ffcl::Rows rows(uintptr_t x, int64_t rows, int64_t dim, int64_t stride, int dtype, uintptr_t tail, int64_t split,
                 int64_t tail_stride, uintptr_t norm) {
-  return {pointer<const void>(x), rows,  dim,         stride,
-          static_cast<ffcl::DType>(dtype), pointer<const void>(tail), split, tail_stride, pointer<const float>(norm)};
+  return {pointer<const void>(x),
+          rows,
+          dim,
+          stride,
+          static_cast<ffcl::DType>(dtype),
+          pointer<const void>(tail),
+          split,
+          tail_stride,
+          pointer<const float>(norm)};
 }
 
 }  // namespace

@@ -1,16 +1,13 @@
-// Python entry points of similarity.h. Addresses are Tensor.data_ptr(); 0 stands for "none".
+// Python entry points of similarity.h.
 #include <pybind11/pybind11.h>
 
+#include "address.h"
 #include "similarity.h"
 
 namespace py = pybind11;
+using ffcl::pointer;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 ffcl::Similarity problem(uintptr_t q, uintptr_t k, int64_t rows, int64_t cols, int64_t dim, int64_t q_stride,
                          int64_t k_stride, int dtype, float scale, uintptr_t row_ids, uintptr_t col_ids, int exclude,

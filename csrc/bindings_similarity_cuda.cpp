@@ -4,17 +4,14 @@
 
 #include <tuple>
 
+#include "address.h"
 #include "similarity_cuda.h"
 #include "similarity_plan.h"
 
 namespace py = pybind11;
+using ffcl::pointer;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 ffcl::SimilarityCuda problem(uintptr_t q, uintptr_t k, int64_t rows, int64_t cols, int64_t dim, int64_t q_stride,
                              int64_t k_stride, int dtype, uintptr_t scale, uintptr_t row_ids, uintptr_t col_ids,

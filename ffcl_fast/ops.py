@@ -206,6 +206,28 @@ define(
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
+# L2-normalisation of the rows of x (N, D).
+#   normalize_forward  -> z (N, D) = x / norm in `dtype`; norm (N,) = max(|x|, eps) in x's accumulator dtype.
+#   normalize_backward -> dx (N, D) = (dz - z <z, dz>) / norm in `dtype`, without the projection where norm <= eps;
+#                         z and norm are the forward's, dz has z's dtype.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _normalize_forward(x, eps, dtype, backend):
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], dtype=accumulator_dtype(x))
+
+
+def _normalize_backward(z, norm, dz, eps, dtype, backend):
+    return z.new_empty(z.shape, dtype=dtype)
+
+
+define("normalize_forward(Tensor x, float eps, ScalarType dtype, str backend) -> (Tensor, Tensor)", _normalize_forward)
+define(
+    "normalize_backward(Tensor z, Tensor norm, Tensor dz, float eps, ScalarType dtype, str backend) -> Tensor",
+    _normalize_backward,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Goodness. Here h is (N, D), one sample's whole activation a row, rows dense (stride(1) == 1), any row stride.
 # a = max(h, 0) where `relu` (h is then a pre-activation), else a = h. NaN propagates. A row whose a is all zero has
 # goodness 0, out 0 and no gradient through its norm.

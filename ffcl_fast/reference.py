@@ -49,6 +49,17 @@ def similarity_matrix(q, k, scale, row_ids=None, col_ids=None, exclude=ops.EXCLU
     return s if mask is None else s.masked_fill(mask, -torch.inf)
 
 
+def normalize_forward(x, eps, dtype):
+    norm = torch.linalg.vector_norm(x, dim=1, dtype=ops.accumulator_dtype(x)).clamp_min(eps)
+    return (x / norm[:, None]).to(dtype), norm
+
+
+def normalize_backward(z, norm, dz, eps, dtype):
+    # A row shorter than eps was divided by a constant: no projection.
+    inner = (z.to(norm.dtype) * dz).sum(1).mul_(norm > eps)
+    return torch.addcmul(dz, z, inner[:, None], value=-1.0).div_(norm[:, None]).to(dtype)
+
+
 def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
     s = similarity_matrix(q, k, scale, row_ids, col_ids, exclude)
     col_lse = torch.logsumexp(s, 0) if both and k is not None else s.new_empty(0)

@@ -27,11 +27,11 @@ def double(x):
     return None if x is None else x.double()
 
 
-def check_similarity(q, k, scale, row_ids=None, col_ids=None, exclude=0, both=True):
-    """Forward and gradient of the Triton kernels against float64 by the project's rule."""
+def check_similarity(q, k, scale, row_ids=None, col_ids=None, exclude=0, both=True, backend="triton"):
+    """Forward and gradient of a backend's kernels against float64 by the project's rule."""
     scale = torch.tensor(float(scale), device=DEVICE)
     head = scale, row_ids, col_ids, exclude
-    ours = OPS.similarity_forward(q, k, *head, both, True, "triton")
+    ours = OPS.similarity_forward(q, k, *head, both, True, backend)
     truth = reference.similarity_forward(q.double(), double(k), *head, both, True)
     eager = reference.similarity_forward(q, k, *head, both, True)
     for name, x, y, z in zip(("row_lse", "col_lse"), ours[:2], eager[:2], truth[:2], strict=True):
@@ -41,7 +41,7 @@ def check_similarity(q, k, scale, row_ids=None, col_ids=None, exclude=0, both=Tr
     def arguments(dtype):
         return *(x.to(dtype) for x in (*truth[:2], *weights)), ours[2], True, True
 
-    grads = OPS.similarity_backward(q, k, *head, *arguments(torch.float32), "triton")
+    grads = OPS.similarity_backward(q, k, *head, *arguments(torch.float32), backend)
     exact = reference.similarity_backward(
         q.double(), double(k), scale.double(), row_ids, col_ids, exclude, *arguments(torch.float64)
     )
@@ -59,20 +59,30 @@ def check_siglip(q, k, positives):
         assert_close_to_reference(x, y, z, factor=2.0 if name == "loss" else 3.0, name=name)
 
 
-def both_passes(q, k, scale, exclude=0):
-    row_lse, col_lse, cache = OPS.similarity_forward(q, k, scale, None, None, exclude, True, True, "triton")
+def check_normalize(x, dz, eps=1e-12):
+    """Unit rows, their norms and their gradient by the Triton kernels; dz has the dtype of the unit rows."""
+    z, norm = OPS.normalize_forward(x, eps, dz.dtype, "triton")
+    plain = reference.normalize_forward(x, eps, dz.dtype)
+    truth = reference.normalize_forward(x.double(), eps, torch.float64)
+    assert_right("unit rows", zip((z, norm), plain, truth, strict=True))
+    dx = OPS.normalize_backward(z, norm, dz, eps, x.dtype, "triton")
+    plain = reference.normalize_backward(z, norm, dz, eps, x.dtype)
+    truth = reference.normalize_backward(z.double(), norm.double(), dz.double(), eps, torch.float64)
+    assert_close_to_reference(dx, plain, truth, factor=3.0, name="their gradient")
+
+
+def both_passes(q, k, scale, exclude=0, backend="triton"):
+    head = q, k, scale, None, None, exclude
+    row_lse, col_lse, cache = OPS.similarity_forward(*head, True, True, backend)
     u, v = torch.ones_like(row_lse) / q.shape[0], torch.ones_like(col_lse) / q.shape[0]
-    return (
-        row_lse,
-        col_lse,
-        *OPS.similarity_backward(q, k, scale, None, None, exclude, row_lse, col_lse, u, v, cache, True, True, "triton"),
-    )
+    gradients = OPS.similarity_backward(*head, row_lse, col_lse, u, v, cache, True, True, backend)
+    return row_lse, col_lse, *gradients
 
 
-def three(function, tensors, *options):
-    """(ours, plain PyTorch in the same dtype, float64) of a reference operator and the Triton one."""
+def three(function, tensors, *options, backend="triton"):
+    """(ours, plain PyTorch in the same dtype, float64) of a reference operator and a backend's one."""
     name = function.__name__
-    ours = getattr(OPS, name)(*tensors, *options, "triton")
+    ours = getattr(OPS, name)(*tensors, *options, backend)
     plain = function(*tensors, *options)
     truth = function(*(t.double() if isinstance(t, torch.Tensor) else t for t in tensors), *options)
     return zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (ours, plain, truth)), strict=True)

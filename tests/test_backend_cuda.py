@@ -1,13 +1,12 @@
-"""The CUDA backend: it says why it cannot run, is never chosen unasked, and on a GPU agrees with the reference."""
+"""The CUDA backend: it says why it cannot run, and is never chosen unasked. On a GPU: test_gpu_cuda.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from ffcl_fast import backends, ops, reference
+from ffcl_fast import backends
 from ffcl_fast.backends import cuda, native
-from helpers import assert_close_to_reference
 
 
 class WithoutCuda:
@@ -49,6 +48,14 @@ def test_refuses_operators_it_lacks():
     assert cuda.unavailable("siglip", q) == "not written in CUDA"
 
 
+def test_refuses_more_rows_than_32_bits_count(monkeypatch):
+    monkeypatch.setattr(native, "module", WithCuda)
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    row = torch.zeros((), dtype=torch.bfloat16)
+    assert cuda.unavailable("similarity_forward", row.expand(2**31 - 4097, 8)) is None
+    assert "at most 2147479551 rows" in cuda.unavailable("similarity_forward", row.expand(2**31 - 4096, 8))
+
+
 def test_auto_never_means_cuda():
     for op in ("goodness_forward", "goodness_backward", "similarity_forward"):
         for device in ("cpu", "cuda"):
@@ -77,33 +84,3 @@ def test_without_a_driver_a_launch_fails_and_says_so():
     assert status > 1000
     with pytest.raises(RuntimeError, match="CUDA kernel goodness_forward failed: .*CUDA"):
         cuda._check(status, "goodness_forward", h=h)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(native.module is None or not native.module.cuda_built(), reason="built without the CUDA kernels")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_goodness_agrees_with_the_reference(dtype, rng):
-    for dim in (1, 7, 96, 256, 1000, 1032, 2056, 8256, 20000):  # a warp or a block a row, whole packs or not
-        for padding in (0, 3, 8):
-            for mean, relu in ((False, False), (True, True)):
-                check_goodness(dtype, dim, padding, mean, relu, rng)
-
-
-def check_goodness(dtype, dim, padding, mean, relu, rng):
-    h = torch.randn(13, dim + padding, generator=rng).to(dtype).cuda()[:, :dim]
-    grad_goodness = torch.randn(13, generator=rng).cuda()
-    grad_out = torch.randn(13, dim, generator=rng).to(dtype).cuda()
-    eps = 1e-4
-    goodness, out = torch.ops.ffcl_fast.goodness_forward(h, mean, relu, True, eps, "cuda")
-    eager = reference.goodness_forward(h, mean, relu, True, eps)
-    truth = reference.goodness_forward(h.double(), mean, relu, True, eps)
-    assert_close_to_reference(goodness, eager[0], truth[0], name="goodness")
-    assert_close_to_reference(out, eager[1], truth[1], name="normalised")
-
-    for of_goodness, of_out in ((grad_goodness, grad_out), (grad_goodness, None), (None, grad_out)):
-        ours = torch.ops.ffcl_fast.goodness_backward(h, goodness, of_goodness, of_out, mean, relu, eps, "cuda")
-        eager_grad = reference.goodness_backward(h, goodness, of_goodness, of_out, mean, relu, eps)
-        doubles = [None if x is None else x.double() for x in (h, goodness, of_goodness, of_out)]
-        true_grad = reference.goodness_backward(*doubles, mean, relu, eps)
-        assert_close_to_reference(ours, eager_grad, true_grad, factor=3, name="gradient")
-    assert ops.accumulator_dtype(h) == goodness.dtype

@@ -37,6 +37,26 @@ def test_auto_on_a_gpu_takes_only_what_a_measurement_has_confirmed(monkeypatch):
         assert backends.choose(*fits[:i], other, *fits[i + 1 :])[0] in ("panels", "cpu")
 
 
+def test_auto_falls_back_where_its_choice_cannot_run(monkeypatch, caplog):
+    monkeypatch.setattr(backends, "choose", lambda *_: ("triton", "confirmed by results/some-gpu.json"))
+    with caplog.at_level("DEBUG", "ffcl_fast.backends"):
+        module = backends.get("auto", "siglip", torch.zeros(3, 5, dtype=torch.float64))
+    assert module is backends.load("panels")
+    assert "panels (triton was chosen, confirmed by results/some-gpu.json, but cannot run here: " in caplog.text
+
+
+def test_auto_normalises_by_a_kernel_only_where_one_is_confirmed(monkeypatch):
+    class OnGpu:
+        is_cuda = True
+
+    x = torch.zeros(3, 5)
+    assert backends.normalizes("triton", x) and not backends.normalizes("auto", OnGpu)
+    assert not any(backends.normalizes(name, x) for name in ("auto", "cpu", "cuda", "panels", "reference"))
+    row = backends.Confirmed("triton", ("normalize_forward",), (9, 0), (torch.bfloat16,), 4096, "results/some-gpu.json")
+    monkeypatch.setattr(backends, "CONFIRMED", (row,))
+    assert backends.normalizes("auto", OnGpu) and not backends.normalizes("auto", x)
+
+
 def test_auto_tells_its_reason_at_debug_level(caplog):
     with caplog.at_level("DEBUG", "ffcl_fast.backends"):
         backends.get("auto", "siglip", torch.zeros(3, 5))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 
 import ffcl_fast
 from ffcl_fast import _native
@@ -121,6 +122,16 @@ def test_wide_registers_stay_in_their_instruction_set():
     assert {f for f in wide if "4avx2" in f}, "the listing shows no AVX2 code at all"
     assert not {f for f in wide if "4avx2" not in f and "6avx512" not in f}
     assert not {f for f in wide if "8portable" in f}
+
+
+@pytest.mark.parametrize("asked, level", (("", "WARNING"), ("0", "INFO")))
+def test_a_build_without_cuda_is_told(build, asked, level, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("FFCL_CUDA", asked)
+    monkeypatch.setattr(build, "candidates", lambda env: [])
+    with caplog.at_level("INFO"):
+        assert build.CMakeBuild(setuptools.Distribution()).toolkit() is None
+    (record,) = (record for record in caplog.records if "CUDA kernels left out" in record.getMessage())
+    assert record.levelname == level
 
 
 def test_asking_for_cuda_without_nvcc(build, tmp_path):

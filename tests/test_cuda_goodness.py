@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import test_gpu_cuda
 import torch
 from emulated import emulated, emulated_module, use  # noqa: F401
 from goodness_cases import DTYPES, activations, assert_unchanged, unchanged
@@ -161,6 +162,11 @@ def test_autograd_over_the_kernels(emulated):  # noqa: F811
         results.append((loss.detach(), *torch.autograd.grad(loss, (h1, h2))))
     for ours, truth in zip(*results, strict=True):
         torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_memcheck_is_to_run_is_right(dtype, emulated):  # noqa: F811
+    test_gpu_cuda.test_small_goodness(dtype)
 
 
 def test_refused_arguments_name_kernel_and_shapes(emulated):  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import test_gpu_cuda
 import torch
 from emulated import emulated, emulated_module, use  # noqa: F401
 from guards import guarded, inside_nan  # noqa: F401
@@ -11,6 +12,7 @@ from similarity_cases import MODES, problem, to_float64, vectors
 from ffcl_fast import functional, ops, reference
 from ffcl_fast.backends import cuda, cuda_similarity
 from helpers import assert_close_to_reference
+from tools.gpu_workloads import WORKLOADS, by_cuda
 
 OPS = torch.ops.ffcl_fast
 HALVES = (torch.bfloat16, torch.float16)
@@ -125,6 +127,21 @@ def test_autograd_over_the_kernels(emulated):  # noqa: F811
         results.append((loss.detach(), *torch.autograd.grad(loss, (image, text, scale))))
     for ours, truth in zip(*results, strict=True):
         torch.testing.assert_close(ours, truth, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("alone", (False, True), ids=("pair", "self"))
+@pytest.mark.parametrize("capability", WAYS.values(), ids=WAYS)
+def test_what_memcheck_and_racecheck_are_to_run_is_right(capability, alone, emulated):  # noqa: F811
+    use(emulated, capability)
+    test_gpu_cuda.test_small_similarity(alone, None)
+
+
+def test_what_a_gpu_is_to_measure_can_be_called(emulated):  # noqa: F811
+    for workload in {workload.name: workload for workload in WORKLOADS}.values():
+        if loss := by_cuda(workload):
+            arguments = workload.small().inputs("cpu")
+            gradients = torch.autograd.grad(loss(*arguments), arguments, allow_unused=True)
+            assert all(g is None or bool(g.isfinite().all()) for g in gradients), workload.key
 
 
 def test_refusals(emulated, monkeypatch):  # noqa: F811

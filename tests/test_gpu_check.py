@@ -39,7 +39,7 @@ def test_finished_steps_are_kept_and_failed_ones_run_again(tmp_path, capfd):
     assert states(tmp_path) == {"good": 0, "bad": 3}
     assert (tmp_path / "bad.log").read_text() == "no\n"
     assert run_steps([steps[0], step("bad", "print('now')")], tmp_path, 600) == 0
-    assert "good       done before" in capfd.readouterr().out
+    assert "good           done before" in capfd.readouterr().out
     assert states(tmp_path) == {"good": 0, "bad": 0}
 
 
@@ -56,9 +56,9 @@ def test_no_step_starts_without_time_for_it(tmp_path, capfd):
 
 
 def test_a_step_whose_tool_does_not_work_is_left_out_with_a_word(tmp_path, capfd):
-    refused = step("refused", "", probe=python("print('Device not supported'); exit(1)"))
-    missing = step("missing", "", probe=["no-such-program"])
-    assert run_steps([refused, missing, step("works", "", probe=python(""))], tmp_path, 600) == 0
+    refused = step("refused", "", probes=(python(""), python("print('Device not supported'); exit(1)")))
+    missing = step("missing", "", probes=(["no-such-program"],))
+    assert run_steps([refused, missing, step("works", "", probes=(python(""),))], tmp_path, 600) == 0
     out = capfd.readouterr().out
     assert "does not work here (1): Device not supported" in out and "no-such-program is not installed" in out
     assert states(tmp_path) == {"works": 0}
@@ -100,21 +100,80 @@ def test_the_table_says_met_missed_and_not_measured():
 
     def row(name, rows, width, found, **others):
         key = f"{name} {rows}x{rows}x{width}"
-        return {"key": key, "name": name, "rows": rows, "width": width, "ours": found, **others}
+        return {"key": key, "name": name, "rows": rows, "width": width, "triton": found, **others}
 
     rows = [
-        row("clip", 65536, 512, ours(ms=31.0, **{"same bits": True}), memeff={"both ms": 40.0}),
+        row("clip", 65536, 512, ours(ms=31.0, **{"same bits": True}), cuda=ours(ms=33.0), memeff={"both ms": 60.0}),
         row("clip", 32768, 128, ours(ms=20.0)),
         row("nt_xent", 32768, 128, ours(), lightly={"problem": "not installed: no | such"}),
         row("clip", 8192, 512, {"problem": "RuntimeError: x"}),
     ]
     text = markdown({"device": "made up", "torch": "0", "product_tflops": 1, "copy_gbytes": 2, "rows": rows})
-    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
-    assert "failed: RuntimeError: x" in lines["clip 8192x8192x512"]
-    assert "not installed" in lines["nt_xent 32768x32768x128"]
+    measured, triton, cuda = text.split("| bar, ")
+    lines = {tuple(x.strip() for x in line.split("|")[1:3]): line for line in measured.splitlines() if line[:2] == "| "}
+    assert "failed: RuntimeError: x" in lines["clip 8192x8192x512", "triton"]
+    assert "not installed" in lines["nt_xent 32768x32768x128", "triton"]
+    assert "| 33.0 |" in lines["clip 65536x65536x512", "cuda"] and ("clip 8192x8192x512", "cuda") not in lines
+
+    def verdicts(table: str) -> dict[str, str]:
+        return {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| ")}
+
+    assert triton.startswith("triton |") and cuda.startswith("cuda |")
+    lines = verdicts(triton)
     assert lines["CLIP, D >= 512, N >= 32k, forward: >= 80 % of the product"].endswith("| met |")
     assert lines["CLIP, N = 65536, D = 512, both: <= 32 ms"].endswith("512: 31 | met |")
-    assert lines["CLIP: >= 1.5 x memeff"].endswith("| missed |")  # 40 / 31
+    assert lines["CLIP: >= 1.5 x memeff"].endswith("| met |")  # 60 / 31
     assert lines["NT-Xent, SupCon: >= 1.7 x our own symmetric path"].endswith("| met |")  # 20 / 10
     assert lines["NT-Xent, SupCon: >= 2.5 x the fastest peer"].endswith("| not measured |")
     assert lines["1M x 1M, D = 512: < 8 GB"].endswith("| not measured |")
+    lines = verdicts(cuda)
+    assert lines["CLIP, N = 65536, D = 512, both: <= 32 ms"].endswith("512: 33 | missed |")
+    assert lines["NT-Xent, SupCon: >= 1.7 x our own symmetric path"].endswith("| not measured |")
+
+
+def test_every_step_has_what_a_machine_without_a_gpu_can_check():
+    assert len({s.name for s in STEPS}) == len(STEPS)
+    for s in STEPS:
+        assert "--collect-only" in s.dry or "--dry-run" in s.dry
+
+
+def test_the_cuda_kernels_have_steps_of_their_own():
+    steps = [s for s in STEPS if "tests/test_gpu_cuda.py" in s.command]
+    assert {s.name for s in steps} == {"cuda-rule", "cuda-large", "cuda-memcheck", "cuda-racecheck"}
+    for s in steps:
+        assert gpu_check.CUDA_BUILT in s.probes and not any("test_gpu.py" in part for part in s.command)
+    tools = {s.name: s.command for s in steps if s.command[0] == "compute-sanitizer"}
+    assert "memcheck" in tools["cuda-memcheck"] and "racecheck" in tools["cuda-racecheck"]
+    passed = [dict(s.environment)["FFCL_PASSED"] for s in STEPS if s.command[0] == "compute-sanitizer"]
+    assert len(set(passed)) == 3  # what one tool has seen pass, another has not
+
+
+@pytest.mark.parametrize("built", (True, False))
+def test_the_probe_says_whether_the_cuda_kernels_were_built(built, tmp_path):
+    code = f"class native:\n    problem = None\n    class module:\n        cuda_built = staticmethod(lambda: {built})\n"
+    folder = tmp_path / "ffcl_fast" / "backends"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    (folder / "__init__.py").write_text(code)
+    environment = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    problem = gpu_check.unfit((gpu_check.CUDA_BUILT,), tmp_path, environment, 60)
+    assert problem is None if built else problem.endswith("built without the CUDA kernels")
+
+
+def test_the_measurements_cover_both_kinds_of_kernels(monkeypatch):
+    from tools import gpu_measure
+    from tools.gpu_workloads import WORKLOADS
+
+    class Native:
+        built = True
+
+        @classmethod
+        def cuda_built(cls) -> bool:
+            return cls.built
+
+    monkeypatch.setattr(gpu_measure.native, "module", Native)
+    for workload in WORKLOADS:
+        names = gpu_measure.losses(workload).keys()
+        assert "triton" in names and ("cuda" in names) == (workload.name not in ("siglip", "unit rows"))
+    Native.built = False
+    assert "cuda" not in gpu_measure.losses(WORKLOADS[0])

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from goodness_cases import DTYPES, activations
-from similarity_cases import problem, to_float64, vectors
+from gpu_cases import DEVICE, OPS, assert_right, both_passes, check_similarity, three
+from similarity_cases import problem, vectors
 
-from ffcl_fast import ops, reference
+from ffcl_fast import functional, ops, reference
 from ffcl_fast.backends import cuda_similarity, native
 from helpers import assert_close_to_reference
 
@@ -21,7 +23,6 @@ pytestmark = [
         native.module is None or not native.module.cuda_built(), reason="built without the CUDA kernels"
     ),
 ]
-OPS = torch.ops.ffcl_fast
 EPS = 1e-4
 HALVES = (torch.bfloat16, torch.float16)
 ROWS = ((4099, 96), (517, 1000), (33, 7001), (301, 16384), (40, 30000), (3, 200704))
@@ -33,50 +34,31 @@ SHAPES = ((1000, 1300, 64), (777, 515, 128), (513, 1029, 200), (300, 4100, 384),
 @pytest.fixture(params=("sm80", "sm90"))
 def way(request, monkeypatch):
     """Both kinds of tensor-core kernels, where the device has them."""
-    if request.param == "sm90" and cuda_similarity.way(torch.empty(1, 1, device="cuda")) != cuda_similarity.SM90:
+    if request.param == "sm90" and cuda_similarity.way(torch.empty(1, 1, device=DEVICE)) != cuda_similarity.SM90:
         pytest.skip("the sm_90a kernels need compute capability 9.0 and a build for it")
     monkeypatch.setattr(cuda_similarity, "way", lambda x: int(request.param == "sm90"))
 
 
 def compare(function, tensors, *options, factor=2.0):
-    ours = getattr(OPS, function.__name__)(*tensors, *options, "cuda")
-    plain = function(*tensors, *options)
-    truth = function(*(t.double() if isinstance(t, torch.Tensor) else t for t in tensors), *options)
-    results = ((x,) if isinstance(x, torch.Tensor) else x for x in (ours, plain, truth))
-    for i, (x, y, z) in enumerate(zip(*results, strict=True)):
-        assert_close_to_reference(x, y, z, factor=factor, name=f"{function.__name__}, output {i}")
+    assert_right(function.__name__, three(function, tensors, *options, backend="cuda"), factor)
 
 
-def check_goodness(shape, dtype, padding):
+def check_goodness(shape, dtype, padding, mean=True, relu=True):
     rows, width = shape
-    h1, h2 = (activations(rows, width + padding, dtype=dtype).cuda()[:, :width] for _ in range(2))
-    compare(reference.goodness_forward, (h1,), True, True, True, EPS)
-    goodness = reference.goodness_forward(h1, True, True, False, EPS)[0]
-    grads = torch.randn(rows, device="cuda"), torch.randn(shape, device="cuda").to(dtype)
-    compare(reference.goodness_backward, (h1, goodness, *grads), True, True, EPS, factor=3.0)
-    target = torch.where(torch.rand(rows, device="cuda") < 0.5, 1.0, -1.0)
-    compare(reference.pair_cosine_forward, (h1, h2, target), 0.1, True, 0.5, True, True, factor=3.0)
-    coefficients = reference.pair_cosine_forward(h1, h2, target, 0.1, True, 1.0, False, False)[1]
-    compare(reference.pair_cosine_backward, (h1, h2, coefficients, grads[0]), True, True, True, factor=3.0)
+    h1, h2 = (activations(rows, width + padding, dtype=dtype).to(DEVICE)[:, :width] for _ in range(2))
+    compare(reference.goodness_forward, (h1,), mean, relu, True, EPS)
+    goodness = reference.goodness_forward(h1, mean, relu, False, EPS)[0]
+    grads = torch.randn(rows, device=DEVICE), torch.randn(shape, device=DEVICE).to(dtype)
+    for used in (grads, (grads[0], None), (None, grads[1])):
+        compare(reference.goodness_backward, (h1, goodness, *used), mean, relu, EPS, factor=3.0)
+    target = torch.where(torch.rand(rows, device=DEVICE) < 0.5, 1.0, -1.0)
+    compare(reference.pair_cosine_forward, (h1, h2, target), 0.1, relu, 0.5, True, True, factor=3.0)
+    coefficients = reference.pair_cosine_forward(h1, h2, target, 0.1, relu, 1.0, False, False)[1]
+    compare(reference.pair_cosine_backward, (h1, h2, coefficients, grads[0]), relu, True, True, factor=3.0)
 
 
-def check_similarity(q, k, scale, row_ids, col_ids, exclude):
-    head = q, k, scale, row_ids, col_ids, exclude
-    ours = OPS.similarity_forward(*head, True, True, "cuda")
-    eager = reference.similarity_forward(*head, True, True)
-    truth = reference.similarity_forward(*to_float64(head), True, True)
-    for name, x, y, z in zip(("row_lse", "col_lse"), ours, eager, truth, strict=False):
-        assert_close_to_reference(x, y, z, name=name)
-    weights = [torch.randn_like(x) / max(1, x.numel()) for x in truth[:2]]
-
-    def rest(dtype):
-        return *(x.to(dtype) for x in (*truth[:2], *weights)), ours[2], True, k is not None
-
-    grads = OPS.similarity_backward(*head, *rest(torch.float32), "cuda")
-    plain = reference.similarity_backward(*head, *rest(torch.float32))
-    exact = reference.similarity_backward(*to_float64(head), *rest(torch.float64))
-    for name, x, y, z in zip(("dq", "dk"), grads, plain, exact, strict=True):
-        assert_close_to_reference(x, y, z, factor=3.0, name=name)
+def check(q, k, scale, row_ids, col_ids, exclude):
+    check_similarity(q, k, scale, row_ids, col_ids, exclude, backend="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,20 +69,29 @@ def test_rows(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_narrow_rows(dtype):
+    for width in (1, 7, 256, 1032, 2056, 8256):  # a warp or a block a row, whole packs or not
+        for padding in (0, 3, 8):
+            for mean, relu in ((False, False), (True, True)):
+                check_goodness((13, width), dtype, padding, mean, relu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("last", (False, True), ids=("NCL", "NLC"))
 @pytest.mark.parametrize("shape", ((64, 64, 3136), (257, 512, 49), (2, 33, 10007), (3000, 5, 7)), ids=str)
 def test_pool(shape, last, dtype):
     n, c, length = shape
-    h = (activations(n, length, c, dtype=dtype).transpose(1, 2) if last else activations(*shape, dtype=dtype)).cuda()
+    h = activations(n, length, c, dtype=dtype).transpose(1, 2) if last else activations(*shape, dtype=dtype)
+    h = h.to(DEVICE)
     compare(reference.pool_goodness_forward, (h,), True, True)
     pooled = reference.pool_goodness_forward(h, True, True)[1]
-    grads = torch.randn(n, device="cuda"), torch.randn(n, c, device="cuda")
+    grads = torch.randn(n, device=DEVICE), torch.randn(n, c, device=DEVICE)
     compare(reference.pool_goodness_backward, (h, pooled, *grads), True, True, factor=3.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_layers(dtype):
-    h = [activations(300 + i, w, dtype=dtype).cuda() for i, w in enumerate((50176, 25088, 2000, 128, 37))]
+    h = [activations(300 + i, w, dtype=dtype).to(DEVICE) for i, w in enumerate((50176, 25088, 2000, 128, 37))]
     ours = OPS.goodness_many(h, True, True, "cuda")
     truth = reference.goodness_many([x.double() for x in h], True, True)
     assert_close_to_reference(ours, reference.goodness_many(h, True, True), truth, name="goodness")
@@ -117,70 +108,110 @@ def test_many_layers(dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_pair(shape, dtype, way):
     for exclude in range(5):
-        check_similarity(*problem(*shape, dtype, exclude, False, device="cuda"))
+        check(*problem(*shape, dtype, exclude, False, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("n, d", ((1500, 64), (2200, 256), (515, 1000)))
 def test_self(n, d, dtype, way):
     for exclude in range(5):
-        check_similarity(*problem(n, 0, d, dtype, exclude, True, device="cuda"))
+        check(*problem(n, 0, d, dtype, exclude, True, device=DEVICE))
 
 
 @pytest.mark.parametrize("scale", (100.0, 2.0, 300.0, 3000.0))
 @pytest.mark.parametrize("kind", ("isotropic", "cone"))
 def test_temperatures(scale, kind, way):
-    q, k = (vectors(n, 128, torch.bfloat16, kind, "cuda") for n in (600, 700))
+    q, k = (vectors(n, 128, torch.bfloat16, kind, DEVICE) for n in (600, 700))
     q[:5] *= -1
-    factor = torch.tensor(scale, device="cuda")
-    check_similarity(q, k, factor, None, None, ops.EXCLUDE_NONE)
-    check_similarity(q, None, factor, None, None, ops.EXCLUDE_DIAGONAL)
-
-
-def both_passes(q, k, scale):
-    row_lse, col_lse, cache = OPS.similarity_forward(q, k, scale, None, None, 0, True, True, "cuda")
-    u, v = torch.ones_like(row_lse) / q.shape[0], torch.ones_like(col_lse) / q.shape[0]
-    gradients = OPS.similarity_backward(
-        q, k, scale, None, None, 0, row_lse, col_lse, u, v, cache, True, k is not None, "cuda"
-    )
-    return row_lse, col_lse, *gradients
+    factor = torch.tensor(scale, device=DEVICE)
+    check(q, k, factor, None, None, ops.EXCLUDE_NONE)
+    check(q, None, factor, None, None, ops.EXCLUDE_DIAGONAL)
 
 
 @pytest.mark.parametrize("alone", (False, True))
 def test_fifty_runs_have_equal_bits(alone, way):
-    q, k = vectors(5000, 512, torch.bfloat16, device="cuda"), vectors(6000, 512, torch.bfloat16, device="cuda")
-    scale = torch.tensor(20.0, device="cuda")
-    first = both_passes(q, None if alone else k, scale)
+    q, k = vectors(5000, 512, torch.bfloat16, device=DEVICE), vectors(6000, 512, torch.bfloat16, device=DEVICE)
+    scale = torch.tensor(20.0, device=DEVICE)
+    first = both_passes(q, None if alone else k, scale, backend="cuda")
     for _ in range(50):
-        torch.empty(1 << 22, device="cuda").fill_(float("nan"))  # what the next buffers are made of
-        for a, b in zip(first, both_passes(q, None if alone else k, scale), strict=True):
+        torch.empty(1 << 22, device=DEVICE).fill_(float("nan"))  # what the next buffers are made of
+        for a, b in zip(first, both_passes(q, None if alone else k, scale, backend="cuda"), strict=True):
             assert torch.equal(a, b)
 
 
 def test_graph_capture_and_replay(way):
-    q, k = vectors(2000, 128, torch.bfloat16, device="cuda"), vectors(2500, 128, torch.bfloat16, device="cuda")
-    scale = torch.tensor(20.0, device="cuda")
+    q, k = vectors(2000, 128, torch.bfloat16, device=DEVICE), vectors(2500, 128, torch.bfloat16, device=DEVICE)
+    scale = torch.tensor(20.0, device=DEVICE)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        both_passes(q, k, scale)
+        both_passes(q, k, scale, backend="cuda")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = both_passes(q, k, scale)
-    q.copy_(vectors(2000, 128, torch.bfloat16, device="cuda"))
+        captured = both_passes(q, k, scale, backend="cuda")
+    q.copy_(vectors(2000, 128, torch.bfloat16, device=DEVICE))
     graph.replay()
-    for a, b in zip(captured, both_passes(q, k, scale), strict=True):
+    for a, b in zip(captured, both_passes(q, k, scale, backend="cuda"), strict=True):
         assert torch.equal(a, b)
+
+
+def test_several_streams_at_once(way):
+    problems = [(vectors(3000, d, torch.bfloat16, device=DEVICE), vectors(2000, d, torch.bfloat16, device=DEVICE))
+                for d in (64, 128, 512)]  # fmt: skip
+    scale = torch.tensor(20.0, device=DEVICE)
+    alone = [both_passes(q, k, scale, backend="cuda") for q, k in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    for _ in range(5):
+        results = []
+        for stream, (q, k) in zip(streams, problems, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(both_passes(q, k, scale, backend="cuda"))
+        torch.cuda.synchronize()
+        for expected, result in zip(alone, results, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
+
+
+def loss_of(image, text):
+    """Both families at once."""
+    target = torch.ones(image.shape[0], device=image.device)
+    return functional.clip(image, text, 20.0, backend="cuda") + functional.pair_cosine(
+        image, text, target, backend="cuda"
+    )
+
+
+def test_compile_without_breaks_or_recompiling():
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=True)
+    for n, stance in ((300, "default"), (417, "fail_on_recompile")):
+        leaves = [vectors(n, 192, torch.bfloat16, device=DEVICE).requires_grad_() for _ in range(2)]
+        with torch.compiler.set_stance(stance):
+            value = compiled(*leaves)
+            grads = torch.autograd.grad(value, leaves)
+        eager = loss_of(*leaves)
+        torch.testing.assert_close(value, eager, rtol=1e-5, atol=1e-6)
+        for a, b in zip(grads, torch.autograd.grad(eager, leaves), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
+
+
+def test_autocast_multiplies_in_its_dtype():
+    image, text = (torch.randn(700, 256, device=DEVICE, requires_grad=True) for _ in range(2))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        value = functional.clip(F.normalize(image, dim=1), F.normalize(text, dim=1), 20.0, backend="cuda")
+    assert value.dtype == torch.float32
+    value.backward()
+    units = (F.normalize(x.detach().double(), dim=1) for x in (image, text))
+    torch.testing.assert_close(value.double(), functional.clip(*units, 20.0, backend="reference"), rtol=2e-3, atol=0)
+    assert image.grad.dtype == torch.float32 and bool(image.grad.isfinite().all())
 
 
 def test_more_than_two_to_the_31_elements(way):
     n, d = (1 << 19) + 256, 4096
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("less than 24 GB of free GPU memory")
-    q = torch.randn(n, d, device="cuda", dtype=torch.bfloat16).mul_(d**-0.5)
-    k = vectors(300, d, torch.bfloat16, device="cuda")
-    row_lse, _, dq, _ = both_passes(q, k, torch.tensor(10.0, device="cuda"))
+    q = torch.randn(n, d, device=DEVICE, dtype=torch.bfloat16).mul_(d**-0.5)
+    k = vectors(300, d, torch.bfloat16, device=DEVICE)
+    row_lse, _, dq, _ = both_passes(q, k, torch.tensor(10.0, device=DEVICE), backend="cuda")
     for i in (0, n // 2, n - 1):
         exact = torch.logsumexp((k.double() @ q[i].double()) * 10.0, 0)
         torch.testing.assert_close(row_lse[i].double(), exact, rtol=1e-5, atol=1e-5)
@@ -194,7 +225,7 @@ def test_small_goodness(dtype):
         check_goodness((5, width), dtype, 8)
     for last in (False, True):
         for c, length in ((136, 49), (11, 133)):
-            h = activations(2, c, length, dtype=dtype).cuda()
+            h = activations(2, c, length, dtype=dtype).to(DEVICE)
             h = h.transpose(1, 2).contiguous().transpose(1, 2) if last else h
             compare(reference.pool_goodness_forward, (h,), True, True)
 
@@ -202,4 +233,4 @@ def test_small_goodness(dtype):
 @pytest.mark.parametrize("alone", (False, True))
 def test_small_similarity(alone, way):
     for d in (72, 520):
-        check_similarity(*problem(300, 140, d, torch.bfloat16, ops.EXCLUDE_DIAGONAL, alone, device="cuda"))
+        check(*problem(300, 140, d, torch.bfloat16, ops.EXCLUDE_DIAGONAL, alone, device=DEVICE))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from goodness_cases import DTYPES, activations
-from gpu_cases import OPS, assert_right, three
+from gpu_cases import OPS, assert_right, check_normalize, three
 
 from ffcl_fast import functional, reference
 from helpers import assert_close_to_reference
@@ -83,6 +83,15 @@ def test_linear_goodness(shape, dtype):
         assert_close_to_reference(ours, plain, truth, name="goodness")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ((65536, 128), (4099, 768), (301, 4096), (33, 7001), (40, 30000)), ids=str)
+def test_normalize(shape, dtype):
+    x = torch.randn(shape, device="cuda").to(dtype)
+    for out in {dtype, torch.bfloat16}:
+        check_normalize(x, torch.randn(shape, device="cuda").to(out))
+        check_normalize(x[::2, 8:], torch.randn(shape, device="cuda").to(out)[::2, 8:])
+
+
 def test_fifty_equal_repeats():
     h, go = (activations(40, 100352, dtype=torch.bfloat16).cuda() for _ in range(2))
     g, maps = torch.randn(40, device="cuda"), h.view(40, 32, 3136)
@@ -94,6 +103,7 @@ def test_fifty_equal_repeats():
         yield from OPS.pool_goodness_forward(maps, False, True, "triton")
         yield OPS.goodness_many([h, go[:3]], False, True, "triton")
         yield OPS.linear_goodness(h[:, :784], go[:, :784], None, False, True, "triton")
+        yield from OPS.normalize_forward(h, 1e-12, h.dtype, "triton")
 
     first = list(once())
     for _ in range(49):

@@ -9,7 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from goodness_cases import activations
-from gpu_cases import DEVICE, DTYPES, OPS, assert_right, check_siglip, check_similarity, ids, three, unit
+from gpu_cases import (
+    DEVICE,
+    DTYPES,
+    OPS,
+    assert_right,
+    check_normalize,
+    check_siglip,
+    check_similarity,
+    ids,
+    three,
+    unit,
+)
 
 from ffcl_fast import ops, reference
 from helpers import assert_close_to_reference
@@ -117,6 +128,12 @@ def test_many_layers():
     plain = reference.goodness_many_backward(h, grad, True, True)
     for ours, x, y in zip(OPS.goodness_many_backward(h, grad, True, True, "triton"), plain, exact, strict=True):
         assert_close_to_reference(ours, x, y, factor=3.0, name="its gradient")
+
+
+@pytest.mark.parametrize("shape", [(33, 96), (5, 31), (3, 4096)], ids=str)
+def test_normalize(shape):
+    for dtype in (FP32, BF16):
+        check_normalize(torch.randn(shape, device=DEVICE).to(dtype), torch.randn(shape, device=DEVICE).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -136,7 +136,7 @@ def test_the_copy_engine_gets_only_what_it_can_read():
 
 def test_without_the_copy_engine_a_thread_holds_fewer_sums():
     for width in (64, 128, 512, 1024, 4096):
-        for op in ("forward", "panel", "siglip") if width > config.REGISTER_WIDTH else ("forward", "rows"):
+        for op in ("forward", "triangle", *(("panel", "siglip") if width > config.REGISTER_WIDTH else ("rows",))):
             for tile in candidates(op, "sm90", "half", width):
                 other = config.without_descriptor(tile)
                 assert not other.descriptor and other.rows * other.cols <= 64 * 32 * other.warps

@@ -17,6 +17,8 @@ from ffcl_fast.backends.triton.goodness import (
 from ffcl_fast.backends.triton.goodness_many import cut as many_cut
 from ffcl_fast.backends.triton.goodness_many import many_backward_kernel, many_kernel
 from ffcl_fast.backends.triton.linear_goodness import kernel_constants, linear_goodness_kernel
+from ffcl_fast.backends.triton.normalize import constants as unit_constants
+from ffcl_fast.backends.triton.normalize import unit_backward_kernel, unit_kernel
 from ffcl_fast.backends.triton.pair_cosine import (
     SCALE_BLOCK,
     pair_backward_kernel,
@@ -127,6 +129,20 @@ def _many_kernels(chip: str, dtype: str) -> Iterator[Compilation]:
         yield _item("many backward", many_backward_kernel, c, cut, dtype, widths[0], types)
 
 
+def _unit_kernels(chip: str) -> Iterator[Compilation]:
+    """L2-normalisation of narrow rows, wide ones, ragged ones and ones walked in steps; last as autocast has it."""
+    for width, dtype, out in ((128, "bf16", "bf16"), (4096, "bf16", "bf16"), (1001, "bf16", "bf16"),
+                              (512, "fp32", "fp32"), (30000, "bf16", "bf16"), (768, "fp32", "bf16")):  # fmt: skip
+        size = BYTES[dtype]
+        unit = math.gcd(16 // size, width)
+        forward, backward = (rows.cut(65536, width, tensors, chip, size, MULTIPROCESSORS) for tensors in (1, 2))
+        types = {"z": f"*{out}", "norms": "*fp32"}
+        yield _item("unit rows", unit_kernel, unit_constants(forward, unit, "hardware"), forward, dtype, width, types)
+        types |= {"dz": f"*{out}", "dx": f"*{dtype}"}
+        c = unit_constants(backward, unit, "hardware")
+        yield _item("unit rows backward", unit_backward_kernel, c, backward, dtype, width, types)
+
+
 def _linear_kernels(chip: str) -> Iterator[Compilation]:
     for operands, dtype, how in (("half", "bf16", "ieee"), ("tf32", "fp32", "tf32"), ("float", "fp32", "ieee")):
         for tile, width, _ in tiles("linear", chip, operands, False, (784,)):
@@ -149,6 +165,7 @@ def compilations(chip: str) -> Iterator[Compilation]:
         yield from _many_kernels(chip, dtype)
         c = {"BLOCK": SCALE_BLOCK, "PRECISION": "hardware"}
         yield _item("scale", scale_kernel, c, None, dtype, 0, {"x": f"*{dtype}", "size": "i64"})
+    yield from _unit_kernels(chip)
     yield from _linear_kernels(chip)
     yield _item("add parts", add_parts_kernel, {"ROWS": 16, "SLOTS": 64}, None, "fp32", 0,
                 {"out": "*fp32", "row_stride": "i64", "slot_stride": "i64", "factor": "fp32"})  # fmt: skip

@@ -27,7 +27,7 @@ from pathlib import Path
 from .files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("ffcl_fast/**/*.py", "csrc/*", "tests/test_gpu*.py", "tools/gpu_*.py")
+SOURCES = ("ffcl_fast/**/*.py", "csrc/*", "tests/*gpu*.py", "tools/gpu_*.py")
 # A GPU's first call compiles what it needs; a dry run has no GPU to make it.
 COMPILE = [sys.executable, "-m", "tools.kernels", "--chips", "sm90"]
 LEAST = 20.0  # seconds under which no step is started
@@ -43,30 +43,47 @@ class Step:
     dry: list[str]
     environment: tuple[tuple[str, str], ...] = ()
     dry_environment: tuple[tuple[str, str], ...] = ()
-    probe: list[str] | None = None  # a command without whose success the step is left out, with a word
+    probes: tuple[list[str], ...] = ()  # without the success of all of them the step is left out, with a word
 
 
-def _pytest(files: list[str], expression: str, *options: str) -> list[str]:
+# An error of CUDA spoils its whole process: each backend's tests have processes of their own.
+TRITON = ("tests/test_gpu.py", "tests/test_gpu_goodness.py", "tests/test_gpu_small.py")
+CUDA = ("tests/test_gpu_cuda.py",)
+CUDA_BUILT = [
+    sys.executable, "-c",
+    "import sys; from ffcl_fast.backends import native; "
+    "sys.exit(native.problem or (None if native.module.cuda_built() else 'built without the CUDA kernels'))",
+]  # fmt: skip
+
+
+def _pytest(files: tuple[str, ...], expression: str, *options: str) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tools.gpu_resume", "-m", "gpu"]
     return [*command, *(["-k", expression] if expression else []), *options, *files]
 
 
-def tests(name: str, expression: str, seconds: int, parallel: bool = False) -> Step:
+def _probes(files: tuple[str, ...]) -> tuple[list[str], ...]:
+    return (CUDA_BUILT,) if files == CUDA else ()
+
+
+def tests(name: str, files: tuple[str, ...], expression: str, seconds: int, parallel: bool = False) -> Step:
     """GPU-marked tests. `parallel`: their time is the compiler's, so several processes share the work."""
-    files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_gpu*.py"))]
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if parallel and importlib.util.find_spec("xdist") else []
-    return Step(name, _pytest(files, expression, *workers), seconds, _pytest(files, expression, "--collect-only"))
+    dry = _pytest(files, expression, "--collect-only")
+    return Step(name, _pytest(files, expression, *workers), seconds, dry, probes=_probes(files))
 
 
-def memcheck(name: str, seconds: int) -> Step:
-    """Small shapes under compute-sanitizer: out-of-bounds and misaligned accesses become failures."""
-    checker = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
-    file = ["tests/test_gpu_small.py"]
+def sanitizer(name: str, tool: str, files: tuple[str, ...], expression: str, seconds: int) -> Step:
+    """Small shapes under a tool of compute-sanitizer: what memcheck (out of bounds, misaligned) or racecheck (shared
+    memory) finds becomes a failure."""
+    checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
     # The caching allocator would hide an access past a tensor inside its own blocks.
-    environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), ("FFCL_PASSED", "passed-memcheck.txt"))
-    probe = [*checker, sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).item()"]
-    command = [*checker, *_pytest(file, "", "-x")]
-    return Step(name, command, seconds, _pytest(file, "", "--collect-only"), environment, probe=probe)
+    environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), ("FFCL_PASSED", f"passed-{name}.txt"))
+    works = [*checker, sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).item()"]
+    if files == CUDA:
+        checker += ["--kernel-name", "kns=4ffcl"]  # our namespace, mangled: PyTorch's kernels run unchecked, so fast
+    dry = _pytest(files, expression, "--collect-only")
+    command = [*checker, *_pytest(files, expression, "-x")]
+    return Step(name, command, seconds, dry, environment, probes=(*_probes(files), works))
 
 
 def benchmark(seconds: int) -> Step:
@@ -77,11 +94,15 @@ def benchmark(seconds: int) -> Step:
 _REPEAT = "fifty or graph or streams or compile or autocast"
 _LARGE = "million or elements"
 STEPS = (
-    tests("rule", f"not ({_REPEAT} or {_LARGE})", 130, parallel=True),
-    tests("repeat", f"({_REPEAT}) and not ({_LARGE})", 90),
-    tests("large", _LARGE, 60),
-    benchmark(170),
-    memcheck("memcheck", 80),
+    tests("rule", TRITON, f"not ({_REPEAT} or {_LARGE})", 100, parallel=True),
+    tests("cuda-rule", CUDA, f"not ({_LARGE})", 50),
+    tests("repeat", TRITON, f"({_REPEAT}) and not ({_LARGE})", 60),
+    tests("large", TRITON, _LARGE, 40),
+    tests("cuda-large", CUDA, _LARGE, 20),
+    benchmark(150),
+    sanitizer("memcheck", "memcheck", ("tests/test_gpu_small.py",), "", 60),
+    sanitizer("cuda-memcheck", "memcheck", CUDA, "small", 30),
+    sanitizer("cuda-racecheck", "racecheck", CUDA, "small", 30),
 )
 
 
@@ -128,8 +149,8 @@ def previous(path: Path) -> dict:
 
 
 def forget(out: Path) -> None:
-    for name in ("state.json", "passed.txt", "passed-memcheck.txt", "gpu.json", "gpu.md"):
-        (out / name).unlink(missing_ok=True)
+    for path in (*(out / name for name in ("state.json", "gpu.json", "gpu.md")), *out.glob("passed*.txt")):
+        path.unlink(missing_ok=True)
 
 
 def run_steps(steps: list[Step], out: Path, budget: float) -> int:
@@ -141,36 +162,39 @@ def run_steps(steps: list[Step], out: Path, budget: float) -> int:
     missing = failed = False
     for step in steps:
         if done.get(step.name, {}).get("status") == 0:
-            print(f"{step.name:10} done before")
+            print(f"{step.name:14} done before")
             continue
         left = budget - (time.monotonic() - started)
         if left < LEAST:
-            print(f"{step.name:10} no time left")
+            print(f"{step.name:14} no time left")
             missing = True
             continue
         environment = dict(step.environment) | {"PYTHONUNBUFFERED": "1", "FFCL_OUT": str(out.resolve())}
-        if step.probe and (problem := unfit(step.probe, out, environment, min(left, 60.0))):
-            print(f"{step.name:10} left out: {problem}")
+        if problem := unfit(step.probes, out, environment, min(left, 60.0)):
+            print(f"{step.name:14} left out: {problem}")
             continue
         left = budget - (time.monotonic() - started)
         result = run(step.command, out / f"{step.name}.log", environment, min(left, step.seconds))
         done[step.name] = result
         write_text(out / "state.json", json.dumps(state, indent=1))
         log = (out / f"{step.name}.log").read_text(errors="replace").strip().splitlines()
-        print(f"{step.name:10} {result}  {log[-1] if log else ''}", flush=True)
+        print(f"{step.name:14} {result}  {log[-1] if log else ''}", flush=True)
         missing |= result["status"] == "cut"
         failed |= result["status"] not in (0, "cut")
     return 1 if failed else 2 if missing else 0
 
 
-def unfit(probe: list[str], out: Path, environment: dict[str, str], limit: float) -> str | None:
+def unfit(probes: tuple[list[str], ...], out: Path, environment: dict[str, str], limit: float) -> str | None:
     """Why a step's tool does not work on this machine, or None."""
-    if not shutil.which(probe[0]):
-        return f"{probe[0]} is not installed"
-    log = out / "probe.log"
-    status = run(probe, log, environment, limit)["status"]
-    last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-    return f"{probe[0]} does not work here ({status}): {last}" if status else None
+    for probe in probes:
+        if not shutil.which(probe[0]):
+            return f"{probe[0]} is not installed"
+        log = out / "probe.log"
+        status = run(probe, log, environment, limit)["status"]
+        if status:
+            last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+            return f"{Path(probe[0]).name} does not work here ({status}): {last}"
+    return None
 
 
 def dry_run(steps: list[Step], everything: bool) -> int:
@@ -198,7 +222,8 @@ def dry_run(steps: list[Step], everything: bool) -> int:
 
 def gpu_tests() -> set[str]:
     """The node ids of every GPU-marked test in tests/test_gpu*.py."""
-    done = subprocess.run(tests("", "", 0).dry, cwd=ROOT, capture_output=True, text=True)
+    files = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_gpu*.py")))
+    done = subprocess.run(_pytest(files, "", "--collect-only"), cwd=ROOT, capture_output=True, text=True)
     return {line for line in done.stdout.splitlines() if line.startswith("tests/")}
 
 

@@ -1,10 +1,11 @@
-"""Measure the Triton kernels on this GPU beside its own product and copy, plain losses and peers; raw results, a table.
+"""Measure our kernels on this GPU beside its own product and copy, plain losses and peers; raw results, a table.
 
     python -m tools.gpu_measure [--seconds S] [--dry-run]
 
 Medians over CUDA events, in milliseconds, on inputs drawn anew for each workload. `fraction` is the counted useful work
 (similarity.md: 1 U = 2 N M D; forward 1 U, both passes 4 U, halved where k = q, SigLIP 3 U) over the rate of an
 8192-cubed bf16 torch.matmul in the same run, or for memory-bound work the counted bytes over those of a device copy.
+"triton" and "cuda" are our kernels; the latter only where they were built.
 FFCL_OUT (default: the current folder) gets gpu.json after each workload, so that a cut run keeps what it measured and
 the next goes on there, and gpu.md, its table.
 """
@@ -23,10 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ffcl_fast.backends import native
+
 from .files import write_text
 from .gpu_peers import PEERS, problem_of
-from .gpu_table import markdown
-from .gpu_workloads import PLAIN_LIMIT, WORKLOADS, Products, Workload
+from .gpu_table import OURS, markdown
+from .gpu_workloads import PLAIN_LIMIT, WORKLOADS, Products, Workload, by_cuda
 
 
 def milliseconds(function: Callable[[], object], seconds: float = 1.0, once: bool = False) -> float:
@@ -73,7 +76,9 @@ def copy_rate() -> float:
 
 def losses(workload: Workload) -> dict[str, Callable[[], Callable[..., Tensor]]]:
     """What runs on a workload, by name; each is built when its turn comes, and may fail then."""
-    found: dict[str, Callable[[], Callable[..., Tensor]]] = {"ours": lambda: workload.ours}
+    found: dict[str, Callable[[], Callable[..., Tensor]]] = {"triton": lambda: workload.ours}
+    if (cuda := by_cuda(workload)) and native.module is not None and native.module.cuda_built():
+        found["cuda"] = lambda: cuda
     fits = True
     if isinstance(workload, Products):
         fits = workload.rows <= PLAIN_LIMIT and workload.cols <= 4 * PLAIN_LIMIT
@@ -92,17 +97,19 @@ def measure(workload: Workload, ceiling: float, seconds: float) -> dict:
     arguments = workload.inputs("cuda")
     for name, build in losses(workload).items():
         try:
-            row[name] = _one(build(), arguments, workload, ceiling, seconds)
+            row[name] = _one(build(), name in OURS, arguments, workload, ceiling, seconds)
         except Exception as error:  # a peer's failure costs its own column only; ours fails the run at its end
             row[name] = {"problem": problem_of(error)}
         torch.cuda.empty_cache()
     return row
 
 
-def _one(loss: Callable[..., Tensor], arguments, workload: Workload, ceiling: float, seconds: float) -> dict:
+def _one(
+    loss: Callable[..., Tensor], ours: bool, arguments, workload: Workload, ceiling: float, seconds: float
+) -> dict:
     forward, both = passes(loss, arguments)
     found: dict = {}
-    if loss is workload.ours and not workload.once:
+    if ours and not workload.once:
         first = both()
         found["same bits"] = all(
             torch.equal(a, b) for _ in range(3) for a, b in zip(first, both(), strict=True) if a is not None
@@ -180,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_text(path, json.dumps(result, indent=1))
         write_text(folder / "gpu.md", markdown(result))
         print(json.dumps(row), flush=True)
-    failed = [row["key"] for row in result["rows"] if "problem" in row["ours"]]
+    failed = [f"{row['key']} ({name})" for row in result["rows"] for name in OURS if "problem" in row.get(name, {})]
     print(f"{len(result['rows'])} workloads measured" + (f"; ours failed on {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-NOT_OURS = ("ours", "key", "name", "rows", "width")
+OURS = ("triton", "cuda")
+NO_PEERS = (*OURS, "key", "name", "rows", "width")
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -20,36 +21,42 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['device']}, torch {result['torch']}: bf16 product {result['product_tflops']} TFLOP/s, "
         f"device copy {result['copy_gbytes']} GB/s.",
         "",
-        "| workload | forward ms | fraction | both ms | fraction | MiB | same bits | others: both ms |",
-        "|---|--:|--:|--:|--:|--:|---|---|",
+        "| workload | kernels | forward ms | fraction | both ms | fraction | MiB | same bits | others: both ms |",
+        "|---|---|--:|--:|--:|--:|--:|---|---|",
     ]
     for row in result["rows"]:
-        ours = row["ours"]
-        if "problem" in ours:
-            cells = [f"failed: {ours['problem']}", *[""] * 5]
-        else:
-            names = ("forward ms", "forward fraction", "both ms", "both fraction", "MiB", "same bits")
-            cells = [str(ours.get(name, "")) for name in names]
-        others = "; ".join(f"{name} {_both(x)}" for name, x in row.items() if name not in NOT_OURS)
-        lines.append(f"| {row['key']} | {' | '.join(cells)} | {others.replace('|', '/')} |")
-    lines += ["", "| bar | measured | |", "|---|---|---|"]
-    lines += [f"| {text} | {measured} | {verdict} |" for text, measured, verdict in bars(result["rows"])]
+        others = "; ".join(f"{name} {_both(x)}" for name, x in row.items() if name not in NO_PEERS)
+        for name in OURS:
+            if name in row:
+                cells = " | ".join(_cells(row[name]))
+                lines.append(f"| {row['key']} | {name} | {cells} | {others.replace('|', '/')} |")
+    for name in OURS:
+        if any(name in row for row in result["rows"]):
+            lines += ["", f"| bar, {name} | measured | |", "|---|---|---|"]
+            lines += [f"| {text} | {measured} | {verdict} |" for text, measured, verdict in bars(result["rows"], name)]
     return "\n".join(lines) + "\n"
+
+
+def _cells(found: dict) -> list[str]:
+    if "problem" in found:
+        return [f"failed: {found['problem']}".replace("|", "/"), *[""] * 5]
+    names = ("forward ms", "forward fraction", "both ms", "both fraction", "MiB", "same bits")
+    return [str(found.get(name, "")) for name in names]
 
 
 def _both(found: dict) -> str:
     return found["problem"].split(":")[0] if "problem" in found else f"{found['both ms']}"
 
 
-def bars(rows: list[Row]) -> Iterator[tuple[str, str, str]]:
-    """(bar, what was measured, "met", "missed" or "not measured")."""
-    done = [row for row in rows if "both ms" in row["ours"]]
+def bars(rows: list[Row], kernels: str) -> Iterator[tuple[str, str, str]]:
+    """(bar, what was measured, "met", "missed" or "not measured") for the kernels of one of OURS."""
+    done = [row for row in rows if "both ms" in row.get(kernels, {})]
 
     def of(name: str, **sizes: int) -> list[Row]:
         return [r for r in done if r["name"] == name and all(r[k] == v for k, v in sizes.items())]
 
     def ours(row: Row, what: str) -> float:
-        return row["ours"][what]
+        return row[kernels][what]
 
     def bar(text: str, of_rows: list[Row], value: Callable[[Row], float | None], ok: Callable[[float], bool]):
         values = [(row["key"], v) for row in of_rows if (v := value(row)) is not None]
@@ -68,7 +75,7 @@ def bars(rows: list[Row]) -> Iterator[tuple[str, str, str]]:
         return ratio
 
     def fastest_peer(row: Row) -> float | None:
-        return over(*(n for n in row if n not in (*NOT_OURS, "plain", "compiled")))(row)
+        return over(*(n for n in row if n not in (*NO_PEERS, "plain", "compiled")))(row)
 
     def own_symmetric(row: Row) -> float | None:
         same = of("clip", rows=row["rows"], width=row["width"])
@@ -76,7 +83,7 @@ def bars(rows: list[Row]) -> Iterator[tuple[str, str, str]]:
 
     wide = [r for r in of("clip") if r["rows"] >= 32768 and r["width"] >= 512]
     triangle = [*of("nt_xent"), *of("sup_con")]
-    memory = [*of("goodness + normalise"), *of("pair cosine")]
+    memory = [*of("goodness + normalise"), *of("pair cosine"), *of("unit rows")]
     million = of("clip, a million")
     yield bar("CLIP, D >= 512, N >= 32k, forward: >= 80 % of the product", wide,
               lambda r: ours(r, "forward fraction"), lambda v: v >= 0.8)  # fmt: skip
@@ -95,7 +102,7 @@ def bars(rows: list[Row]) -> Iterator[tuple[str, str, str]]:
     for which in ("forward", "both"):
         yield bar(f"Goodness, normalise, pair cosine, {which}: >= 88 % of a copy", memory,
                   lambda r, which=which: ours(r, f"{which} fraction"), lambda v: v >= 0.88)  # fmt: skip
-    yield bar("The same bits on every run", done, lambda r: r["ours"].get("same bits"), lambda v: bool(v))
+    yield bar("The same bits on every run", done, lambda r: r[kernels].get("same bits"), lambda v: bool(v))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The order is that of worth: a run that is cut has measured the bars of peers.md 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ffcl_fast import functional
+from ffcl_fast.functional.similarity import normalized
 
 from .gpu_peers import SCALE
 
@@ -84,10 +86,16 @@ class Bytes:
 
 
 Workload = Products | Bytes
+WITHOUT_CUDA = ("siglip", "unit rows")  # workloads whose kernel is written in Triton alone
 
 
-def clip(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
-    return functional.clip(q, k, scale, backend="triton")
+def by_cuda(workload: Workload) -> Callable[..., Tensor] | None:
+    """The workload by the CUDA C++ kernels, where they have it."""
+    return None if workload.name in WITHOUT_CUDA else functools.partial(workload.ours, backend="cuda")
+
+
+def clip(q: Tensor, k: Tensor, scale: Tensor, backend: str = "triton") -> Tensor:
+    return functional.clip(q, k, scale, backend=backend)
 
 
 def plain_clip(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
@@ -95,29 +103,29 @@ def plain_clip(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
     return 0.5 * (F.cross_entropy(s, labels) + F.cross_entropy(s.T, labels))
 
 
-def info_nce(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
-    return functional.similarity_lse(q, k, scale, both=False, backend="triton")[0].mean()
+def info_nce(q: Tensor, k: Tensor, scale: Tensor, backend: str = "triton") -> Tensor:
+    return functional.similarity_lse(q, k, scale, both=False, backend=backend)[0].mean()
 
 
 def plain_info_nce(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
     return (scale * (q @ k.T).float()).logsumexp(1).mean()
 
 
-def nt_xent(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
-    return functional.nt_xent(*q.chunk(2), 1 / scale, backend="triton")
+def nt_xent(q: Tensor, k: Tensor, scale: Tensor, backend: str = "triton") -> Tensor:
+    return functional.nt_xent(*q.chunk(2), 1 / scale, backend=backend)
 
 
-def sup_con(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+def sup_con(q: Tensor, k: Tensor, scale: Tensor, backend: str = "triton") -> Tensor:
     labels = torch.arange(q.shape[0] // 2, device=q.device) % 10
-    return functional.sup_con(q.unflatten(0, (-1, 2)), labels, backend="triton")
+    return functional.sup_con(q.unflatten(0, (-1, 2)), labels, backend=backend)
 
 
-def siglip(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
-    return functional.siglip(q, k, scale, -10.0, backend="triton")
+def siglip(q: Tensor, k: Tensor, scale: Tensor, backend: str = "triton") -> Tensor:
+    return functional.siglip(q, k, scale, -10.0, backend=backend)
 
 
-def goodness(h: Tensor) -> Tensor:
-    g, out = functional.goodness_and_normalize(h, relu=True, backend="triton")
+def goodness(h: Tensor, backend: str = "triton") -> Tensor:
+    g, out = functional.goodness_and_normalize(h, relu=True, backend=backend)
     return torch.dot(g, g.detach()) + _seed(out)
 
 
@@ -144,13 +152,21 @@ class _Seed(torch.autograd.Function):
 _seed = _Seed.apply
 
 
-def pair_cosine(h1: Tensor, h2: Tensor) -> Tensor:
+def pair_cosine(h1: Tensor, h2: Tensor, backend: str = "triton") -> Tensor:
     target = torch.ones(h1.shape[0], device=h1.device)
-    return functional.pair_cosine(h1, h2, target, backend="triton")
+    return functional.pair_cosine(h1, h2, target, backend=backend)
 
 
 def plain_pair_cosine(h1: Tensor, h2: Tensor) -> Tensor:
     return F.cosine_embedding_loss(h1.flatten(1), h2.flatten(1), torch.ones(h1.shape[0], device=h1.device))
+
+
+def unit_rows(x: Tensor, backend: str = "triton") -> Tensor:
+    return _seed(normalized(x, x.dtype, backend=backend))
+
+
+def plain_unit_rows(x: Tensor) -> Tensor:
+    return _seed(F.normalize(x, dim=1))
 
 
 CLIP = [(65536, 512), (32768, 768), (32768, 1024), (4096, 512), (8192, 512), (131072, 512)]
@@ -165,6 +181,7 @@ WORKLOADS: tuple[Workload, ...] = (
     Bytes("goodness + normalise", (65536, 4096), 1, (2, 5), goodness, plain_goodness),
     Bytes("pair cosine", (65536, 2048), 2, (2, 4), pair_cosine, plain_pair_cosine),
     Bytes("pair cosine", (64, 64, 56, 56), 2, (2, 4), pair_cosine, plain_pair_cosine),
+    Bytes("unit rows", (65536, 512), 1, (2, 5), unit_rows, plain_unit_rows),
     Products("siglip", 65536, 65536, 768, (1, 3), siglip),
     Products("clip, a million", MILLION, MILLION, 512, (1, 4), clip, once=True),
     Products("info_nce", 4096, 65536, 128, (1, 4), info_nce, plain_info_nce),

@@ -4,7 +4,8 @@
 
 Prints a table: registers, spills, shared memory and the matrix instructions in the assembly. Exit status 1 where a
 kernel spills to memory, needs more shared memory than its chip has, does not compile, or multiplies 16-bit tiles on
-sm_90 without wgmma (HGMMA in the machine code), or where nothing was compiled.
+sm_90 without wgmma, or where nothing was compiled. Disassembling takes as long as compiling, so on NVIDIA chips the
+instructions are read from the PTX, of which ptxas makes one for one, and a kernel without a stack has no spills.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ TARGETS = {
 }
 # Modules whose compilations(chip) yields what their family can launch there.
 FAMILIES = ("tools.similarity_kernels", "tools.goodness_kernels")
-MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC[A-Z]*MMA|v_mfma_f32|v_mfma)[\w.]*")
+MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma)[\w.:]*")
+SHORTER = re.compile(r"\.(?:sync|aligned|row|col|cta_group::\d)\b")  # what every one of them has in its name
 STATIC_SHARED = 1024  # what the driver keeps of a block's shared memory
 
 
@@ -57,6 +59,13 @@ class Compilation:
     dtype: str
     width: int
     matrix: bool  # must use the chip's matrix instructions
+
+    @property
+    def key(self) -> tuple:
+        """What the compiler sees of it."""
+        options = self.tile.options if self.tile else {}
+        parts = self.arguments, self.constants, options
+        return self.kernel.__name__, *(tuple(sorted((name, repr(x)) for name, x in part.items())) for part in parts)
 
 
 def describe(tile: Any) -> str:
@@ -97,7 +106,8 @@ def compile_one(chip: str, item: Compilation) -> dict:
         reason = next((line for line in lines if "fatal" in line), lines[-1])
         return row | {"problem": f"does not compile: {reason}"}
     row["shared"] = compiled.metadata.shared
-    row |= amd(compiled.asm["amdgcn"]) if chip.startswith("gfx") else nvidia(compiled.asm["cubin"])
+    amd_chip = chip.startswith("gfx")
+    row |= amd(compiled.asm["amdgcn"]) if amd_chip else nvidia(compiled.asm["ptx"], compiled.asm["cubin"])
     found = problems(chip, item, row)
     return row | ({"problem": ", ".join(found)} if found else {})
 
@@ -112,24 +122,28 @@ def problems(chip: str, item: Compilation, row: dict[str, Any]) -> list[str]:
     if item.matrix and not row["matrix"]:
         found.append("no matrix instruction")
     # The rescue path may use the older instructions: it is off the usual way.
-    elif item.matrix and chip == "sm90" and "HGMMA" not in row["matrix"] and not item.name.startswith("finish"):
+    elif item.matrix and chip == "sm90" and "wgmma" not in row["matrix"] and not item.name.startswith("finish"):
         found.append("no wgmma")
     return found
 
 
-def nvidia(cubin: bytes) -> dict:
+def nvidia(ptx: str, cubin: bytes) -> dict:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
+
+        def dump(flag: str) -> str:
+            command = [tools / "cuobjdump", flag, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dump("-res-usage")
+        local = int(re.search(r"STACK:(\d+)", usage)[1]) or int(re.search(r"LOCAL:(\d+)", usage)[1])
+        spills = len(re.findall(r"\b(?:STL|LDL)\b", dump("-sass"))) if local else 0
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "matrix": matrix_instructions(sass),
+        "spills": spills,
+        "matrix": matrix_instructions(ptx),
     }
 
 
@@ -146,7 +160,7 @@ def amd(assembly: str) -> dict:
 
 
 def matrix_instructions(assembly: str) -> str:
-    found = collections.Counter(match.group(0) for match in MATRIX.finditer(assembly))
+    found = collections.Counter(SHORTER.sub("", match.group(0)) for match in MATRIX.finditer(assembly))
     return " ".join(f"{count} {name}" for name, count in found.most_common(2))
 
 
@@ -160,8 +174,9 @@ def work(task: tuple[str, str, int]) -> dict:
 
 @functools.cache
 def items(family: str, chip: str) -> list[Compilation]:
-    """What a family can launch on a chip."""
-    return list(importlib.import_module(family).compilations(chip))
+    """What a family can launch on a chip, each kernel once: sizes that are arguments do not make another."""
+    different = {item.key: item for item in reversed(list(importlib.import_module(family).compilations(chip)))}
+    return list(reversed(different.values()))
 
 
 def main(arguments: list[str] | None = None) -> int:

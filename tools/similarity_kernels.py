@@ -76,7 +76,7 @@ def tiles(op: str, chip: str, operands: str, ids: bool, first: tuple[int, ...]) 
     """(tile, width, whether the width is one of `first`): every tile there is for `op`, at one width at least."""
     seen = set()
     # 200 is no multiple of a step; the rest are the smallest widths of their tiles, which end to differ below 600.
-    for width in (*first, 200, *range(1, 600), config.MAX_WIDTH):
+    for width in dict.fromkeys((*first, 200, *range(1, 600), config.MAX_WIDTH)):
         if op == "rows" and width > config.REGISTER_WIDTH:
             continue
         if op == "panel" and operands == "half" and width <= config.REGISTER_WIDTH:
@@ -89,19 +89,20 @@ def tiles(op: str, chip: str, operands: str, ids: bool, first: tuple[int, ...]) 
 
 def compilations(chip: str) -> Iterator[Compilation]:
     for operands, dtype, how, main in _operands():
-        for op in ("forward", "panel", "siglip", "rows", "online"):
+        for op in ("forward", "triangle", "panel", "siglip", "rows", "online"):
             if op == "rows" and operands != "half":
                 continue
-            for ids in (False, True) if op in ("forward", "panel", "rows") else (False,):
+            for ids in (False, True) if op in ("forward", "triangle", "panel", "rows") else (False,):
                 yield from (
                     item
                     for tile, width, usual in tiles(op, chip, operands, ids, main)
                     for item in _variants(op, tile, width, dtype, how, ids, usual)
                 )
-    for op in ("forward", "panel"):  # what differs from bfloat16 is one instruction's name
+    for op in ("forward", "triangle", "panel"):  # what differs from bfloat16 is one instruction's name
         tile = config.candidates(op, chip, "half", 512)[0]
         yield from _variants(op, tile, 512, "fp16", "ieee", False, False)
-    for op in ("forward", "panel", "siglip", "rows"):  # bases and rows off 16 bytes: narrow loads, no descriptors
+    # Bases and rows off 16 bytes: narrow loads, no descriptors.
+    for op in ("forward", "triangle", "panel", "siglip", "rows"):
         width = 100 if op == "rows" else 500
         tile = config.without_descriptor(config.candidates(op, chip, "half", width)[0])
         yield from _variants(op, tile, width, "bf16", "ieee", False, False, aligned=False)
@@ -121,10 +122,10 @@ def _variants(
         signature = _arguments(kernel, constants, dtype, tile, types, with_ids)
         return Compilation(name + note, kernel, signature, constants, tile, dtype, width, matrix)
 
-    if op == "forward":
-        both, triangle = ("both", exclude, True, False), ("triangle", exclude or ops.EXCLUDE_DIAGONAL, True, True)
-        ways = [both, triangle] if usual and not ids else [triangle if usual else both]
-        if usual and not ids and (dtype, width) == ("bf16", 512):
+    if op in ("forward", "triangle"):
+        alone = op == "triangle"
+        ways = [("triangle", exclude or ops.EXCLUDE_DIAGONAL, True, True) if alone else ("both", exclude, True, False)]
+        if not alone and usual and not ids and (dtype, width) == ("bf16", 512):
             ways.append(("rows only", ops.EXCLUDE_DIAGONAL, False, False))
         for name, mode, both, triangle in ways:
             c = sums_constants(tile, width, unit, how, PARTS, mode, both, triangle, SPAN)

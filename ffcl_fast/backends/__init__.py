@@ -30,6 +30,7 @@ BACKENDS = {
     "reference": "ffcl_fast.reference",
 }
 NAMES = ("auto", *BACKENDS)
+FALLBACK = "panels"  # what "auto" takes where its choice cannot run
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def get(backend: str, op: str, x: Tensor) -> ModuleType:
     name = backend
     if backend == "auto":
         name, reason = choose(op, x.device.type, x.dtype, x.shape, _capability(x.device))
+        if problem := load(name).unavailable(op, x):
+            name, reason = FALLBACK, f"{name} was chosen, {reason}, but cannot run here: {problem}"
         _log.debug("%s of %s on %s %s: %s (%s)", op, tuple(x.shape), x.device.type, x.dtype, name, reason)
     module = load(name)
     problem = module.unavailable(op, x)
@@ -86,6 +89,13 @@ def choose(
 def fuses(backend: str, x: Tensor) -> bool:
     """Whether ``backend`` has the contrast operators for tensors like ``x``: a loss in one call, without copies."""
     return backend in ("auto", "cpu") and native.usable(x)
+
+
+def normalizes(backend: str, x: Tensor) -> bool:
+    """Whether ``backend`` has a kernel that L2-normalises rows like ``x``'s: ``"auto"`` where one is confirmed."""
+    if backend == "auto":
+        return x.is_cuda and any("normalize_forward" in row.ops for row in CONFIRMED)
+    return backend == "triton"
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from . import native
 HALVES = (torch.bfloat16, torch.float16)
 MAX_WIDTH = 4096  # of embeddings
 MAX_ELEMENTS = 2**31 - 1  # of a sample: places in a row are 32-bit numbers
+MAX_ROWS = 2**31 - 1 - 4096  # of the similarity kernels, which count rows in 32 bits
 DEVICE = "cuda"  # the device type whose tensors the kernels take
 
 
@@ -59,6 +60,8 @@ def unavailable(op: str, x: Tensor) -> str | None:
     if op in _SIMILARITY:
         if x.dtype not in HALVES:
             return "its tensor-core kernels take bfloat16 and float16"
+        if x.shape[0] > MAX_ROWS:
+            return f"there may be at most {MAX_ROWS} rows, not {x.shape[0]}"
         return None if x.shape[1] <= MAX_WIDTH else f"embeddings may be at most {MAX_WIDTH} wide, not {x.shape[1]}"
     return None if x.dtype in native.DTYPES else "it takes float32, bfloat16 and float16"
 

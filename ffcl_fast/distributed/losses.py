@@ -85,7 +85,7 @@ def nt_xent(
         _checks.embeddings("out1", out1)
         _checks.alike("out1", out1, "out0", out0, rows=True)
         scale = _checks.inverse_temperature(temperature, out0)
-        z = prepare(torch.cat((out0, out1)), True)
+        z = prepare(torch.cat((out0, out1)), True, backend)
         return z, z, scale
 
     z, _, scale, meeting = meet(f"NTXentLoss {decoupled}", check, group, strategy, (("out0", out0), ("out1", out1)))
@@ -123,7 +123,7 @@ def info_nce(
             _checks.alike("negative_keys", negative_keys, "query", query, rows=paired)
         scale = _checks.inverse_temperature(temperature, query)
         keys = positive_key if negative_keys is None or local else negative_keys
-        return prepare(query, True), prepare(keys, True), scale
+        return prepare(query, True, backend), prepare(keys, True, backend), scale
 
     inputs = [("query", query), ("positive_key", positive_key)]
     if negative_keys is not None and not shared:
@@ -141,7 +141,7 @@ def info_nce(
         if negative_keys is None:
             ids = torch.arange(q.shape[0], device=q.device) + meeting.own(meeting.rows).start
         row, _ = similarity.lse(q, k, scale, meeting, row_ids=ids, col_ids=ids, backend=backend)
-        positive = k if negative_keys is None else prepare(positive_key, True)
+        positive = k if negative_keys is None else prepare(positive_key, True, backend)
         loss = _odds_loss(row - row_dot(q, positive) * scale, decoupled)
     return _share(loss, reduction, meeting)
 

@@ -62,9 +62,9 @@ def contrast(
         save = grad_wanted(q, tail, k, positive, scale)
         options = (exclude, order, group, unit_q, unit_k, both, kind, save, backend)
         return _Fused.apply(q, tail, k, positive, scale, *ids, *options)[0]
-    q = prepare(q if tail is None else torch.cat((q, tail)), unit_q)
-    k = None if k is None else prepare(k, unit_k)
-    positive = None if positive is None else prepare(positive, unit_q)
+    q = prepare(q if tail is None else torch.cat((q, tail)), unit_q, backend)
+    k = None if k is None else prepare(k, unit_k, backend)
+    positive = None if positive is None else prepare(positive, unit_q, backend)
     save = grad_wanted(q, k, positive, scale)
     k, positive, col_ids = apart(k, q), apart(positive, q, k), apart(col_ids, row_ids)
     return _Contrast.apply(q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend)

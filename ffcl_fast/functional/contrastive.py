@@ -89,7 +89,8 @@ def info_nce(
         exclude = ops.EXCLUDE_NONE if ids is None else ops.EXCLUDE_SAME_ID
         k, positive = negative_keys, positive_key
         if not k.requires_grad and grad_wanted(query, positive_key, scale):
-            k = prepare(k, True)  # a queue may be written to before the backward pass: keep the rows of this one
+            # A queue may be written to before the backward pass: keep the rows of this one.
+            k = prepare(k, True, backend)
         col_ids = _checks.ids("negative_ids", negative_ids, negative_keys.shape[0], query.device)
     loss = contrast(
         query,
@@ -178,7 +179,7 @@ def nt_xent(
         _checks.embeddings("negatives", negatives)
         if ids is not None:
             raise ValueError("ids must be None where negatives are given")
-        q, positive = prepare(out0, True), prepare(out1, True)
+        q, positive = prepare(out0, True, backend), prepare(out1, True, backend)
         bank = negatives.detach().to(device=q.device, dtype=q.dtype)
         _checks.alike("negatives", bank, "out0", q)
         loss = contrast_constant(q, bank, scale, positive, decoupled=decoupled, backend=backend)

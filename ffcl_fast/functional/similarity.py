@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import ops
+from .. import backends, ops
 from . import _checks
 
 EXCLUDE = {
@@ -89,20 +89,25 @@ def similarity_lse(
     elif row_ids is None or (k is not None and col_ids is None):
         raise ValueError(f"exclude={exclude!r} needs row_ids, and col_ids where k is another tensor than q")
     scale = _checks.scalar("scale", scale, q)
-    q = prepare(q, normalize)
-    k = None if k is None else prepare(k, normalize)
+    q = prepare(q, normalize, backend)
+    k = None if k is None else prepare(k, normalize, backend)
     row_lse, col_lse = raw_lse(q, k, scale, row_ids, col_ids, mode, both, backend)
     return row_lse, (row_lse if k is None else col_lse) if both else None
 
 
-def prepare(x: Tensor, normalize: bool) -> Tensor:
+def prepare(x: Tensor, normalize: bool, backend: str = "auto") -> Tensor:
     """``x`` in the dtype that products run in, its rows (last dimension) of unit length if ``normalize``."""
     dtype = _checks.compute_dtype(x)
-    return normalized(x, dtype) if normalize else x.to(dtype)
+    return normalized(x, dtype, backend=backend) if normalize else x.to(dtype)
 
 
-def normalized(x: Tensor, dtype: torch.dtype, eps: float = 1e-12) -> Tensor:
-    """x / max(|x|, eps) along the last dimension, computed in the accumulator dtype, as ``dtype``."""
+def normalized(x: Tensor, dtype: torch.dtype, eps: float = 1e-12, backend: str = "auto") -> Tensor:
+    """x / max(|x|, eps) along the last dimension, computed in the accumulator dtype, as ``dtype``.
+
+    By one kernel where ``backend`` has one, else by plain PyTorch, which torch.compile fuses with its surroundings.
+    """
+    if x.dim() == 2 and backends.normalizes(backend, x):
+        return _FusedNormalize.apply(x, eps, dtype, backend)
     return _Normalize.apply(x, eps, dtype)
 
 
@@ -202,6 +207,24 @@ class _Normalize(torch.autograd.Function):
         # A row shorter than eps was divided by a constant: no projection.
         inner = (z.to(norm.dtype) * dz).sum(-1, keepdim=True).mul_(norm > ctx.eps)
         return torch.addcmul(dz, z, inner, value=-1.0).div_(norm).to(ctx.dtype), None, None
+
+
+class _FusedNormalize(torch.autograd.Function):
+    """The same of (N, D) rows by a backend's operator."""
+
+    @staticmethod
+    def forward(ctx, x, eps, dtype, backend):
+        z, norm = torch.ops.ffcl_fast.normalize_forward.default(x, eps, dtype, backend)
+        ctx.save_for_backward(z, norm)
+        ctx.eps, ctx.dtype, ctx.backend = eps, x.dtype, backend
+        return z
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, dz):
+        z, norm = ctx.saved_tensors
+        dx = torch.ops.ffcl_fast.normalize_backward.default(z, norm, dz, ctx.eps, ctx.dtype, ctx.backend)
+        return dx, None, None, None
 
 
 class _SimilarityLSE(torch.autograd.Function):

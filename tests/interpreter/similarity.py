@@ -12,6 +12,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from guards import guarded, inside_nan  # noqa: F401
 
 from ffcl_fast import backends, ops, reference
 from ffcl_fast.backends.triton import config
@@ -22,41 +23,17 @@ from helpers import assert_close_to_reference
 forward_module = importlib.import_module("ffcl_fast.backends.triton.similarity_forward")
 OPS = torch.ops.ffcl_fast
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GUARD = 64
-POISON = 12288.0  # exact in every dtype, and no value of a test
 
 
 @pytest.fixture(autouse=True)
-def guarded(monkeypatch):
-    """new_empty returns poison between guards; whoever wrote to a guard fails the test."""
-    plain = torch.Tensor.new_empty
-    buffers = []
-
-    def new_empty(self, *size, **options):
-        size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-        count = torch.Size(size).numel()
-        buffer = plain(self, count + 2 * GUARD, **options).fill_(POISON)
-        buffers.append(buffer)
-        return buffer[GUARD : GUARD + count].view(size)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+def small_panels(guarded, monkeypatch):  # noqa: F811
+    """Every buffer between guards, and several panels of small problems."""
     monkeypatch.setattr(config, "PANEL_SIDE", {2: 32, 4: 32})
-    yield
-    for buffer in buffers:
-        assert bool((buffer[:GUARD] == POISON).all() and (buffer[-GUARD:] == POISON).all()), "written outside a buffer"
-
-
-def inside_nan(x, pad=0):
-    """x as a strided view into a buffer that is NaN elsewhere."""
-    buffer = torch.full((x.shape[0] + 4, x.shape[1] + pad + 8), torch.nan, dtype=x.dtype)
-    view = buffer[2:-2, 8 : 8 + x.shape[1]]
-    view.copy_(x)
-    return view
 
 
 def embeddings(n, d, dtype, unit=True):
     x = torch.randn(n, d)
-    return inside_nan((F.normalize(x, dim=1) if unit else x).to(dtype))
+    return inside_nan((F.normalize(x, dim=1) if unit else x).to(dtype), 8)
 
 
 def ids(n):
@@ -157,7 +134,8 @@ def test_forward_in_super_tiles_and_chunks(monkeypatch, chunk, alone):
     monkeypatch.setattr(forward_module, "SPAN", 2)
     monkeypatch.setattr(forward_module, "processors", lambda x: 1)
     monkeypatch.setattr(config, "WORKSPACE", 8 * chunk * (n if alone else m))
-    with config.override(forward=Tile(16, 32, 32, 4, 1, fold=2), online=Tile(32, 16, 16, 4, 1)):
+    tile = Tile(16, 32, 32, 4, 1, fold=2)
+    with config.override(forward=tile, triangle=tile, online=Tile(32, 16, 16, 4, 1)):
         q, k, *_ = problem(n, m, d, torch.float32, 0, alone)
         check_forward(q, k, 14.3, exclude=ops.EXCLUDE_DIAGONAL)
 
@@ -170,7 +148,7 @@ def test_forward_rescues_what_the_offset_loses(scale, alone):
     q[:7] *= -1
     k = None if alone else -F.normalize(q[:30] + 0.02 * torch.randn(30, 20), dim=1).abs()
     exclude = ops.EXCLUDE_DIAGONAL if alone else 0
-    check_forward(inside_nan(q), None if alone else inside_nan(k), scale, exclude=exclude)
+    check_forward(inside_nan(q, 8), None if alone else inside_nan(k, 8), scale, exclude=exclude)
 
 
 def test_forward_of_rows_of_any_length():
@@ -187,8 +165,8 @@ def test_gradient_where_normalisers_spread_too_far_for_one_exponential(alone):
     k = None if alone else embeddings(33, 130, torch.float32)
     for d in (24, 130):
         half = None if alone else k[:, :d].bfloat16()
-        check_gradient(inside_nan(q[:, :d].bfloat16()), half, 200.0)
-    check_gradient(inside_nan(q), k, 200.0)
+        check_gradient(inside_nan(q[:, :d].bfloat16(), 8), half, 200.0)
+    check_gradient(inside_nan(q, 8), k, 200.0)
 
 
 def test_forward_keeps_nan_where_it_belongs():
@@ -297,7 +275,7 @@ def test_candidates_fit_their_chip_and_tiles_divide_super_tiles():
     for chip, operands, width, exclude in itertools.product(
         ("sm80", "sm90", "sm100", "gfx942"), ("half", "tf32", "float"), (1, 64, 96, 128, 200, 512, 4096), (False, True)
     ):
-        for op in ("forward", "panel", "siglip", "rows", "online"):
+        for op in ("forward", "triangle", "panel", "siglip", "rows", "online"):
             if op == "rows" and (operands != "half" or width > config.REGISTER_WIDTH):
                 continue
             for tile in config.candidates(op, chip, operands, width, exclude):

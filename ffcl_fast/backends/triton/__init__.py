@@ -22,6 +22,7 @@ if _MISSING is None:
     from .goodness import goodness_backward, goodness_forward  # noqa: F401
     from .goodness_many import goodness_many, goodness_many_backward  # noqa: F401
     from .linear_goodness import linear_goodness  # noqa: F401
+    from .normalize import normalize_backward, normalize_forward  # noqa: F401
     from .pair_cosine import pair_cosine_backward, pair_cosine_forward, scale_  # noqa: F401
     from .pool_goodness import pool_goodness_backward, pool_goodness_forward  # noqa: F401
     from .siglip import siglip  # noqa: F401

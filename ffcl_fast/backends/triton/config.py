@@ -108,9 +108,13 @@ def kind(dtype: torch.dtype, how: str) -> str:
 
 
 def depth_for(width: int, limit: int) -> int:
-    """Depth of a step: `limit`, or half where that pads the embedding at least a tenth less."""
+    """Depth of a step: `limit`, or half where that pads the embedding at least a tenth less.
+
+    A narrower embedding takes one step of `limit` too: its product costs nothing beside its exponentials, and every
+    depth is another kernel to compile, check and tune.
+    """
     if width <= limit:
-        return max(16, triton.next_power_of_2(width))
+        return limit
     half = limit // 2
     padded = triton.cdiv(width, limit) * limit
     return half if triton.cdiv(width, half) * half < 0.9 * padded else limit
@@ -120,8 +124,9 @@ def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
     """16-bit operands. `ids`: pairs are excluded by id, whose columns take as many registers as 64 columns of S."""
     deep = chip in ("sm90", "sm100")
     depth = depth_for(width, 64 if deep else 32)
-    whole = max(16, triton.next_power_of_2(width))
-    stays = op == "forward" and width <= REGISTER_WIDTH  # a block keeps its columns' embeddings, the rows stream past
+    whole = max(depth, triton.next_power_of_2(width))
+    # Narrow: a block keeps its columns' embeddings, the rows stream past.
+    stays = op in ("forward", "triangle") and width <= REGISTER_WIDTH
     if op == "online":
         return [Tile(64, 64, depth, 4, 2)]
     if op == "rows":
@@ -141,6 +146,8 @@ def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
             return [Tile(128, 128, depth, 4, 3, True), Tile(128, 128, depth, 8, 3, True)]
         # Two small blocks a multiprocessor hide each other's exponentials; one large block loads less for its products.
         pair, single = Tile(128, 128, depth, 4, 3, True, fold=4), Tile(256, 128, depth, 8, 3, True, fold=8)
+        if op == "triangle":  # the diagonal's masks leave no registers for the large one
+            return [pair]
         return [pair, single] if width < 1024 else [single, pair]
     if chip == "sm100":
         return [Tile(128, 64, whole if stays and not ids else depth, 8, 3, True)]
@@ -152,15 +159,16 @@ def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
 def candidates(op: str, chip: str, operands: str, width: int, ids: bool = False) -> list[Tile]:
     """Configurations worth timing for kernel `op`, the default first.
 
-    op: "forward", "panel" (gradient panels), "siglip", "rows" (gradients in registers), "online" (the rescue path).
+    op: "forward", "triangle" (the forward pass where k = q), "panel" (gradient panels), "siglip", "rows" (gradients in
+    registers), "online" (the rescue path).
     """
     if chip == "interpret":
         return [Tile(32, 32, 32 if op != "rows" else max(16, triton.next_power_of_2(width)), 4, 1, fold=1)]
     if operands == "float":  # no matrix unit multiplies float32: small tiles, bound by FMA and registers
-        if chip == "gfx942" or ids or op == "online":
+        if chip == "gfx942" or op == "online":
             return [Tile(64, 64, 16, 8, 2)]
         # ptxas, left alone, would spill a few numbers to fit one more block on a multiprocessor.
-        return [Tile(64, 64, 16, 4, 2, registers=255)]
+        return [Tile(64, 64, 16, 8 if ids else 4, 2, registers=255)]
     if operands == "tf32":
         if op == "online":
             return [Tile(64, 64, 32, 4, 2)]

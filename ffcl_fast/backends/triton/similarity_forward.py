@@ -350,7 +350,7 @@ def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
 def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, timing) -> tuple[Tensor, Tensor]:
     rows, cols, width = q.shape[0], k.shape[0], q.shape[1]
     how = config.precision(q)
-    tile = config.pick("forward", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
+    tile = config.pick("triangle" if triangle else "forward", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
     slow = config.pick("online", q, k)
     element_unit = unit(q, k)
     strides = q.stride(0) // element_unit, k.stride(0) // element_unit
