@@ -68,7 +68,9 @@ def check_normalize(x, dz, eps=1e-12):
     dx = OPS.normalize_backward(z, norm, dz, eps, x.dtype, "triton")
     plain = reference.normalize_backward(z, norm, dz, eps, x.dtype)
     truth = reference.normalize_backward(z.double(), norm.double(), dz.double(), eps, torch.float64)
-    assert_close_to_reference(dx, plain, truth, factor=3.0, name="their gradient")
+    # dz and its projection cancel where a row has few elements, wholly where it has one.
+    terms = float((dz.double() / norm.double()[:, None]).square().mean().sqrt())
+    assert_close_to_reference(dx, plain, truth, factor=3.0, name="their gradient", terms=terms)
 
 
 def both_passes(q, k, scale, exclude=0, backend="triton"):

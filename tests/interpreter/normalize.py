@@ -100,7 +100,7 @@ def test_the_primitive_normalises_by_the_kernel(monkeypatch):
         results.append((row, col, *torch.autograd.grad(row.sum() - col.square().sum(), (q, k))))
     assert calls == ["normalize_forward"] * 2 + ["normalize_backward"] * 2
     for ours, truth in zip(*results, strict=True):
-        torch.testing.assert_close(ours, truth, rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-4)
 
 
 def test_same_bits_on_every_run():
