@@ -73,7 +73,7 @@ test-triton: $(VENV)/.test
 
 # Pretraining, torchrun and its restarts, memory of the losses by number of processes: minutes on a free machine.
 test-processes: $(VENV)/.test
-	@$(PY) -m pytest -q $(ARGS) $(PROCESSES)
+	@OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q $(ARGS) $(PROCESSES)
 
 # Every CUDA kernel, compiled for the CPU by tests/emulation/ (a minute, once) and run there: minutes.
 test-cuda: $(VENV)/.test

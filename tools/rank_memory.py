@@ -143,16 +143,20 @@ def main(argv: list[str] | None = None) -> int:
                 f" peak {peak / MIB:8.2f} MiB, on paper {paper / MIB:8.2f} MiB",
                 flush=True,
             )
-    if flags.json:
-        from benchmarks.machine import device
-        from benchmarks.store import stamp
-
-        what = {"what": "largest peak over the processes, bytes beyond those before a step, gradients included"}
-        flags.json.parent.mkdir(parents=True, exist_ok=True)
-        head = json.dumps({**what, "device": device()["name"], **stamp()})
-        lines = ",\n".join("  " + json.dumps(record) for record in records)
-        write_text(flags.json, f'{head[:-1]},\n "records": [\n{lines}\n ]}}\n')
+        if flags.json:
+            _store(flags.json, records)
     return 0
+
+
+def _store(path: Path, records: list[dict]) -> None:
+    from benchmarks.machine import device
+    from benchmarks.store import stamp
+
+    what = {"what": "largest peak over the processes, bytes beyond those before a step, gradients included"}
+    head = json.dumps({**what, "device": device()["name"], **stamp()})
+    lines = ",\n".join("  " + json.dumps(record) for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, f'{head[:-1]},\n "records": [\n{lines}\n ]}}\n')
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m tools.scale_tables           print them
     python -m tools.scale_tables --write   renew them in the page, between their markers
 
-``benchmarks/results/processes/`` holds the measurements: memory.json (tools.rank_memory), schedule.json
-(tools.simulate_ranks --real) and pretrain.json (the metrics of ``ffcl pretrain`` runs, by --pretrain).
+``benchmarks/results/processes/`` holds the measurements: memory.json (tools.rank_memory) and schedule.json
+(tools.simulate_ranks --real).
 """
 
 from __future__ import annotations
@@ -141,32 +141,11 @@ def ring_from(world: int, dim: int, element: int, machine: Machine, most: int = 
     return fewest
 
 
-def pretrain_table() -> str:
-    """What each method's run on two processes gave."""
-    found = load("pretrain")
-    rows = []
-    for r in found["records"]:
-        first, last = r["epochs"][0], r["epochs"][-1]
-        rows.append(
-            [
-                f"{r['config']['method']}, {r['data']}",
-                str(len(r["epochs"])),
-                f"{first['loss']:.3f} → {last['loss']:.3f}",
-                f"{last['samples_per_second']:.0f}",
-                f"{last['peak_mib']:.0f}",
-                f"{sum(e['seconds'] for e in r['epochs']):.0f} s",
-            ]
-        )
-    head = ["run", "epochs", "loss, first → last epoch", "samples a second", "peak MiB a process", "time"]
-    return f"{table(head, rows)}\n\nMeasured on {source(found)}."
-
-
 BLOCKS: dict[str, Callable[[], str]] = {
     "memory": memory_tables,
     "schedule": schedule_table,
     "paper": paper_table,
     "crossover": crossover_table,
-    "pretrain": pretrain_table,
 }
 
 
@@ -182,31 +161,10 @@ def renewed(text: str) -> str:
     return text
 
 
-def store_pretraining(folders: Sequence[Path]) -> None:
-    """pretrain.json of the metrics of finished runs."""
-    from benchmarks.machine import device
-    from benchmarks.store import stamp
-
-    head = json.dumps({"what": "metrics.json of ffcl pretrain runs", "device": device()["name"], **stamp()})
-    records = []
-    for folder in folders:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        metrics["data"] = Path(metrics["config"]["data"]).name
-        for name in ("out", "data_dir"):  # of the machine that ran it
-            metrics["config"].pop(name)
-        metrics["config"]["data"] = metrics["data"]
-        records.append("  " + json.dumps(metrics))
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_text(RESULTS / "pretrain.json", f'{head[:-1]},\n "records": [\n' + ",\n".join(records) + "\n ]}\n")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scale_tables", description=__doc__.partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="renew docs/large_batches.md")
-    parser.add_argument("--pretrain", type=Path, nargs="+", metavar="RUN", help="store the metrics of these runs first")
     flags = parser.parse_args(argv)
-    if flags.pretrain:
-        store_pretraining(flags.pretrain)
     if flags.write:
         write_text(PAGE, renewed(PAGE.read_text(encoding="utf-8")))
     else:
