@@ -93,7 +93,7 @@ MUTANTS = (
         _SIM,
         "s = s * std::exp2(m - larger_max) +",
         "s = s +",
-        _OPS.format("test_scales or cpu and test_many_tiles"),
+        "tests/test_similarity_cpu.py -k 'running_maxima'",
     ),
     Mutant(
         "cpu",
