@@ -3,23 +3,27 @@
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
+SECONDS ?= 60
 ARGS ?=
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -lt 8 ] && echo $$n || echo 8)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 # Tests with a target of their own: what they need or cost is not for every run.
-PROCESSES := $(addprefix tests/test_,across_memory.py rank_tools.py pretrain.py pretrain_processes.py)
+PROCESSES := $(addprefix tests/test_,across_memory.py faults.py rank_tools.py pretrain.py pretrain_processes.py)
 EMULATED := tests/test_cuda_similarity.py tests/test_cuda_goodness.py
+SANITIZED := tests/test_sanitize.py
 PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: help train test test-triton test-cuda test-processes bench reproduce report check-report kernels gpu-check docs wheel check-wheel lint format clean distclean
+.PHONY: help train test test-triton test-cuda test-processes test-long sanitize fuzz mutate bench reproduce report check-report kernels gpu-check docs wheel check-wheel lint format clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train [DATA=digits|pneumoniamnist|FOLDER] [ARGS='--seed 1']   the three FFCL stages"
 	@echo "make test  [ARGS='-k similarity']                                  every test"
 	@echo "make test-triton [ARGS='-k pool']                                  the Triton kernels under its interpreter"
+	@echo "make sanitize | mutate                                             native code under sanitizers | broken on purpose"
+	@echo "make fuzz [SECONDS=60] | test-long                                 arguments of any kind | what takes minutes"
 	@echo "make bench [ARGS='-k ntxent']                                      the measurements, benchmarks/results/"
 	@echo "make reproduce                                                     the CPU measurements in 15 minutes, and the report"
 	@echo "make report | check-report                                         tables and plots from stored measurements | stale ones"
@@ -51,6 +55,10 @@ $(VENV)/.bench: $(VENV)/.train
 	@$(PIP) --no-build-isolation -e '.[train,bench]'
 	@touch $@
 
+$(VENV)/.fuzz: $(VENV)/.test
+	@$(PIP) --no-build-isolation -e '.[train,test,fuzz]'
+	@touch $@
+
 $(VENV)/.docs: $(VENV)/.train
 	@$(PIP) --no-build-isolation -e '.[train,docs]'
 	@touch $@
@@ -65,7 +73,7 @@ train: $(VENV)/.train
 # Two threads a worker, so that the threaded paths run; passive, because workers share the cores.
 test: $(VENV)/.test
 	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
-		$(addprefix --ignore=,$(PROCESSES) $(EMULATED)) $(ARGS) tests
+		$(addprefix --ignore=,$(PROCESSES) $(EMULATED) $(SANITIZED)) $(ARGS) tests
 
 # Every Triton kernel under the interpreter, which must be chosen before triton is imported.
 test-triton: $(VENV)/.test
@@ -78,6 +86,27 @@ test-processes: $(VENV)/.test
 # Every CUDA kernel, compiled for the CPU by tests/emulation/ (a minute, once) and run there: minutes.
 test-cuda: $(VENV)/.test
 	@$(PY) -m pytest -q -n $(JOBS) $(ARGS) $(EMULATED)
+
+# csrc/'s CPU part under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: two minutes of a core.
+sanitize: $(VENV)/.test
+	@$(PY) -m pytest -q $(ARGS) $(SANITIZED)
+
+# Raw arguments of the native module, then the public functions; SECONDS for each. Without atheris: ARGS=--random
+fuzz: $(VENV)/.fuzz
+	@$(PY) tests/fuzz/run.py --seconds $(SECONDS) $(ARGS)
+
+# What is too long for every run: many draws of every property, twenty kills of a training, whole learning curves.
+test-long: $(VENV)/.test
+	@FFCL_EXAMPLES=100 OMP_NUM_THREADS=2 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-draws.xml \
+		tests/test_properties.py tests/test_hard_numbers.py
+	@FFCL_KILLS=20 OMP_NUM_THREADS=2 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-kills.xml \
+		tests/test_train_resume.py -k killed
+	@$(PY) tests/convergence.py
+	@$(PY) -m tools.long_results build/long-draws.xml build/long-kills.xml
+
+# Every mutant of tools/mutants.py that has not been run on these sources; results in docs/results/mutants.json.
+mutate: $(VENV)/.test
+	@$(PY) -m tools.mutate $(ARGS)
 
 bench: $(VENV)/.bench
 	@$(PY) -m pytest benchmarks $(ARGS)
@@ -129,7 +158,7 @@ format: $(VENV)/.dev
 
 clean:
 	rm -rf build dist site *.egg-info ffcl_fast/_native*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
-	rm -f $(VENV)/.train $(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev
+	rm -f $(VENV)/.train $(VENV)/.test $(VENV)/.fuzz $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev
 	find ffcl_fast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

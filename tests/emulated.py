@@ -23,22 +23,17 @@ def _tool(package: str, attribute: str) -> str:
     return str(Path(folder) / package)
 
 
-@pytest.fixture(scope="session")
-def emulated_module() -> ModuleType:
-    """The module of tests/emulation/module.cpp, built by CMake where its sources have changed."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the emulator needs Linux's contexts")
-    pybind11 = pytest.importorskip("pybind11")
+def build(name: str, **options: str) -> Path:
+    """The folder build/``name`` with what CMakeLists.txt describes for these ``options``, built anew where sources have
+    changed."""
     cmake, ninja = _tool("cmake", "CMAKE_BIN_DIR"), _tool("ninja", "BIN_DIR")
-    work = ROOT / "build" / f"emulation-{sys.implementation.cache_tag}"
+    work = ROOT / "build" / name
     work.mkdir(parents=True, exist_ok=True)
     options = {
         "CMAKE_BUILD_TYPE": "None",
         "CMAKE_MAKE_PROGRAM": ninja,
-        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": work,
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-        "FFCL_EMULATED": "ON",
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(work),
+        **options,
     }
     configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(work), *(f"-D{k}={v}" for k, v in options.items())]
     with (work / "lock").open("w") as lock:  # every worker of pytest-xdist comes here
@@ -46,6 +41,21 @@ def emulated_module() -> ModuleType:
         for command in (configure, [cmake, "--build", str(work)]):
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return work
+
+
+@pytest.fixture(scope="session")
+def emulated_module() -> ModuleType:
+    """The module of tests/emulation/module.cpp, built by CMake where its sources have changed."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the emulator needs Linux's contexts")
+    pybind11 = pytest.importorskip("pybind11")
+    work = build(
+        f"emulation-{sys.implementation.cache_tag}",
+        Python_EXECUTABLE=sys.executable,
+        pybind11_DIR=pybind11.get_cmake_dir(),
+        FFCL_EMULATED="ON",
+    )
     (path,) = work.glob("_emulated*.so")
     spec = importlib.util.spec_from_file_location("_emulated", path)
     module = importlib.util.module_from_spec(spec)

@@ -124,6 +124,8 @@ def agree(ours, written_out, inputs: list[Tensor], terms: float = 0.0, gradient_
             assert mine is None or not mine.any()
             continue
         name, factor, size = ("value", 2, terms) if number == 0 else (f"gradient {number}", 3, gradient_terms)
+        if number and not mine.dim():
+            mine = mine.to(inputs[0].dtype)  # a scale's gradient is summed from those of the embeddings, in their dtype
         if number:
             plainly, exact = (torch.where(x.isnan(), 0.0, x) for x in (plainly, exact))
         assert_close_to_reference(mine, plainly, exact, factor, name, size)

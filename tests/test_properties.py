@@ -1,6 +1,6 @@
 """Every function and module on drawn shapes, dtypes, strides, scales, ids and reductions, against float64; invariances.
 
-In `make test` the draws are the same on every run, so that it cannot fail by chance; `FFCL_EXAMPLES=500` (in
+In `make test` the draws are the same on every run, so that it cannot fail by chance; `FFCL_EXAMPLES=100` (in
 `make test-long`) draws that many others for each test.
 """
 

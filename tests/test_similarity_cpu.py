@@ -148,3 +148,15 @@ def test_gradient_of_rows_alone_where_exponentials_overflow(scale, save):
     truth = reference.similarity_backward(*wide, truth_row, none, row.sigmoid().double(), none, None, True, True)
     for ours, exact in zip(gradients, truth, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("symmetric", (False, True))
+def test_running_maxima_over_many_panels(symmetric):
+    """Logits that no constant offset covers, in several panels each way: a later one often has the larger maximum."""
+    q, k, scale, *_ = _problem(800, 2600, 16, symmetric)
+    args = (q, k, 20 * scale, None, None, ops.EXCLUDE_DIAGONAL)
+    row, col, cache = similarity.similarity_forward(*args, True, True)
+    wide = (q.double(), None if symmetric else k.double(), args[2].double(), *args[3:])
+    truth_row, truth_col, _ = reference.similarity_forward(*wide, True, False)
+    torch.testing.assert_close(row.double(), truth_row, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(col.double(), truth_col, rtol=1e-6, atol=1e-4)

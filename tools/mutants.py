@@ -1,0 +1,349 @@
+"""The mutants of `make mutate`: what is broken on purpose, and the smallest tests that must see it.
+
+A mutant replaces ``old``, which occurs once in ``file``, by ``new``. ``kind``: "cpu" rebuilds the native module,
+"cuda" the emulated one, "triton" runs under Triton's interpreter, "python" needs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    kind: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str  # arguments of pytest
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}: {self.what}"
+
+
+_SIM, _EPI, _GOOD = "csrc/similarity_cpu.cpp", "csrc/similarity_epilogues.h", "csrc/goodness_cpu.cpp"
+_OPS = "tests/test_ops.py -k 'cpu and {}'"
+_TRITON = "ffcl_fast/backends/triton/"
+_INTERPRETED = "tests/interpreter/similarity.py -k '{}'"
+_FN = "ffcl_fast/functional/"
+
+MUTANTS = (
+    # --- the CPU kernels
+    Mutant(
+        "cpu",
+        "the tail of rows is masked one row late",
+        _SIM,
+        "bool out = i0 + r >= p.rows ||",
+        "bool out = i0 + r > p.rows ||",
+        _OPS.format("test_similarity and float32"),
+    ),
+    Mutant(
+        "cpu",
+        "tiles that stick out by columns go unmasked",
+        _SIM,
+        "|| (j + 1) * NR > p.cols) return true;",
+        "|| j * NR > p.cols) return true;",
+        _OPS.format("test_similarity and float32"),
+    ),
+    Mutant(
+        "cpu",
+        "the diagonal is left out beside itself",
+        _SIM,
+        "if (!out && a.exclude == Exclude::diagonal) out = i == j;",
+        "if (!out && a.exclude == Exclude::diagonal) out = i == j + 1;",
+        _OPS.format("test_exclusions"),
+    ),
+    Mutant(
+        "cpu",
+        "ids are compared by their low 32 bits",
+        _SIM,
+        "ids_exact = ids_exact && out[i] == ids[i];",
+        "ids_exact = true;",
+        "tests/test_similarity_cpu.py -k beyond_32",
+    ),
+    Mutant(
+        "cpu",
+        "the gradient lacks its scale",
+        _SIM,
+        "const double u = static_cast<double>(grad[i]) * args.scale;",
+        "const double u = static_cast<double>(grad[i]);",
+        _OPS.format("test_similarity and float32"),
+    ),
+    Mutant(
+        "cpu",
+        "row and column factors swapped",
+        _SIM,
+        "const Factors f{row_factor, row_shift, e.self ? row_factor : col_factor, e.self ? row_shift : col_shift,",
+        "const Factors f{e.self ? row_factor : col_factor, e.self ? row_shift : col_shift, row_factor, row_shift,",
+        _OPS.format("test_similarity and float32"),
+    ),
+    Mutant(
+        "cpu",
+        "the block on the diagonal of k = q counts twice",
+        _SIM,
+        "p.first_both = self && r0 >= c0 ? smaller(p.tiles, rb / NR) : 0;",
+        "p.first_both = 0;",
+        _OPS.format("test_similarity and float32 and q-q"),
+    ),
+    Mutant(
+        "cpu",
+        "running sums are not rescaled",
+        _SIM,
+        "s = s * std::exp2(m - larger_max) +",
+        "s = s +",
+        "tests/test_similarity_cpu.py -k 'running_maxima'",
+    ),
+    Mutant(
+        "cpu",
+        "rows that the constant offset lost are kept",
+        _SIM,
+        "SMALLEST_SUM = 0x1p-70;",
+        "SMALLEST_SUM = 0;",
+        _OPS.format("(far_below or test_scales)"),
+    ),
+    Mutant(
+        "cpu",
+        "column gradients of a block start from the last block's",
+        _SIM,
+        "e.flush_columns(c0, c1, e.self ? dq : dk, e.self);\n        if (c1 < e.cols) e.clear_columns();",
+        "e.flush_columns(c0, c1, e.self ? dq : dk, e.self);",
+        _OPS.format("test_many_tiles"),
+    ),
+    Mutant(
+        "cpu",
+        "a coefficient of the exponential is off in its fifth digit",
+        "csrc/simd.h",
+        "splat(6.9314720e-1f)",
+        "splat(6.9316720e-1f)",
+        _OPS.format("test_similarity and float32"),
+    ),
+    Mutant(
+        "cpu",
+        "bfloat16 outputs are cut, not rounded",
+        "csrc/simd.h",
+        "const vi rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
+        "const vi rounded = bits >> 16;",
+        "tests/test_rounding.py",
+    ),
+    Mutant(
+        "cpu",
+        "SigLIP's positives are negatives",
+        _EPI,
+        "z[d] = 1.0f;",
+        "z[d] = -1.0f;",
+        _OPS.format("test_siglip and float32"),
+    ),
+    Mutant(
+        "cpu",
+        "the gradient of a mean lacks its 2",
+        _GOOD,
+        "double along_a = grad_goodness ? grad_goodness[row] * (mean ? 2.0 / in.dim : 2.0) : 0.0;",
+        "double along_a = grad_goodness ? grad_goodness[row] * (mean ? 1.0 / in.dim : 2.0) : 0.0;",
+        "tests/test_goodness.py -k 'test_goodness_operator and cpu'",
+    ),
+    Mutant(
+        "cpu",
+        "ReLU passes the gradient of what it cut",
+        _GOOD,
+        "return relu && a <= 0 ? 0.0f : grad;",
+        "return relu && a < 0 ? 0.0f : grad;",
+        "tests/test_goodness.py -k 'test_goodness_operator and cpu'",
+    ),
+    Mutant(
+        "cpu",
+        "the second gradient of a pair is projected by the first's norm",
+        _GOOD,
+        "c[2] = static_cast<float>(w * cosine / m2);",
+        "c[2] = static_cast<float>(w * cosine / m1);",
+        "tests/test_pair_cosine.py -k 'operator and cpu'",
+    ),
+    Mutant(
+        "cpu",
+        "a pool's gradient is not shared among the positions",
+        _GOOD,
+        "values[c] = sum / static_cast<float>(in.positions);",
+        "values[c] = sum;",
+        "tests/test_goodness.py -k 'test_pool_operator and cpu'",
+    ),
+    Mutant(
+        "cpu",
+        "arguments that no kernel may follow are followed",
+        "csrc/cpu_dispatch.cpp",
+        "if (!valid(args) || !row_lse || !valid_cache(args, cache, cache_size)) return bad_argument;",
+        "",
+        "tests/test_fuzz.py -k binding",
+    ),
+    # --- the Triton kernels, interpreted
+    Mutant(
+        "triton",
+        "the tail of columns goes unmasked",
+        _TRITON + "tiles.py",
+        "needed = (row + BLOCK_ROWS > rows) | (col + BLOCK_COLS > cols)",
+        "needed = (row + BLOCK_ROWS > rows)",
+        _INTERPRETED.format("test_forward_of_rows or smallest"),
+    ),
+    Mutant(
+        "triton",
+        "the diagonal counts twice where k is q",
+        _TRITON + "similarity_forward.py",
+        "t = tl.where(above == 0, t - 1.0, t)",
+        "pass",
+        _INTERPRETED.format("test_forward and self"),
+    ),
+    Mutant(
+        "triton",
+        "rows that the offset lost are not rescued",
+        _TRITON + "similarity_forward.py",
+        'lost = mask & ((total < lost_below) | (total == float("inf")))',
+        "lost = mask & (total < 0)",
+        _INTERPRETED.format("rescues"),
+    ),
+    Mutant(
+        "triton",
+        "the gradient in registers lacks its scale",
+        _TRITON + "similarity_backward.py",
+        "acc *= scale_value * tl.load(frame + 2) / GAIN",
+        "acc *= tl.load(frame + 2) / GAIN",
+        _INTERPRETED.format("few_rows or test_gradient and both"),
+    ),
+    Mutant(
+        "triton",
+        "a column's factor is its row's",
+        _TRITON + "similarity_backward.py",
+        "y_part = load_vector(y_vectors, 2, col, cols, BLOCK_COLS)",
+        "y_part = load_vector(x_vectors, 2, row, rows, BLOCK_COLS)",
+        _INTERPRETED.format("few_rows or test_gradient and both"),
+    ),
+    Mutant(
+        "triton",
+        "what rounding took from a normaliser is lost",
+        _TRITON + "similarity_backward.py",
+        "* factor * tl.exp2((shift - exact).to(tl.float32))",
+        "* factor * tl.exp2((exact - shift).to(tl.float32))",
+        _INTERPRETED.format("test_gradient"),
+    ),
+    Mutant(
+        "triton",
+        "SigLIP's positives keep the gradient of negatives",
+        _TRITON + "siglip.py",
+        "g = tl.where(r[:, None] == c[None, :], -g, g)",
+        "pass",
+        _INTERPRETED.format("test_siglip"),
+    ),
+    Mutant(
+        "triton",
+        "the gradient of a mean is that of a sum",
+        _TRITON + "goodness.py",
+        "            p *= inverse_width",
+        "            p *= 1.0",
+        "tests/interpreter/goodness.py -k 'test_goodness'",
+    ),
+    # --- the CUDA kernels, compiled for the CPU
+    Mutant(
+        "cuda",
+        "a partial sum of rows is left out",
+        "csrc/similarity_sm80.cu",
+        "row_sums[i] + row_sums[MAX_SPAN * TILE + i];",
+        "row_sums[i];",
+        "tests/test_cuda_similarity.py -k 'test_pair and sm80'",
+    ),
+    Mutant(
+        "cuda",
+        "the rescue asks the mask for the mirrored pair",
+        "csrc/similarity_sm80.cu",
+        "if (!(is_col ? kept(whole, other, own) : kept(whole, own, other))) continue;",
+        "if (!(is_col ? kept(whole, own, other) : kept(whole, own, other))) continue;",
+        "tests/test_cuda_similarity.py -k 'rescue or without_a_pair'",
+    ),
+    Mutant(
+        "cuda",
+        "a long row's last packs are read once too few",
+        "csrc/goodness_rows.cuh",
+        "for (int64_t i = lane + KEEP * LANES; i < packs; i += LANES) add(P::load(h + i * N));",
+        "for (int64_t i = lane + KEEP * LANES; i < packs - 1; i += LANES) add(P::load(h + i * N));",
+        "tests/test_cuda_goodness.py -k test_goodness",
+    ),
+    Mutant(
+        "cuda",
+        "the second gradient of a pair is projected by the first's norm",
+        "csrc/pair_cosine.cu",
+        "g2.x[j] = masked<T>(h2, c[0] * a1 - c[2] * a2, relu);",
+        "g2.x[j] = masked<T>(h2, c[0] * a1 - c[1] * a2, relu);",
+        "tests/test_cuda_goodness.py -k pair_cosine",
+    ),
+    # --- the functions, and the losses across processes
+    Mutant(
+        "python",
+        "the positive pulls the wrong way",
+        _FN + "similarity.py",
+        "weight = share * -scale",
+        "weight = share * scale",
+        "tests/test_functional.py -k 'gradcheck and info_nce and panels'",
+    ),
+    Mutant(
+        "python",
+        "self-similarity's gradient of the scale counts twice",
+        _FN + "similarity.py",
+        "return total / 2 if k is None else total",
+        "return total",
+        "tests/test_functional.py -k 'gradcheck_losses and nt_xent and panels'",
+    ),
+    Mutant(
+        "python",
+        "a row of zeros is projected",
+        _FN + "similarity.py",
+        "inner = (z.to(norm.dtype) * dz).sum(-1, keepdim=True).mul_(norm > ctx.eps)",
+        "inner = (z.to(norm.dtype) * dz).sum(-1, keepdim=True)",
+        "tests/test_hard_numbers.py -k 'short'",
+    ),
+    Mutant(
+        "python",
+        "an anchor is its own positive",
+        _FN + "contrastive.py",
+        "rest, count = sums - own[:, 0], members * views - 1",
+        "rest, count = sums, members * views",
+        "tests/test_properties.py -k sup_con",
+    ),
+    Mutant(
+        "python",
+        "the weight of a pair is not shared among the rows",
+        _FN + "pair_cosine.py",
+        'scale = float(weight) / rows if reduction == "mean" else float(weight)',
+        "scale = float(weight)",
+        "tests/test_properties.py -k 'pair_cosine'",
+    ),
+    Mutant(
+        "python",
+        "a second backward pass lacks the upstream gradient",
+        _FN + "pair_cosine.py",
+        "grad = (grad * scale).to(coefficients.dtype)",
+        "grad = (grad * 0 + scale).to(coefficients.dtype)",
+        "tests/test_pair_cosine.py -k every_use",
+    ),
+    Mutant(
+        "python",
+        "the processes opposite in a ring share a row",
+        "ffcl_fast/distributed/similarity.py",
+        "return whole[0], slice(rows[owner] // 2, rows[owner])",
+        "return whole[0], slice(max(0, rows[owner] // 2 - 1), rows[owner])",
+        "tests/test_across.py -k 'test_contract and 4'",
+    ),
+    Mutant(
+        "python",
+        "other processes' rows pass for positives",
+        "ffcl_fast/distributed/pairwise.py",
+        "pairs(everyone[cols], cols == mine)",
+        "pairs(everyone[cols], True)",
+        "tests/test_across.py -k 'test_contract and 2'",
+    ),
+    Mutant(
+        "python",
+        "the scale's gradient is a sum over processes",
+        "ffcl_fast/distributed/pairwise.py",
+        "return total / torch.distributed.get_world_size(ctx.group), None",
+        "return total, None",
+        "tests/test_across.py -k 'test_contract and 2'",
+    ),
+)
