@@ -26,7 +26,10 @@ bool supported(Isa isa) {
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
-  return isa == Isa::portable;
+#ifdef FFCL_AVX512_BF16
+  if (isa == Isa::avx512_bf16) return supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+#endif
+  return isa == Isa::portable || isa == Isa::portable_bf16;
 }
 
 Isa choose() {
@@ -35,12 +38,13 @@ Isa choose() {
     if (supported(isa)) best = isa;
   const char* wanted = std::getenv("FFCL_ISA");
   if (!wanted || !*wanted) return best;
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::portable_bf16, Isa::avx512_bf16}) {
     if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
     if (supported(isa)) return isa;
     throw std::runtime_error(std::string("FFCL_ISA=") + wanted + ": this processor has " + isa_name(best) + " at best");
   }
-  throw std::invalid_argument(std::string("FFCL_ISA must be portable, avx2 or avx512; got '") + wanted + "'");
+  throw std::invalid_argument(
+      std::string("FFCL_ISA must be portable, avx2, avx512, portable_bf16 or avx512_bf16; got '") + wanted + "'");
 }
 
 }  // namespace
@@ -49,6 +53,8 @@ const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::portable_bf16: return "portable_bf16";
+    case Isa::avx512_bf16: return "avx512_bf16";
     default: return "portable";
   }
 }
@@ -59,11 +65,15 @@ Isa current_isa() {
 }
 
 // Each kernel exists once in the namespace of every instruction set, with the type of its declaration in ffcl.
+#define FFCL_DECLARE_SIMILARITY(isa)                       \
+  namespace isa {                                          \
+  decltype(ffcl::similarity_forward) similarity_forward;   \
+  decltype(ffcl::similarity_backward) similarity_backward; \
+  decltype(ffcl::siglip) siglip;                           \
+  }
 #define FFCL_DECLARE(isa)                                        \
+  FFCL_DECLARE_SIMILARITY(isa)                                   \
   namespace isa {                                                \
-  decltype(ffcl::similarity_forward) similarity_forward;         \
-  decltype(ffcl::similarity_backward) similarity_backward;       \
-  decltype(ffcl::siglip) siglip;                                 \
   decltype(ffcl::goodness_forward) goodness_forward;             \
   decltype(ffcl::goodness_backward) goodness_backward;           \
   decltype(ffcl::pair_cosine_forward) pair_cosine_forward;       \
@@ -78,11 +88,13 @@ Isa current_isa() {
   decltype(ffcl::finish_gradient) finish_gradient;               \
   }
 FFCL_DECLARE(portable)
+FFCL_DECLARE_SIMILARITY(portable_bf16)
 #ifdef FFCL_X86
 FFCL_DECLARE(avx2)
 FFCL_DECLARE(avx512)
-#define FFCL_DISPATCH(call)               \
-  switch (current_isa()) {                \
+#define FFCL_DISPATCH(call)                \
+  switch (current_isa()) {                 \
+    case Isa::avx512_bf16:                 \
     case Isa::avx512: return avx512::call; \
     case Isa::avx2: return avx2::call;     \
     default: return portable::call;        \
@@ -91,22 +103,37 @@ FFCL_DECLARE(avx512)
 #define FFCL_DISPATCH(call) return portable::call;
 #endif
 
+// The same, with bfloat16 rows in pairs where the set asks for it.
+#ifdef FFCL_AVX512_BF16
+FFCL_DECLARE_SIMILARITY(avx512_bf16)
+#define FFCL_DISPATCH_AVX512_BF16(call) \
+  if (current_isa() == Isa::avx512_bf16) return avx512_bf16::call;
+#else
+#define FFCL_DISPATCH_AVX512_BF16(call)
+#endif
+#define FFCL_DISPATCH_SIMILARITY(call)                                   \
+  if (args.dtype == DType::bfloat16) {                                   \
+    if (current_isa() == Isa::portable_bf16) return portable_bf16::call; \
+    FFCL_DISPATCH_AVX512_BF16(call)                                      \
+  }                                                                      \
+  FFCL_DISPATCH(call)
+
 int similarity_forward(const Similarity& args, float* row_lse, float* col_lse, float* cache, int64_t cache_size) {
   if (!valid(args) || !row_lse || !valid_cache(args, cache, cache_size)) return bad_argument;
-  FFCL_DISPATCH(similarity_forward(args, row_lse, col_lse, cache, cache_size))
+  FFCL_DISPATCH_SIMILARITY(similarity_forward(args, row_lse, col_lse, cache, cache_size))
 }
 
 int similarity_backward(const Similarity& args, const float* row_lse, const float* col_lse, const float* row_grad,
                         const float* col_grad, const float* cache, int64_t cache_size, float* dq, float* dk) {
   if (!valid(args) || !row_lse || !row_grad || (args.k && col_grad && !col_lse) || (!args.k && !dq) ||
       !valid_cache(args, cache, cache_size)) return bad_argument;
-  FFCL_DISPATCH(
+  FFCL_DISPATCH_SIMILARITY(
       similarity_backward(args, row_lse, col_lse, row_grad, col_grad, cache, cache_size, dq, dk))
 }
 
 int siglip(const Similarity& args, float bias, bool positives, double* loss, double* dbias, float* dq, float* dk) {
   if (!valid(args) || !args.k || !loss || !dbias) return bad_argument;
-  FFCL_DISPATCH(siglip(args, bias, positives, loss, dbias, dq, dk))
+  FFCL_DISPATCH_SIMILARITY(siglip(args, bias, positives, loss, dbias, dq, dk))
 }
 
 int goodness_forward(const Activations& h, bool mean, double eps, float* goodness, void* out) {

@@ -4,9 +4,13 @@
 
 namespace ffcl {
 
-enum class Isa { portable = 0, avx2 = 1, avx512 = 2 };
+// The two with bf16 hold the similarity kernels of bfloat16 rows on products of pairs (tile.h); everything else runs
+// the code of the set they are named after. They are never chosen unless FFCL_ISA names them: portable_bf16 does the
+// pair product in software, for tests; no machine has yet confirmed avx512_bf16, which runs it as one instruction.
+enum class Isa { portable = 0, avx2 = 1, avx512 = 2, portable_bf16 = 3, avx512_bf16 = 4 };
 
-// Best set of this processor that was compiled in, lowered by the environment variable FFCL_ISA (read once).
+// Best of the first three that this processor has and that was compiled in, unless the environment variable FFCL_ISA
+// (read once) names another.
 Isa current_isa();
 const char* isa_name(Isa isa);
 

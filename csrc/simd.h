@@ -23,7 +23,9 @@
 namespace ffcl {
 namespace FFCL_ISA_NS {
 
-#if defined(__AVX512F__)
+#if defined(FFCL_WIDTH)
+constexpr int VW = FFCL_WIDTH;  // a wider set's tiles in the compiler's own code, for tests
+#elif defined(__AVX512F__)
 constexpr int VW = 16;  // floats in a vector
 #elif defined(__AVX2__)
 constexpr int VW = 8;
@@ -43,7 +45,9 @@ FFCL_INLINE vf splat(float x) {  // not vf{} + x: the compiler keeps that additi
 #elif defined(__AVX2__)
   return _mm256_set1_ps(x);
 #else
-  return vf{x, x, x, x};
+  vf v;
+  for (int i = 0; i < VW; ++i) v[i] = x;
+  return v;
 #endif
 }
 FFCL_INLINE vi load_int(const int32_t* p) {
@@ -60,7 +64,7 @@ FFCL_INLINE vf max(vf a, vf b) {
   return _mm512_max_ps(a, b);
 #elif defined(__AVX2__)
   return _mm256_max_ps(a, b);
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(FFCL_WIDTH)
   return _mm_max_ps(a, b);
 #else
   return a > b ? a : b;
@@ -71,7 +75,7 @@ FFCL_INLINE vf min(vf a, vf b) {
   return _mm512_min_ps(a, b);
 #elif defined(__AVX2__)
   return _mm256_min_ps(a, b);
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(FFCL_WIDTH)
   return _mm_min_ps(a, b);
 #else
   return a < b ? a : b;
@@ -167,6 +171,36 @@ FFCL_INLINE uint16_t float_to_fp16(float x) {  // round to nearest even; overflo
   }
   const uint32_t odd = (bits >> 13) & 1;
   return static_cast<uint16_t>(sign | ((bits - 0x38000000u + 0xfff + odd) >> 13));
+#endif
+}
+
+// Pairs of bfloat16, the first in the low half of a 32-bit lane.
+
+// acc + the products of both halves, accumulated in float32. The products are exact, so all forms differ by nothing but
+// the instruction's flushing of subnormals to zero.
+FFCL_INLINE vf dot_pairs(vf acc, vi a, vi b) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#else
+  const vi high = vi{} - 0x10000;
+  acc += as_float(a & high) * as_float(b & high);
+  return acc + as_float(a << 16) * as_float(b << 16);
+#endif
+}
+
+// Lane by lane (bfloat16(low), bfloat16(high)), rounded to nearest even; NaN stays NaN.
+FFCL_INLINE vi to_pairs(vf low, vf high) {
+#if defined(__AVX512BF16__)
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));  // `low` in the lower 16 elements
+  const __m512i first = reinterpret_cast<__m512i>(vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
+  const __m512i order = _mm512_or_si512(first, _mm512_slli_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(16)), 16));
+  return reinterpret_cast<vi>(_mm512_permutexvar_epi16(order, halves));
+#else
+  const vi l = as_int(low), h = as_int(high);
+  const vi l_nan = low != low, h_nan = high != high;
+  const vi l_bits = ((l + 0x7fff + ((l >> 16) & 1)) & ~l_nan) | (0x7fc00000 & l_nan);
+  const vi h_bits = ((h + 0x7fff + ((h >> 16) & 1)) & ~h_nan) | (0x7fc00000 & h_nan);
+  return ((l_bits >> 16) & 0xffff) | (h_bits & (vi{} - 0x10000));
 #endif
 }
 

@@ -2,7 +2,8 @@
 //
 // S is visited in panels of at most 384 rows by 2304 columns. Each panel takes three steps, each split into tasks that
 // write disjoint memory, with a fixed order of every sum, so results do not depend on the number of threads:
-//   pack      float32 copies of the panel's rows and columns in the order the register tiles read them
+//   pack      copies of the panel's rows and columns in the order the register tiles read them: float32, or pairs of
+//             bfloat16 where bfloat16 rows meet an instruction set that multiplies those (tile.h)
 //   scores    register tiles of S, and on them, before they leave the registers, one exponential an element; the
 //             forward pass keeps row and column sums only, the backward pass writes the gradient panel G
 //   products  dq[rows] += G k[columns] and dk[columns]^T += q[rows]^T G, reading G (3.5 MB, in L3) twice
@@ -41,6 +42,11 @@ struct Panel {
   int64_t tiles;                  // column tiles: cols / NR rounded up
   int64_t first_tile;             // where they start in the packed columns
   int64_t first_both;             // for k = q: tiles before this are on the diagonal block, whose mirror image is itself
+
+  bool crosses_diagonal(int64_t i, int64_t j) const {
+    const int64_t row = r0 + i, col = c0 + j * NR;
+    return row < col + NR && col < row + MR;
+  }
 };
 
 class Engine {
@@ -56,10 +62,11 @@ class Engine {
         tile_chunk((rb > ROW_TASK ? 256 : 64) / NR),
         dim_mr(round_up(args.dim, MR)),
         dim_nr(round_up(args.dim, NR)),
-        q_dims(rb * args.dim),
-        k_dims(cb * args.dim),
-        q_rows(gradients ? dim_mr * rb : 0),
-        k_rows(gradients ? dim_nr * cb : 0),
+        dim_words(words_of(args.dim)),
+        q_dims(rb * dim_words),
+        k_dims(cb * dim_words),
+        q_rows(gradients ? dim_mr * words_of(rb) : 0),
+        k_rows(gradients ? dim_nr * words_of(cb) : 0),
         g(gradients ? rb * cb : 0),
         dkt(gradients ? dim_mr * cb : 0),
         row_ids(by_id() ? args.rows + ROW_TASK : 0),
@@ -80,13 +87,15 @@ class Engine {
   const double log2_scale;  // S in units of log2, for exp2
   const int threads;
   const int64_t tile_chunk;  // column tiles in a scores task
-  const int64_t dim_mr, dim_nr;
-  Buffer<float> q_dims;  // [rb / MR][dim][MR]        A of the scores
-  Buffer<float> k_dims;  // [cb / NR][dim][NR]        B of the scores
-  Buffer<float> q_rows;  // [dim / MR][rows][MR]      A of dk^T
-  Buffer<float> k_rows;  // [dim / NR][cb][NR]        B of dq
-  Buffer<float> g;       // [cb / NR][rows][NR]       B of dk^T and, by broadcasts, A of dq
-  Buffer<float> dkt;     // [dim][cb]                 dk^T of the current columns
+  const int64_t dim_mr, dim_nr, dim_words;
+  // In words, which are pairs along the dimension named in words: of rows 2 i and 2 i + 1 in q_rows, and of columns c
+  // and c + VW of a tile in k_rows, as in the two copies of G.
+  Buffer<Word> q_dims;  // [rb / MR][dim words][MR]    A of the scores
+  Buffer<Word> k_dims;  // [cb / NR][dim words][NR]    B of the scores
+  Buffer<Word> q_rows;  // [dim / MR][row words][MR]   A of dk^T
+  Buffer<Word> k_rows;  // [dim / NR][cb words][NR]    B of dq
+  Buffer<Word> g;       // Gradients                   B of dk^T and, by broadcasts, A of dq
+  Buffer<float> dkt;    // [dim][cb]                   dk^T of the current columns
   Buffer<int32_t> row_ids, col_ids;  // the low halves of the ids, to compare many at once
   bool ids_exact = true;             // they are the whole ids
 
@@ -118,19 +127,21 @@ class Engine {
     by_type(a.queries(), [&](auto q, auto) {
       parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
         for (int64_t i = task * ROW_TASK; i < smaller(p.rows_padded, (task + 1) * ROW_TASK); i += MR) {
-          if (scores) pack_group_by_dim<MR>(q, p.r0 + i, end, q_dims + i * a.dim);
-          for (int64_t r = i; gradients && r < i + MR; ++r)
-            pack_row_by_panel<MR>(q, p.r0 + r, end, p.rows_padded * MR, q_rows + r * MR);
+          if (scores) pack_group_by_dim<MR>(q, p.r0 + i, end, q_dims + i * dim_words);
+          for (int64_t r = i; gradients && r < i + MR; r += PER_WORD)
+            pack_row_by_panel<MR>(q, p.r0 + r, p.r0 + r + 1, end, p.rows_padded / PER_WORD * MR,
+                                  q_rows + r / PER_WORD * MR);
         }
       });
     });
   }
 
-  // Largest norm of a row; `finite` turns false where one is not finite. Divided rows are no longer than 1.
+  // Largest norm of a row; `finite` turns false where one is not finite. Divided rows are no longer than 1, or 1 + 2^-8
+  // where each element is then rounded to bfloat16.
   double largest_norm(const Rows& x, bool& finite) const {
     if (x.norm) {
       for (int64_t i = 0; i < x.rows; ++i) finite = finite && x.norm[i] < __builtin_inff();
-      return 1;
+      return PER_WORD == 1 ? 1 : 1 + 0x1p-8;
     }
     const int64_t tasks = (x.rows + ROW_TASK - 1) / ROW_TASK;
     Buffer<float> part(tasks);
@@ -179,7 +190,7 @@ class Engine {
     const vf factor = splat(static_cast<float>(scale));  // after the sum: it costs the products no bits
     const int64_t col_tasks = (p.tiles + tile_chunk - 1) / tile_chunk;
     const int64_t row_tasks = (p.rows_padded + ROW_TASK - 1) / ROW_TASK;
-    // Sums of 128 products, then sums of those: a fraction of the rounding error of one long sum, and the operands of a
+    // Sums of 128 words, then sums of those: a fraction of the rounding error of one long sum, and the operands of a
     // step (8 KB of B in AVX2's tiles) stay in L1.
     constexpr int64_t depth = 128;
     parallel(row_tasks * col_tasks, threads, [&](int64_t task, int) {
@@ -190,13 +201,13 @@ class Engine {
       e.begin(p, rt, ct);
       for (int64_t j = ct * tile_chunk; j < smaller(p.tiles, (ct + 1) * tile_chunk); ++j) {
         e.begin_columns();
-        const float* b = k_dims + (p.first_tile + j) * NR * a.dim;
-        for (int64_t d = 0; d < a.dim; d += depth) {
-          const bool complete = d + depth >= a.dim;
+        const Word* b = k_dims + (p.first_tile + j) * NR * dim_words;
+        for (int64_t d = 0; d < dim_words; d += depth) {
+          const bool complete = d + depth >= dim_words;
           for (int64_t i = first; i < last; i += MR) {
             Tile t;
             clear(t);
-            multiply<1, MR>(t, q_dims + i * a.dim + d * MR, b + d * NR, complete ? a.dim - d : depth);
+            multiply<1, MR>(t, q_dims + i * dim_words + d * MR, b + d * NR, complete ? dim_words - d : depth);
             if (d > 0) add_tile(t, partial + (i - first) * NR, NR);
             if (!complete) {
               store_tile(t, partial + (i - first) * NR, NR);
@@ -213,16 +224,18 @@ class Engine {
     });
   }
 
+  Gradients gradients() const { return {g, PER_WORD == 1 ? g.data : g + rb * cb / PER_WORD}; }
+
   // G of a panel whose exponentials the forward pass kept.
   void rescale(const Panel& p, const float* kept, const float* row, const float* col) {
     parallel(p.tiles, threads, [&](int64_t j, int) {
       const float* from = kept + j * p.rows_padded * NR;
-      float* to = g + j * p.rows_padded * NR;
+      const Gradients to = gradients();
       const vf b0 = load(col + p.c0 + j * NR), b1 = load(col + p.c0 + j * NR + VW);
-      for (int64_t i = 0; i < p.rows_padded; ++i, from += NR, to += NR) {
-        const vf x = splat(row[p.r0 + i]);
-        store(to, load(from) * (x + b0));
-        store(to + VW, load(from + VW) * (x + b1));
+      for (int64_t i = 0; i < p.rows_padded; i += 2, from += 2 * NR) {
+        const vf x = splat(row[p.r0 + i]), y = splat(row[p.r0 + i + 1]);
+        to.put(j * p.rows_padded + i, load(from) * (x + b0), load(from + VW) * (x + b1), load(from + NR) * (y + b0),
+               load(from + NR + VW) * (y + b1));
       }
     });
   }
@@ -277,9 +290,11 @@ class Engine {
     by_type(a.keys(), [&](auto k, auto) {
       parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
         for (int64_t t = task * step; t < smaller(groups, (task + 1) * step); ++t) {
-          pack_group_by_dim<NR>(k, c0 + t * NR, c1, k_dims + t * NR * a.dim);
-          for (int64_t j = t * NR; k_rows.data && j < (t + 1) * NR; ++j)
-            pack_row_by_panel<NR>(k, c0 + j, c1, cb * NR, k_rows + j * NR);
+          const int64_t j = t * NR;
+          pack_group_by_dim<NR>(k, c0 + j, c1, k_dims + j * dim_words);
+          for (int64_t w = 0; k_rows.data && w < NR / PER_WORD; ++w)
+            pack_row_by_panel<NR>(k, c0 + j + w, c0 + j + w + VW, c1, cb / PER_WORD * NR,
+                                  k_rows + (j / PER_WORD + w) * NR);
         }
       });
     });
@@ -288,16 +303,16 @@ class Engine {
   // dq rows [first, first + ROW_TASK) of the panel, dimensions [d0, d1). G's tiles are read by broadcast, 64 bytes of a
   // row at a time.
   void row_product(const Panel& p, int64_t first, int64_t d0, int64_t d1, float* dq) {
-    constexpr int64_t depth = 256;
+    constexpr int64_t depth = 256 * PER_WORD, tile_words = NR / PER_WORD;
     const int64_t last = smaller(p.rows_padded, first + ROW_TASK), tiles_a_step = depth / NR;
     for (int64_t j0 = 0; j0 < p.tiles; j0 += tiles_a_step)
       for (int64_t d = d0; d < d1; d += NR)
         for (int64_t i = first; i < last; i += MR) {
           Tile t;
           clear(t);
-          const float* b = k_rows + d * cb + (p.first_tile + j0) * NR * NR;
-          for (int64_t j = j0; j < smaller(p.tiles, j0 + tiles_a_step); ++j, b += NR * NR)
-            multiply<NR, 1>(t, g + (j * p.rows_padded + i) * NR, b, NR);
+          const Word* b = k_rows + d * cb / PER_WORD + (p.first_tile + j0) * tile_words * NR;
+          for (int64_t j = j0; j < smaller(p.tiles, j0 + tiles_a_step); ++j, b += tile_words * NR)
+            multiply<tile_words, 1>(t, gradients().by_column + (j * p.rows_padded + i) * tile_words, b, tile_words);
           add_rows(t, dq + (p.r0 + i) * a.dim + d, p.rows - i, a.dim - d);
         }
   }
@@ -317,7 +332,7 @@ class Engine {
 
   // dk^T of column tiles [j0, j1), 192 dimensions at a time so that q_rows' part stays in L2.
   void column_product(const Panel& p, int64_t j0, int64_t j1) {
-    constexpr int64_t depth = 256, dims = 192;
+    constexpr int64_t depth = 256 * PER_WORD, dims = 192;
     for (int64_t d0 = 0; d0 < dim_mr; d0 += dims)
       for (int64_t j = j0; j < j1; ++j)
         for (int64_t i = 0; i < p.rows_padded; i += depth)
@@ -325,8 +340,9 @@ class Engine {
             float* c = dkt + d * cb + (p.first_tile + j) * NR;
             Tile t;
             load_tile(t, c, cb);
-            multiply<1, MR>(t, q_rows + d * p.rows_padded + i * MR, g + (j * p.rows_padded + i) * NR,
-                            smaller(depth, p.rows_padded - i));
+            multiply<1, MR>(t, q_rows + (d * p.rows_padded + i * MR) / PER_WORD,
+                            gradients().by_row + (j * p.rows_padded + i) / PER_WORD * NR,
+                            smaller(depth, p.rows_padded - i) / PER_WORD);
             store_tile(t, c, cb);
           }
   }
@@ -344,7 +360,7 @@ class Engine {
   bool touches_mask(const Panel& p, int64_t i, int64_t j) const {
     if (i + MR > p.rows || (j + 1) * NR > p.cols) return true;
     if (a.exclude == Exclude::none) return false;
-    if (a.exclude == Exclude::diagonal) return crosses_diagonal(p, i, j);
+    if (a.exclude == Exclude::diagonal) return p.crosses_diagonal(i, j);
     if (a.exclude == Exclude::different_id) return true;
     const int32_t* col = col_ids + p.c0 + j * NR;
     const vi c0 = load_int(col), c1 = load_int(col + VW);
@@ -360,7 +376,7 @@ class Engine {
   // -inf at the pairs left out and beyond the edges.
   void mask(const Panel& p, int64_t i0, int64_t j0, Tile& t) const {
     const bool inside = i0 + MR <= p.rows && (j0 + 1) * NR <= p.cols;
-    const bool vectors = by_id() && ids_exact && !(a.exclude == Exclude::same_id_off_diagonal && crosses_diagonal(p, i0, j0));
+    const bool vectors = by_id() && ids_exact && !(a.exclude == Exclude::same_id_off_diagonal && p.crosses_diagonal(i0, j0));
     if (!inside || !vectors) return mask_by_element(p, i0, j0, t);
     const vf out = splat(-__builtin_inff());
     const int32_t* col = col_ids + p.c0 + j0 * NR;
@@ -386,12 +402,6 @@ class Engine {
         if (out) x[r * NR + c] = -__builtin_inff();
       }
     load_tile(t, x, NR);
-  }
-
- public:
-  static bool crosses_diagonal(const Panel& p, int64_t i, int64_t j) {
-    const int64_t row = p.r0 + i, col = p.c0 + j * NR;
-    return row < col + NR && col < row + MR;
   }
 };
 
@@ -553,7 +563,7 @@ int similarity_backward(const Similarity& args, const float* row_lse, const floa
     for (int64_t j = 0; j < padded_cols; ++j)  // 0 times an exponential that overflowed would be NaN
       col_factor[j] = 0, col_shift[j] = __builtin_inff();
   const Factors f{row_factor, row_shift, e.self ? row_factor : col_factor, e.self ? row_shift : col_shift,
-                  offset, e.g};
+                  offset, e.gradients()};
 
   const int64_t header = CACHE_HEADER + 2 * (args.rows + (e.self ? 0 : e.cols));
   if (cache && cache_size < header) return bad_argument;
@@ -596,7 +606,7 @@ int siglip(const Similarity& args, float bias, bool positives, double* loss, dou
   e.for_each_panel(
       [&](const Panel& p) {
         e.pack_rows(p, true, dk != nullptr);
-        e.scores(p, args.scale, SigmoidLoss(bias, args.scale, positives ? smaller(args.rows, e.cols) : 0, loss_part, bias_part, chunks, gradients ? e.g.data : nullptr));
+        e.scores(p, args.scale, SigmoidLoss(bias, args.scale, positives ? smaller(args.rows, e.cols) : 0, loss_part, bias_part, chunks, gradients ? e.gradients() : Gradients{}));
         for (int64_t r = 0; r < (p.rows_padded + ROW_TASK - 1) / ROW_TASK; ++r)
           for (int64_t c = 0; c < (p.tiles + e.tile_chunk - 1) / e.tile_chunk; ++c) {
             *loss += loss_part[r * chunks + c];

@@ -108,7 +108,7 @@ struct OnlineSums {
 struct Factors {
   const float *row, *row_shift, *col, *col_shift;
   int32_t offset;
-  float* g;  // the panel, [tile][row][NR]
+  Gradients g;
 };
 
 // G = 2^(t - offset) (row factor + column factor).
@@ -120,14 +120,16 @@ struct ConstantGradient {
   void end_columns(const Panel&, int64_t) {}
   void end(const Panel&) {}
   FFCL_INLINE void tile(const Panel& p, int64_t i, int64_t j, const Tile& t) {
-    float* to = f.g + (j * p.rows_padded + i) * NR;
     const float* row = f.row + p.r0 + i;
     const float* col = f.col + p.c0 + j * NR;
     const vf b0 = load(col), b1 = load(col + VW);
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-      store(to + r * NR, exp2(t.x[r][0], f.offset) * (splat(row[r]) + b0));
-      store(to + r * NR + VW, exp2(t.x[r][1], f.offset) * (splat(row[r]) + b1));
+    for (int r = 0; r < MR; r += 2) {
+      const vf x0 = exp2(t.x[r][0], f.offset) * (splat(row[r]) + b0);
+      const vf x1 = exp2(t.x[r][1], f.offset) * (splat(row[r]) + b1);
+      const vf y0 = exp2(t.x[r + 1][0], f.offset) * (splat(row[r + 1]) + b0);
+      const vf y1 = exp2(t.x[r + 1][1], f.offset) * (splat(row[r + 1]) + b1);
+      f.g.put(j * p.rows_padded + i + r, x0, x1, y0, y1);
     }
   }
 };
@@ -141,14 +143,18 @@ struct GeneralGradient {
   void end_columns(const Panel&, int64_t) {}
   void end(const Panel&) {}
   FFCL_INLINE void tile(const Panel& p, int64_t i, int64_t j, const Tile& t) {
-    float* to = f.g + (j * p.rows_padded + i) * NR;
     const int64_t row = p.r0 + i, col = p.c0 + j * NR;
-    for (int r = 0; r < MR; ++r)
-      for (int h = 0; h < 2; ++h) {
-        const vf by_row = splat(f.row[row + r]) * exp2(t.x[r][h] - splat(f.row_shift[row + r]));
-        const vf by_col = load(f.col + col + h * VW) * exp2(t.x[r][h] - load(f.col_shift + col + h * VW));
-        store(to + r * NR + h * VW, by_row + by_col);
-      }
+    for (int r = 0; r < MR; r += 2) {
+      vf x[2][2];
+      for (int u = 0; u < 2; ++u)
+        for (int h = 0; h < 2; ++h) {
+          const vf s = t.x[r + u][h];
+          const vf by_row = splat(f.row[row + r + u]) * exp2(s - splat(f.row_shift[row + r + u]));
+          const vf by_col = load(f.col + col + h * VW) * exp2(s - load(f.col_shift + col + h * VW));
+          x[u][h] = by_row + by_col;
+        }
+      f.g.put(j * p.rows_padded + i + r, x[0][0], x[0][1], x[1][0], x[1][1]);
+    }
   }
 };
 
@@ -171,33 +177,38 @@ struct SigmoidLoss {
   int64_t positives;  // this many leading pairs (i, i) are positive
   double *loss_out, *bias_out;
   int64_t chunks;
-  float* g;
+  Gradients g;  // null: the loss alone
   int64_t rt = 0, ct = 0;
   vf loss_row, grad_row;
   double loss = 0, grad = 0;
 
-  SigmoidLoss(float b, float s, int64_t p, double* lo, double* bo, int64_t n, float* panel)
+  SigmoidLoss(float b, float s, int64_t p, double* lo, double* bo, int64_t n, Gradients panel)
       : bias(b), scale(s), positives(p), loss_out(lo), bias_out(bo), chunks(n), g(panel) {}
   void begin(const Panel&, int64_t row_task, int64_t chunk) { rt = row_task, ct = chunk; }
   FFCL_INLINE void begin_columns() { loss_row = grad_row = zero(); }
   FFCL_INLINE void tile(const Panel& p, int64_t i, int64_t j, const Tile& t) {
-    const bool diagonal = p.r0 + i < positives && Engine::crosses_diagonal(p, i, j);
-    for (int r = 0; r < MR; ++r)
-      for (int h = 0; h < 2; ++h) {
-        vf x = t.x[r][h] + splat(bias), z = splat(-1.0f);
-        if (diagonal) {
-          const int64_t d = p.r0 + i + r - (p.c0 + j * NR + h * VW);
-          if (d >= 0 && d < VW && p.r0 + i + r < positives) z[d] = 1.0f;
+    const bool diagonal = p.r0 + i < positives && p.crosses_diagonal(i, j);
+    for (int r = 0; r < MR; r += 2) {
+      vf gradient[2][2];
+      for (int u = 0; u < 2; ++u)
+        for (int h = 0; h < 2; ++h) {
+          const int64_t row = p.r0 + i + r + u;
+          vf x = t.x[r + u][h] + splat(bias), z = splat(-1.0f);
+          if (diagonal) {
+            const int64_t d = row - (p.c0 + j * NR + h * VW);
+            if (d >= 0 && d < VW && row < positives) z[d] = 1.0f;
+          }
+          x = x * -z;  // the loss is softplus(x), the derivative -z sigmoid(x)
+          const vf magnitude = as_float(as_int(x) & 0x7fffffff);
+          const vf e = exp2(magnitude * splat(static_cast<float>(-LOG2E)));
+          const vf numerator = x >= 0.0f ? splat(1.0f) : e;
+          const vf derivative = -z * (numerator / (splat(1.0f) + e));
+          loss_row += max(zero(), x) + log1p_unit(e);
+          grad_row += derivative;
+          gradient[u][h] = derivative * splat(scale);
         }
-        x = x * -z;  // the loss is softplus(x), the derivative -z sigmoid(x)
-        const vf magnitude = as_float(as_int(x) & 0x7fffffff);
-        const vf e = exp2(magnitude * splat(static_cast<float>(-LOG2E)));
-        const vf numerator = x >= 0.0f ? splat(1.0f) : e;
-        const vf derivative = -z * (numerator / (splat(1.0f) + e));
-        loss_row += max(zero(), x) + log1p_unit(e);
-        grad_row += derivative;
-        if (g) store(g + (j * p.rows_padded + i + r) * NR + h * VW, derivative * splat(scale));
-      }
+      if (g.by_row) g.put(j * p.rows_padded + i + r, gradient[0][0], gradient[0][1], gradient[1][0], gradient[1][1]);
+    }
   }
   FFCL_INLINE void end_columns(const Panel&, int64_t) {
     for (int l = 0; l < VW; ++l) loss += loss_row[l], grad += grad_row[l];

@@ -3,6 +3,9 @@
 // A tile is MR x NR float32 accumulators (12 of AVX2's 16 registers, 24 of AVX-512's 32). Each step of the inner
 // dimension loads NR values of B and broadcasts MR values of A: 2 loads and MR broadcasts for 2 MR fused
 // multiply-adds, so the multiply-add units are the limit as long as both operands come from L1 or stream from L2.
+//
+// Compiled with FFCL_BF16_PAIRS, for bfloat16 rows alone, a packed operand is a word of two bfloat16 that follow each
+// other along the dimension summed over, and a step of a tile takes both: half the steps and half the bytes.
 #pragma once
 
 #include <cstdlib>
@@ -18,6 +21,17 @@ constexpr int MR = VW == 16 ? 12 : 6;
 constexpr int NR = 2 * VW;
 constexpr int64_t ROW_TASK = 96;  // rows a thread takes at a time: a multiple of MR and NR for every instruction set
 static_assert(ROW_TASK % MR == 0 && ROW_TASK % NR == 0, "blocks must hold whole tiles");
+
+#ifdef FFCL_BF16_PAIRS
+typedef int32_t Word;
+typedef vi Words;
+constexpr int64_t PER_WORD = 2;
+#else
+typedef float Word;
+typedef vf Words;
+constexpr int64_t PER_WORD = 1;
+#endif
+static_assert(MR % 2 == 0, "pairs of rows must not straddle tiles");
 
 FFCL_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 FFCL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -63,6 +77,8 @@ struct Source {
   FFCL_INLINE float get(int64_t i, const type* element) const {
     return norm ? T::get(element) / norm[i] : T::get(element);
   }
+  // z[i] at `element` in bfloat16: rows that are divided by norms are rounded after the division.
+  FFCL_INLINE uint16_t get_bf16(int64_t i, const type* element) const { return float_to_bf16(get(i, element)); }
   // out = z[i, d : d + n] in float32.
   FFCL_INLINE void read(int64_t i, int64_t d, int64_t n, float* out) const {
     const type* from = row(i) + d;
@@ -75,12 +91,16 @@ struct Source {
 
 template <class F>
 FFCL_INLINE void by_type(const Rows& r, F&& f) {
+#ifdef FFCL_BF16_PAIRS
+  f(Source<BFloat16>(r), BFloat16{});
+#else
   if (r.dtype == DType::float32)
     f(Source<Float32>(r), Float32{});
   else if (r.dtype == DType::bfloat16)
     f(Source<BFloat16>(r), BFloat16{});
   else
     f(Source<Float16>(r), Float16{});
+#endif
 }
 
 struct Tile {
@@ -108,49 +128,115 @@ FFCL_INLINE void store_tile(const Tile& c, float* p, int64_t stride) {
   for (int r = 0; r < MR; ++r) store(p + r * stride, c.x[r][0]), store(p + r * stride + VW, c.x[r][1]);
 }
 
-// c += A B over `depth` steps. A: element (r, d) at a[r * a_row + d * a_step]; B: (d, j) at b[d * NR + j].
+FFCL_INLINE vf add_products(vf acc, vf a, vf b) { return acc + a * b; }
+FFCL_INLINE vf add_products(vf acc, vi a, vi b) { return dot_pairs(acc, a, b); }
+FFCL_INLINE Words load_words(const Word* p) {
+  typedef Word any __attribute__((vector_size(VW * 4), aligned(4), may_alias));
+  return *reinterpret_cast<const any*>(p);
+}
+FFCL_INLINE void store_words(Word* p, Words x) {
+  typedef Word any __attribute__((vector_size(VW * 4), aligned(4), may_alias));
+  *reinterpret_cast<any*>(p) = x;
+}
+FFCL_INLINE vf splat_word(float x) { return splat(x); }
+FFCL_INLINE vi splat_word(int32_t x) { return vi{} + x; }
+
+// c += A B over `depth` words. A: word (r, d) at a[r * a_row + d * a_step]; B: (d, j) at b[d * NR + j].
 template <int64_t a_row, int64_t a_step>
-FFCL_INLINE void multiply(Tile& c, const float* a, const float* b, int64_t depth) {
+FFCL_INLINE void multiply(Tile& c, const Word* a, const Word* b, int64_t depth) {
   for (int64_t d = 0; d < depth; ++d, a += a_step, b += NR) {
-    const vf b0 = load(b), b1 = load(b + VW);
+    const Words b0 = load_words(b), b1 = load_words(b + VW);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
-      const vf x = splat(a[r * a_row]);
-      c.x[r][0] += x * b0;
-      c.x[r][1] += x * b1;
+      const Words x = splat_word(a[r * a_row]);
+      c.x[r][0] = add_products(c.x[r][0], x, b0);
+      c.x[r][1] = add_products(c.x[r][1], x, b1);
     }
   }
 }
 
-// Packed copies in float32, zero-padded -------------------------------------------------------------------------------
+// Packed copies in words, zero-padded ---------------------------------------------------------------------------------
 
-// Group of `width` rows, dimension by dimension: out[d * width + w] = x[first + w, d]. Rows from `end` on are zero. By
-// blocks of dimensions, whose lines of `out` stay in L1 while the rows write their columns of it.
+FFCL_INLINE int64_t words_of(int64_t elements) { return (elements + PER_WORD - 1) / PER_WORD; }
+
+#ifdef FFCL_BF16_PAIRS
+FFCL_INLINE Word pair(uint16_t low, uint16_t high) {
+  return static_cast<Word>(static_cast<uint32_t>(high) << 16 | low);
+}
+// out = words of z[i, d : d + n], pairs along the row; the last is filled with 0 where n is odd.
+template <class T>
+FFCL_INLINE void read_along(const Source<T>& x, int64_t i, int64_t d, int64_t n, Word* out) {
+  const auto* from = x.row(i) + d;
+  for (int64_t l = 0; l < n / 2; ++l) out[l] = pair(x.get_bf16(i, from + 2 * l), x.get_bf16(i, from + 2 * l + 1));
+  if (n % 2) out[n / 2] = pair(x.get_bf16(i, from + n - 1), 0);
+}
+// out = words (z[i, d + l], z[j, d + l]), l < n; row j counts as 0 from `end` on.
+template <class T>
+FFCL_INLINE void read_across(const Source<T>& x, int64_t i, int64_t j, int64_t end, int64_t d, int64_t n, Word* out) {
+  const auto* low = x.row(i) + d;
+  const auto* high = j < end ? x.row(j) + d : nullptr;
+  if (high)
+    for (int64_t l = 0; l < n; ++l) out[l] = pair(x.get_bf16(i, low + l), x.get_bf16(j, high + l));
+  else
+    for (int64_t l = 0; l < n; ++l) out[l] = pair(x.get_bf16(i, low + l), 0);
+}
+#else
+template <class T>
+FFCL_INLINE void read_along(const Source<T>& x, int64_t i, int64_t d, int64_t n, Word* out) {
+  x.read(i, d, n, out);
+}
+template <class T>
+FFCL_INLINE void read_across(const Source<T>& x, int64_t i, int64_t, int64_t, int64_t d, int64_t n, Word* out) {
+  x.read(i, d, n, out);
+}
+#endif
+
+// Group of `width` rows, word by word along the dimensions: out[l * width + w] = word l of row first + w. Rows from
+// `end` on are zero. By blocks, whose lines of `out` stay in L1 while the rows write their columns of it.
 template <int width, class T>
-void pack_group_by_dim(const Source<T>& x, int64_t first, int64_t end, float* out) {
+void pack_group_by_dim(const Source<T>& x, int64_t first, int64_t end, Word* out) {
   constexpr int64_t block = 64;
   const int64_t valid = larger(0, smaller(width, end - first));
-  for (int64_t d0 = 0; d0 < x.dim; d0 += block, out += block * width) {
-    const int64_t n = smaller(block, x.dim - d0);
+  for (int64_t d0 = 0; d0 < x.dim; d0 += block * PER_WORD, out += block * width) {
+    const int64_t n = smaller(block * PER_WORD, x.dim - d0), words = words_of(n);
     for (int64_t w = 0; w < valid; ++w) {
-      alignas(64) float row[block];
-      x.read(first + w, d0, n, row);
-      for (int64_t l = 0; l < n; ++l) out[l * width + w] = row[l];
+      alignas(64) Word row[block];
+      read_along(x, first + w, d0, n, row);
+      for (int64_t l = 0; l < words; ++l) out[l * width + w] = row[l];
     }
     for (int64_t w = valid; w < width; ++w)
-      for (int64_t l = 0; l < n; ++l) out[l * width + w] = 0;
+      for (int64_t l = 0; l < words; ++l) out[l * width + w] = 0;
   }
 }
 
-// All dims of row i into panels of `width` dims: out[(d / width) * panel + d % width] = x[i, d]; zero from `end` on.
+// All dims of row i, paired with those of the later row j where a word holds two, into panels of `width` dims:
+// out[(d / width) * panel + d % width] = x[i, d]; zero from `end` on.
 template <int width, class T>
-void pack_row_by_panel(const Source<T>& x, int64_t i, int64_t end, int64_t panel, float* out) {
+void pack_row_by_panel(const Source<T>& x, int64_t i, int64_t j, int64_t end, int64_t panel, Word* out) {
   for (int64_t d = 0; d < x.dim; d += width, out += panel) {
     const int64_t valid = i < end ? smaller(width, x.dim - d) : 0;
-    if (valid > 0) x.read(i, d, valid, out);
+    if (valid > 0) read_across(x, i, j, end, d, valid, out);
     for (int64_t w = valid; w < width; ++w) out[w] = 0;
   }
 }
+
+// The panel of G as the two gradient products read it. In float32 they share one copy, [tile][row][NR]. In pairs each
+// has its own, rounded to bfloat16, because each sums over the other dimension:
+//   by_column  A of dq    [tile][row][VW]      columns c and c + VW of the tile
+//   by_row     B of dk^T  [tile][row / 2][NR]  rows 2 i and 2 i + 1
+struct Gradients {
+  Word *by_column, *by_row;
+  // Rows `at` (even; the tile's first row and the row within it) and at + 1: columns c and c + VW of each.
+  FFCL_INLINE void put(int64_t at, vf x0, vf x1, vf y0, vf y1) const {
+#ifdef FFCL_BF16_PAIRS
+    store_words(by_column + at * VW, to_pairs(x0, x1)), store_words(by_column + (at + 1) * VW, to_pairs(y0, y1));
+    store_words(by_row + at * VW, to_pairs(x0, y0)), store_words(by_row + at * VW + VW, to_pairs(x1, y1));
+#else
+    store(by_row + at * NR, x0), store(by_row + at * NR + VW, x1);
+    store(by_row + (at + 1) * NR, y0), store(by_row + (at + 1) * NR + VW, y1);
+#endif
+  }
+};
 
 }  // namespace FFCL_ISA_NS
 }  // namespace ffcl

@@ -77,10 +77,14 @@ def run_isa(value: str) -> subprocess.CompletedProcess[str]:
 def test_isa_override():
     best = run_isa("")
     assert best.returncode == 0, best.stderr
-    order = _native.build_info()["isas"]
+    order = [isa for isa in ("portable", "avx2", "avx512", "avx512_bf16") if isa in _native.build_info()["isas"]]
+    assert best.stdout.strip() in order[:3], "products of pairs are for FFCL_ISA alone"
+    assert run_isa("portable_bf16").stdout.strip() == "portable_bf16"
     for isa in order:
         result = run_isa(isa)
-        if order.index(isa) <= order.index(best.stdout.strip()):
+        if isa == "avx512_bf16" and best.stdout.strip() == "avx512" and not result.returncode:
+            assert result.stdout.strip() == isa  # the one that may or may not go with the best
+        elif order.index(isa) <= order.index(best.stdout.strip()):
             assert result.stdout.strip() == isa
         else:
             assert result.returncode and f"this processor has {best.stdout.strip()} at best" in result.stderr
@@ -88,7 +92,7 @@ def test_isa_override():
 
 def test_unknown_isa_is_named():
     result = run_isa("sse9")
-    assert result.returncode and "FFCL_ISA must be portable, avx2 or avx512; got 'sse9'" in result.stderr
+    assert result.returncode and "avx512, portable_bf16 or avx512_bf16; got 'sse9'" in result.stderr
 
 
 def test_csrc_knows_nothing_of_torch():
@@ -109,7 +113,7 @@ def test_header_compiles_alone(header):
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
 @pytest.mark.skipif("avx2" not in _native.build_info()["isas"], reason="not an x86-64 build")
 def test_wide_registers_stay_in_their_instruction_set():
-    """No function outside avx2:: and avx512:: may touch AVX registers: it could run where there are none."""
+    """No function outside the namespaces of AVX sets may touch their registers: it could run where there are none."""
     listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", _native.__file__], capture_output=True, text=True)
     function, wide = "", set()
     for line in listing.stdout.splitlines():
@@ -120,8 +124,8 @@ def test_wide_registers_stay_in_their_instruction_set():
             wide.add(function)
     # Mangled names carry the namespace as its length and its name.
     assert {f for f in wide if "4avx2" in f}, "the listing shows no AVX2 code at all"
-    assert not {f for f in wide if "4avx2" not in f and "6avx512" not in f}
-    assert not {f for f in wide if "8portable" in f}
+    assert not {f for f in wide if not any(name in f for name in ("4avx2", "6avx512", "11avx512_bf16"))}
+    assert not {f for f in wide if "8portable" in f or "13portable_bf16" in f}
 
 
 @pytest.mark.parametrize("asked, level", (("", "WARNING"), ("0", "INFO")))

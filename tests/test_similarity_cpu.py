@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import ffcl_fast
 from ffcl_fast import ops, reference
 from ffcl_fast.backends import native
 from ffcl_fast.backends.cpu import similarity
@@ -76,18 +77,32 @@ def test_the_cache_changes_rounding_only(symmetric, monkeypatch):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("isa", ("portable", "avx2", "avx512"))
-def test_instruction_sets(isa):
-    """Each in a process of its own, against float64; one that this processor lacks says so."""
+def _check(script: str, isa: str) -> None:
+    """A script beside this file in a process of its own; an instruction set that this processor lacks says so."""
     seed = str(torch.randint(0, 2**31, ()).item())
-    env = {**os.environ, "FFCL_ISA": isa, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("isa_check.py")), seed], env=env, capture_output=True, text=True
-    )
+    package = str(Path(ffcl_fast.__file__).parents[1])  # the one under test, installed or not
+    env = {
+        **os.environ,
+        "FFCL_ISA": isa,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]),
+    }
+    script = str(Path(__file__).with_name(script))
+    done = subprocess.run([sys.executable, script, seed], env=env, capture_output=True, text=True)
     if done.returncode and "this processor has" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"seed {seed}\n{done.stderr}"
     assert done.stdout.split() == [isa]
+
+
+@pytest.mark.parametrize("isa", ("portable", "avx2", "avx512", "portable_bf16", "avx512_bf16"))
+def test_instruction_sets(isa):
+    _check("isa_check.py", isa)
+
+
+@pytest.mark.parametrize("isa", ("portable_bf16", "avx512_bf16"))
+def test_pairs_of_bfloat16(isa):
+    _check("pairs_check.py", isa)
 
 
 def test_workspace_is_bounded():
