@@ -13,10 +13,10 @@
 
 namespace py = pybind11;
 
-void bind_goodness(py::module_& m);       // bindings_goodness.cpp
-void bind_rows(py::module_& m);           // bindings_rows.cpp
-void bind_similarity(py::module_& m);     // bindings_similarity.cpp
-void bind_goodness_cuda(py::module_& m);    // bindings_goodness_cuda.cpp, where nvcc was found
+void bind_goodness(py::module_& m);  // bindings_goodness.cpp
+void bind_rows(py::module_& m);  // bindings_rows.cpp
+void bind_similarity(py::module_& m);  // bindings_similarity.cpp
+void bind_goodness_cuda(py::module_& m);  // bindings_goodness_cuda.cpp, where nvcc was found
 void bind_similarity_cuda(py::module_& m);  // bindings_similarity_cuda.cpp, where nvcc was found
 
 namespace {

@@ -19,8 +19,7 @@ namespace {
 bool supported(Isa isa) {
 #ifdef FFCL_X86
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (isa == Isa::avx2) return avx2;
   if (isa == Isa::avx512)
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -126,9 +125,9 @@ int similarity_forward(const Similarity& args, float* row_lse, float* col_lse, f
 int similarity_backward(const Similarity& args, const float* row_lse, const float* col_lse, const float* row_grad,
                         const float* col_grad, const float* cache, int64_t cache_size, float* dq, float* dk) {
   if (!valid(args) || !row_lse || !row_grad || (args.k && col_grad && !col_lse) || (!args.k && !dq) ||
-      !valid_cache(args, cache, cache_size)) return bad_argument;
-  FFCL_DISPATCH_SIMILARITY(
-      similarity_backward(args, row_lse, col_lse, row_grad, col_grad, cache, cache_size, dq, dk))
+      !valid_cache(args, cache, cache_size))
+    return bad_argument;
+  FFCL_DISPATCH_SIMILARITY(similarity_backward(args, row_lse, col_lse, row_grad, col_grad, cache, cache_size, dq, dk))
 }
 
 int siglip(const Similarity& args, float bias, bool positives, double* loss, double* dbias, float* dq, float* dk) {

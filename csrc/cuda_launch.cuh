@@ -139,12 +139,9 @@ inline bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(ad
 template <class Use>
 int with_type(DType dtype, Use use) {
   switch (dtype) {
-    case DType::float32:
-      return use(float());
-    case DType::bfloat16:
-      return use(__nv_bfloat16());
-    case DType::float16:
-      return use(__half());
+    case DType::float32: return use(float());
+    case DType::bfloat16: return use(__nv_bfloat16());
+    case DType::float16: return use(__half());
   }
   return bad_argument;
 }

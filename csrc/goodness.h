@@ -34,7 +34,8 @@ struct Maps {
 // out: null or (rows, dim) of dtype, contiguous: a / (|a| / sqrt(dim) + eps); zero where all of a is.
 int goodness_forward(const Activations&, bool mean, double eps, float* goodness, void* out);
 
-// dh (rows, dim) of dtype, contiguous. grad_goodness (rows,) and grad_out (rows, dim) of dtype, contiguous; null is zero.
+// dh (rows, dim) of dtype, contiguous. grad_goodness (rows,) and grad_out (rows, dim) of dtype, contiguous; null is
+// zero.
 int goodness_backward(const Activations&, bool mean, double eps, const float* goodness, const float* grad_goodness,
                       const void* grad_out, void* dh);
 
@@ -48,7 +49,8 @@ int pair_cosine_forward(const Activations& h1, const void* h2, int64_t h2_stride
 int pair_cosine_backward(const Activations& h1, const void* h2, int64_t h2_stride, const float* coefficients,
                          const float* grad, void* d1, void* d2);
 
-// pooled (samples, channels) = mean of a over the positions; goodness (samples,) = sum or mean over channels of pooled^2.
+// pooled (samples, channels) = mean of a over the positions; goodness (samples,) = sum or mean over channels of
+// pooled^2.
 int pool_goodness_forward(const Maps&, bool mean, float* goodness, float* pooled);
 
 // dh: dense, in h's order. grad_goodness (samples,), grad_pooled (samples, channels): null is zero.

@@ -314,7 +314,8 @@ int pair_cosine_backward(const Activations& in, const void* other, int64_t other
 namespace {
 
 constexpr int64_t POSITIONS = 64;  // summed in float32 before they join the channel's sum
-constexpr int64_t CHANNELS = 512;  // of a channels-last sample at a time: a block of both stays in the second-level cache
+constexpr int64_t CHANNELS =
+    512;  // of a channels-last sample at a time: a block of both stays in the second-level cache
 
 template <class T, bool relu>
 double sum_of(const typename T::type* h, int64_t n) {
@@ -362,7 +363,8 @@ void pool_channels_last(const typename T::type* h, int64_t channels, int64_t pos
 template <class T, bool relu>
 void spread(const typename T::type* h, int64_t n, float value, typename T::type* out) {
   int64_t i = 0;
-  for (; i + VW <= n; i += VW) T::store_vector(out + i, relu ? gate<relu>(get<T, relu>(h + i), splat(value)) : splat(value));
+  for (; i + VW <= n; i += VW)
+    T::store_vector(out + i, relu ? gate<relu>(get<T, relu>(h + i), splat(value)) : splat(value));
   for (; i < n; ++i) T::put(out + i, gate_one<relu>(get_one<T, relu>(h + i), value));
 }
 

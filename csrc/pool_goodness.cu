@@ -152,8 +152,7 @@ int forward(const PoolMaps& g, float* pooled) {
   switch (plan.way) {
     case PoolWay::warp:
       return launch(plan.pack == 1 ? pool_warp<T, 1> : pool_warp<T, N>, plan.grid, g.stream, m, plan, h, pooled);
-    case PoolWay::staged:
-      return launch(pool_staged<T, N>, plan.grid, g.stream, m, plan, h, pooled);
+    case PoolWay::staged: return launch(pool_staged<T, N>, plan.grid, g.stream, m, plan, h, pooled);
     case PoolWay::last:
       return launch(plan.pack == 1 ? pool_last<T, 1> : pool_last<T, N>, plan.grid, g.stream, m, plan, h, pooled);
   }

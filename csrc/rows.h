@@ -37,12 +37,13 @@ int add_class_gradient(const Rows& z, const int64_t* order, const int64_t* group
 
 // How a row's loss follows from x = lse - scale dot / count, the logarithm of its negatives' odds against its positive.
 enum class Contrast : int {
-  softplus = 0,   // log(1 + e^x): cross-entropy, where lse is of the negatives alone
+  softplus = 0,  // log(1 + e^x): cross-entropy, where lse is of the negatives alone
   decoupled = 1,  // x, and 0 for a row without negatives
-  mean = 2,       // SupCon: x over the mean of `count` positives, softplus for one positive, 0 for none
+  mean = 2,  // SupCon: x over the mean of `count` positives, softplus for one positive, 0 for none
 };
 
-// ids (rows,): equal for the two rows of a class of two, else every row's own. count (rows,): the other rows of the class.
+// ids (rows,): equal for the two rows of a class of two, else every row's own. count (rows,): the other rows of the
+// class.
 void class_ids(int64_t rows, const int64_t* order, const int64_t* group, int64_t* ids, float* count);
 
 // loss (n,) and slope (n,) = dloss/dx; loss is added to where `add`. `count` only for Contrast::mean, else null. An

@@ -75,7 +75,8 @@ int row_dots(const Rows& a, const Rows& b, int threads, double* dot) {
     const decltype(left) right(b);
     for_rows(a, threads, [&](int64_t i) {
       const auto *x = left.row(i), *y = right.row(i);
-      dot[i] = sum_over(a.dim, [&](int64_t d) { return static_cast<double>(left.get(i, x + d)) * right.get(i, y + d); });
+      dot[i] =
+          sum_over(a.dim, [&](int64_t d) { return static_cast<double>(left.get(i, x + d)) * right.get(i, y + d); });
     });
   });
   return ok;

@@ -38,10 +38,10 @@ int32_t offset_of(double bound) { return static_cast<int32_t>(std::lround(bound)
 
 struct Panel {
   int64_t r0, rows, rows_padded;  // rows [r0, r0 + rows) of S; padded to whole tiles
-  int64_t c0, cols;               // columns [c0, c0 + cols)
-  int64_t tiles;                  // column tiles: cols / NR rounded up
-  int64_t first_tile;             // where they start in the packed columns
-  int64_t first_both;             // for k = q: tiles before this are on the diagonal block, whose mirror image is itself
+  int64_t c0, cols;  // columns [c0, c0 + cols)
+  int64_t tiles;  // column tiles: cols / NR rounded up
+  int64_t first_tile;  // where they start in the packed columns
+  int64_t first_both;  // for k = q: tiles before this are on the diagonal block, whose mirror image is itself
 
   bool crosses_diagonal(int64_t i, int64_t j) const {
     const int64_t row = r0 + i, col = c0 + j * NR;
@@ -77,7 +77,8 @@ class Engine {
   }
 
   bool failed() const {
-    return row_ids.failed || col_ids.failed || q_dims.failed || k_dims.failed || q_rows.failed || k_rows.failed || g.failed || dkt.failed;
+    return row_ids.failed || col_ids.failed || q_dims.failed || k_dims.failed || q_rows.failed || k_rows.failed ||
+           g.failed || dkt.failed;
   }
 
   const Similarity& a;
@@ -94,10 +95,10 @@ class Engine {
   Buffer<Word> k_dims;  // [cb / NR][dim words][NR]    B of the scores
   Buffer<Word> q_rows;  // [dim / MR][row words][MR]   A of dk^T
   Buffer<Word> k_rows;  // [dim / NR][cb words][NR]    B of dq
-  Buffer<Word> g;       // Gradients                   B of dk^T and, by broadcasts, A of dq
-  Buffer<float> dkt;    // [dim][cb]                   dk^T of the current columns
+  Buffer<Word> g;  // Gradients                   B of dk^T and, by broadcasts, A of dq
+  Buffer<float> dkt;  // [dim][cb]                   dk^T of the current columns
   Buffer<int32_t> row_ids, col_ids;  // the low halves of the ids, to compare many at once
-  bool ids_exact = true;             // they are the whole ids
+  bool ids_exact = true;  // they are the whole ids
 
   template <class Body, class End>
   void for_each_panel(Body&& body, End&& columns_done) {
@@ -161,8 +162,8 @@ class Engine {
           }
           float s = sum(s0 + s1);
           for (; d < a.dim; ++d) s += T::get(row + d) * T::get(row + d);
-          best = s <= best ? best : s;           // NaN goes in ...
-          if (!(s < __builtin_inff())) break;    // ... and stays
+          best = s <= best ? best : s;  // NaN goes in ...
+          if (!(s < __builtin_inff())) break;  // ... and stays
         }
         part[task] = best;
       });
@@ -252,7 +253,8 @@ class Engine {
     parallel(row_tasks * slices + col_tasks, threads, [&](int64_t task, int) {
       const int64_t col_task = task - row_tasks * slices;
       if (col_task < 0)
-        row_product(p, task / slices * ROW_TASK, task % slices * slice, smaller(a.dim, (task % slices + 1) * slice), dq);
+        row_product(p, task / slices * ROW_TASK, task % slices * slice, smaller(a.dim, (task % slices + 1) * slice),
+                    dq);
       else
         column_product(p, first_both + col_task * chunk, smaller(p.tiles, first_both + (col_task + 1) * chunk));
     });
@@ -376,7 +378,8 @@ class Engine {
   // -inf at the pairs left out and beyond the edges.
   void mask(const Panel& p, int64_t i0, int64_t j0, Tile& t) const {
     const bool inside = i0 + MR <= p.rows && (j0 + 1) * NR <= p.cols;
-    const bool vectors = by_id() && ids_exact && !(a.exclude == Exclude::same_id_off_diagonal && p.crosses_diagonal(i0, j0));
+    const bool vectors =
+        by_id() && ids_exact && !(a.exclude == Exclude::same_id_off_diagonal && p.crosses_diagonal(i0, j0));
     if (!inside || !vectors) return mask_by_element(p, i0, j0, t);
     const vf out = splat(-__builtin_inff());
     const int32_t* col = col_ids + p.c0 + j0 * NR;
@@ -472,7 +475,8 @@ int accumulate(Engine& e, bool both, const int32_t* offset, Normalizers& rows, N
         else
           e.scores(p, e.log2_scale, ConstantSums<false>(parts, *offset, nullptr));
         const int64_t col_tasks = (p.tiles + e.tile_chunk - 1) / e.tile_chunk;
-        for (int64_t t = 0; t < col_tasks; ++t) rows.add(p.r0, p.rows, row_sum + t * e.rb, online ? row_max + t * e.rb : nullptr);
+        for (int64_t t = 0; t < col_tasks; ++t)
+          rows.add(p.r0, p.rows, row_sum + t * e.rb, online ? row_max + t * e.rb : nullptr);
         const int64_t skip = p.first_both * NR;
         if ((both || e.self) && skip < p.cols)
           for (int64_t t = 0; t < (p.rows_padded + ROW_TASK - 1) / ROW_TASK; ++t)
@@ -562,8 +566,8 @@ int similarity_backward(const Similarity& args, const float* row_lse, const floa
   else
     for (int64_t j = 0; j < padded_cols; ++j)  // 0 times an exponential that overflowed would be NaN
       col_factor[j] = 0, col_shift[j] = __builtin_inff();
-  const Factors f{row_factor, row_shift, e.self ? row_factor : col_factor, e.self ? row_shift : col_shift,
-                  offset, e.gradients()};
+  const Factors f{row_factor, row_shift,    e.self ? row_factor : col_factor, e.self ? row_shift : col_shift,
+                  offset,     e.gradients()};
 
   const int64_t header = CACHE_HEADER + 2 * (args.rows + (e.self ? 0 : e.cols));
   if (cache && cache_size < header) return bad_argument;
@@ -606,7 +610,9 @@ int siglip(const Similarity& args, float bias, bool positives, double* loss, dou
   e.for_each_panel(
       [&](const Panel& p) {
         e.pack_rows(p, true, dk != nullptr);
-        e.scores(p, args.scale, SigmoidLoss(bias, args.scale, positives ? smaller(args.rows, e.cols) : 0, loss_part, bias_part, chunks, gradients ? e.gradients() : Gradients{}));
+        e.scores(p, args.scale,
+                 SigmoidLoss(bias, args.scale, positives ? smaller(args.rows, e.cols) : 0, loss_part, bias_part, chunks,
+                             gradients ? e.gradients() : Gradients{}));
         for (int64_t r = 0; r < (p.rows_padded + ROW_TASK - 1) / ROW_TASK; ++r)
           for (int64_t c = 0; c < (p.tiles + e.tile_chunk - 1) / e.tile_chunk; ++c) {
             *loss += loss_part[r * chunks + c];

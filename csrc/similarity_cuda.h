@@ -10,13 +10,13 @@ namespace ffcl {
 enum class SimilarityWay : int { sm80 = 0, sm90 = 1 };  // mma and cp.async, or wgmma and TMA (compute capability 9.0)
 
 struct SimilarityCuda {
-  const void *q, *k;           // (rows, dim), (cols, dim), elements of `dtype`, 16-byte aligned; k = q where triangle
-  int64_t rows, cols, dim;     // dim: a multiple of 8, 4096 at most
+  const void *q, *k;  // (rows, dim), (cols, dim), elements of `dtype`, 16-byte aligned; k = q where triangle
+  int64_t rows, cols, dim;  // dim: a multiple of 8, 4096 at most
   int64_t q_stride, k_stride;  // elements between rows: multiples of 8
   DType dtype;
   const float* scale;  // on the device
   const int64_t *row_ids, *col_ids;
-  int exclude;    // ffcl::Exclude
+  int exclude;  // ffcl::Exclude
   bool triangle;  // k = q: S is symmetric and only its upper half is computed
   SimilarityWay way;
   int device;

@@ -25,7 +25,7 @@ constexpr float BOUND_LIMIT = 512.f;
 // What is left out of S: see ffcl_fast/ops.py.
 struct Mask {
   int rows = 0, cols = 0;
-  int exclude = 0;        // ffcl::Exclude
+  int exclude = 0;  // ffcl::Exclude
   bool triangle = false;  // k = q: only pairs on or above the diagonal count, the mirror speaks for the others
   const int64_t *row_ids = nullptr, *col_ids = nullptr;
 };
@@ -33,16 +33,11 @@ struct Mask {
 FFCL_HD inline bool kept(const Mask& m, int i, int j) {
   if (i >= m.rows || j >= m.cols || (m.triangle && i > j)) return false;
   switch (m.exclude) {
-    case 0:
-      return true;
-    case 1:
-      return i != j;
-    case 2:
-      return m.row_ids[i] != m.col_ids[j];
-    case 3:
-      return m.row_ids[i] != m.col_ids[j] || i == j;
-    default:
-      return m.row_ids[i] == m.col_ids[j];
+    case 0: return true;
+    case 1: return i != j;
+    case 2: return m.row_ids[i] != m.col_ids[j];
+    case 3: return m.row_ids[i] != m.col_ids[j] || i == j;
+    default: return m.row_ids[i] == m.col_ids[j];
   }
 }
 
@@ -76,10 +71,10 @@ FFCL_HD inline Cell folded(int64_t at, int first, int last, int total) {
 }
 
 struct SumsPlan {
-  int span = 1;    // tiles on a side of a super-tile
+  int span = 1;  // tiles on a side of a super-tile
   int blocks = 1;  // blocks of a cluster, which share a super-tile's rows
   int side = TILE;
-  int supers = 1;    // super-tiles along the columns
+  int supers = 1;  // super-tiles along the columns
   int chunk = TILE;  // rows a launch
   bool triangle = false;
 
@@ -127,7 +122,7 @@ FFCL_HD inline Cell super_of(const SumsPlan& p, int64_t cluster, int begin, int 
 // The slots of partial sums that make up normaliser `index` after the chunk begin..end-1.
 struct Slots {
   int first_row = 0, last_row = 0;  // of row_part
-  int last_col = 0;                 // of col_part, from 0
+  int last_col = 0;  // of col_part, from 0
 };
 FFCL_HD inline Slots slots_of(const SumsPlan& p, bool is_col, int index, int begin, int end) {
   const int first = begin / p.side, last = ceil_div(end, p.side), own = index / p.side;
@@ -236,7 +231,7 @@ FFCL_HD void walk_panel(int height, int width, int64_t first, int64_t clusters, 
 
 // How TMA sees (rows, dim) elements of two bytes: what cuTensorMapEncodeTiled is given.
 struct TensorMapPlan {
-  uint64_t sizes[2];    // elements, the depth first
+  uint64_t sizes[2];  // elements, the depth first
   uint64_t strides[1];  // bytes between rows
   uint32_t box[2];
 };

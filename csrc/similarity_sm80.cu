@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(THREADS80) sums80(__grid_constant__ const Sums
   const int warp = threadIdx.x / 32, warp_row = warp % 4 * 32, warp_col = warp / 4 * 64;
   const int row = cell.row * a.plan.side, col = cell.col * a.plan.side, first = a.begin / a.plan.side;
   float* row_sums = reinterpret_cast<float*>(shared_memory() + STAGES80 * 2 * OPERAND80);  // (2, MAX_SPAN * TILE)
-  float* col_shares = row_sums + 2 * MAX_SPAN * TILE;                                      // (4, TILE)
+  float* col_shares = row_sums + 2 * MAX_SPAN * TILE;  // (4, TILE)
   for (int i = threadIdx.x; i < 2 * MAX_SPAN * TILE; i += THREADS80) row_sums[i] = 0.f;
   __syncthreads();
   float col_sums[NF][2] = {};
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(FINISH_THREADS) finish(__grid_constant__ const
   const bool lost = mine && complete && (!served || total < f.lost || total == INFINITY);
   if (mine && !lost) lse[index] = complete ? static_cast<float>((log2(double(total)) + x.offset) / unit) : total;
 
-  bool* flags = reinterpret_cast<bool*>(shared_memory());                    // (FINISH_THREADS,)
+  bool* flags = reinterpret_cast<bool*>(shared_memory());  // (FINISH_THREADS,)
   float* tops = reinterpret_cast<float*>(shared_memory() + FINISH_THREADS);  // (4,)
   float* totals = tops + FINISH_THREADS / 32;
   flags[threadIdx.x] = lost;

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(THREADS90, 1)
     if (active) {
       constexpr int ROWS = MAX_SPAN / CLUSTER90 * TILE;
       const int thread = threadIdx.x % 128, warp = thread / 32;
-      float* row_sums = reinterpret_cast<float*>(ring.rest);                 // (CONSUMERS90, ROWS)
+      float* row_sums = reinterpret_cast<float*>(ring.rest);  // (CONSUMERS90, ROWS)
       float* col_shares = row_sums + CONSUMERS90 * ROWS + group * 4 * TILE;  // (CONSUMERS90, 4, TILE)
       for (int i = thread; i < ROWS; i += 128) row_sums[group * ROWS + i] = 0.f;
       meet(1 + group, 128);

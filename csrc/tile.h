@@ -54,8 +54,7 @@ struct Buffer {
 
 template <class F>
 void parallel(int64_t tasks, int threads, F&& body) {
-  run_tasks(
-      tasks, threads, [](void* f, int64_t i, int thread) { (*static_cast<F*>(f))(i, thread); }, &body);
+  run_tasks(tasks, threads, [](void* f, int64_t i, int thread) { (*static_cast<F*>(f))(i, thread); }, &body);
 }
 
 // Rows of one storage type.

@@ -1,5 +1,5 @@
-// What the CPU kernels may rely on; cpu_dispatch.cpp refuses the rest with bad_argument before anything is read. Buffers
-// cannot be checked: their addresses must hold what sizes and strides say.
+// What the CPU kernels may rely on; cpu_dispatch.cpp refuses the rest with bad_argument before anything is read.
+// Buffers cannot be checked: their addresses must hold what sizes and strides say.
 #pragma once
 
 #include <cstdint>

@@ -75,7 +75,7 @@ MUTANTS = (
         "cpu",
         "row and column factors swapped",
         _SIM,
-        "const Factors f{row_factor, row_shift, e.self ? row_factor : col_factor, e.self ? row_shift : col_shift,",
+        "const Factors f{row_factor, row_shift,    e.self ? row_factor : col_factor, e.self ? row_shift : col_shift,",
         "const Factors f{e.self ? row_factor : col_factor, e.self ? row_shift : col_shift, row_factor, row_shift,",
         _OPS.format("test_similarity and float32"),
     ),
@@ -277,7 +277,7 @@ MUTANTS = (
     Mutant(
         "python",
         "the positive pulls the wrong way",
-        _FN + "similarity.py",
+        _FN + "contrast.py",
         "weight = share * -scale",
         "weight = share * scale",
         "tests/test_functional.py -k 'gradcheck and info_nce and panels'",
