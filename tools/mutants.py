@@ -277,7 +277,7 @@ MUTANTS = (
     Mutant(
         "python",
         "the positive pulls the wrong way",
-        _FN + "similarity.py",
+        _FN + "contrast.py",
         "weight = share * -scale",
         "weight = share * scale",
         "tests/test_functional.py -k 'gradcheck and info_nce and panels'",
