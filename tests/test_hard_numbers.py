@@ -137,11 +137,7 @@ def test_every_temperature(kind, loss, backend):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("value", (0.0, 1e-40, 1e-13))
 def test_short_rows(value, loss, backend):
-<<<<<<< HEAD
     """Zero rows, subnormals, rows shorter than their divisor, as torch.nn.functional.normalize takes them."""
-=======
-    """Zero rows, subnormals, rows shorter than what they are divided by: as F.normalize takes them."""
->>>>>>> trust
     x, y = _random()
     x[4], y[7] = value, -value
     x[11, 1:] = 0.0
