@@ -33,7 +33,7 @@ def tables(stored: dict[str, Any]) -> str:
 
 def _bound(steps: dict[str, Any]) -> str:
     """How much faster a step could be if all but its convolutions cost nothing."""
-    seconds = {name: record["time"]["seconds"] for name, record in steps.items() if "time" in record}
+    seconds = {name: record["time"]["seconds"] for name, record in steps.items() if "seconds" in record.get("time", {})}
     alone = [value for name, value in seconds.items() if name.startswith("the convolutions alone")]
     if not alone or _PLAIN not in seconds:
         return ""

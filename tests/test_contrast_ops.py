@@ -235,3 +235,43 @@ def test_negatives_may_be_written_to_before_the_backward_pass(backend):
     queue[:6] = key
     loss.backward()
     torch.testing.assert_close(query.grad, expected)
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_has_no_gradient_may_change_or_come_from_inference_mode(backend, dtype):
+    query, bank = torch.randn(6, 5, dtype=dtype).requires_grad_(), torch.randn(11, 5, dtype=dtype)
+    with torch.inference_mode():
+        teacher = torch.randn(6, 5, dtype=dtype)
+    losses = (lambda q, k: info_nce(q, k), lambda q, k: info_nce(q, k, bank), nt_xent, lambda q, k: nt_xent(k, q))
+    for loss in losses:
+        expected = torch.autograd.grad(loss(query, teacher.clone()), query)
+        torch.testing.assert_close(torch.autograd.grad(loss(query, teacher), query), expected, rtol=0, atol=0)
+        key = teacher.clone()
+        value = loss(query, key)
+        key.mul_(2)
+        torch.testing.assert_close(torch.autograd.grad(value, query), expected, rtol=0, atol=0)
+        with torch.no_grad():
+            torch.testing.assert_close(loss(query, teacher.clone()), value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_wrong_arguments_of_the_operators(backend):
+    q, k, scale = torch.randn(4, 3), torch.randn(9, 3), torch.tensor(1.0)
+    order = torch.arange(4)
+
+    def forward(q=q, tail=None, k=None, order=None, group=None, both=False, kind=0):
+        options = (scale, None, None, 0, order, group, False, False, both, kind, False, backend)
+        return _ops.contrast_forward(q, tail, k, None, *options)
+
+    for problem in (
+        dict(tail=torch.randn(4, 2), order=order, group=order),
+        dict(k=q.double()),
+        dict(k=k, both=True),
+        dict(k=q, kind=ops.CONTRAST_MEAN),
+        dict(q=q[:, :0], k=q[:, :0]),
+    ):
+        with pytest.raises(ValueError):
+            forward(**problem)
+    with pytest.raises(TypeError, match="int64"):
+        forward(order=order.int(), group=order.int())

@@ -74,7 +74,8 @@ def test_the_cache_changes_rounding_only(symmetric, monkeypatch):
         monkeypatch.setattr(similarity, "CACHE_BUDGET", budget)
         assert all(torch.equal(a, b) for a, b in zip(kept, _run(args), strict=True))
     for a, b in zip(kept, _run(args, save=False), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+        # A normaliser rounded to float32 moves all its row's terms, whose sum may cancel: its size is the tensor's.
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * float(b.norm()) / max(1, b.numel()) ** 0.5)
 
 
 def _check(script: str, isa: str) -> None:

@@ -58,8 +58,12 @@ def contrast(
         order, group = (None, None) if pairing == KEYS else _pairs(q, tail, pairing)
         kind = ops.CONTRAST_DECOUPLED if decoupled else ops.CONTRAST_SOFTPLUS
         ids = (row_ids, apart(col_ids, row_ids))
-        tail, k, positive = apart(tail, q), apart(k, q), apart(positive, q, k)
         save = grad_wanted(q, tail, k, positive, scale)
+        if save and unit_q:
+            q, tail, positive = kept(q), kept(tail), kept(positive)
+        if save and unit_k:
+            k = kept(k)
+        tail, k, positive = apart(tail, q), apart(k, q), apart(positive, q, k)
         options = (exclude, order, group, unit_q, unit_k, both, kind, save, backend)
         return _Fused.apply(q, tail, k, positive, scale, *ids, *options)[0]
     q = prepare(q if tail is None else torch.cat((q, tail)), unit_q, backend)
@@ -68,6 +72,12 @@ def contrast(
     save = grad_wanted(q, k, positive, scale)
     k, positive, col_ids = apart(k, q), apart(positive, q, k), apart(col_ids, row_ids)
     return _Contrast.apply(q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend)
+
+
+def kept(x: Tensor | None) -> Tensor | None:
+    """``x``, or a copy of it where it has no gradient: a queue or a teacher's output may be written to before the
+    backward pass, or come from inference mode, as the originals allow, which keep the normalised rows."""
+    return x if x is None or x.requires_grad else x.detach().clone()
 
 
 def fused(backend: str, *tensors: Tensor | None) -> bool:

@@ -23,7 +23,7 @@ from .. import ops
 from . import _checks
 from .constant_keys import contrast_constant
 from .contrast import INTERLEAVED, STACKED, class_contrast, contrast, fused
-from .similarity import differentiable_once, grad_wanted, prepare, raw_lse, row_dot, sigmoid_loss
+from .similarity import differentiable_once, prepare, raw_lse, row_dot, sigmoid_loss
 
 NEGATIVE_MODES = ("unpaired", "paired")
 CONTRAST_MODES = ("all", "one")
@@ -88,9 +88,6 @@ def info_nce(
     else:
         exclude = ops.EXCLUDE_NONE if ids is None else ops.EXCLUDE_SAME_ID
         k, positive = negative_keys, positive_key
-        if not k.requires_grad and grad_wanted(query, positive_key, scale):
-            # A queue may be written to before the backward pass: keep the rows of this one.
-            k = prepare(k, True, backend)
         col_ids = _checks.ids("negative_ids", negative_ids, negative_keys.shape[0], query.device)
     loss = contrast(
         query,
@@ -98,7 +95,7 @@ def info_nce(
         scale,
         positive=positive,
         unit_q=True,
-        unit_k=k is positive_key or k is negative_keys,
+        unit_k=True,
         row_ids=ids,
         col_ids=col_ids,
         exclude=exclude,

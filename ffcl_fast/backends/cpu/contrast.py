@@ -18,6 +18,10 @@ def contrast_forward(
     q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind, save
 ):
     rows = _Rows(q, tail, k, positive, order, group, unit_q, unit_k)
+    if kind == ops.CONTRAST_MEAN and order is None:
+        raise ValueError("CONTRAST_MEAN needs classes")
+    if both and (k is None or k.shape[0] != rows.count):
+        raise ValueError("both needs as many rows in k as in q")
     rows.fill_norms()
     count = rows.new(0)
     if kind == ops.CONTRAST_MEAN:
@@ -49,7 +53,9 @@ def contrast_backward(
     if count.numel():
         row_ids, _ = rows.class_ids()
     row_grad, col_grad, weight = rows.new(rows.count), rows.new(col_slope.numel()), rows.new(rows.count)
-    grad = grad.contiguous()
+    grad = grad.to(torch.float32).contiguous()
+    if grad.shape != (rows.count,):
+        raise ValueError(f"grad must have shape ({rows.count},), got {tuple(grad.shape)}")
     native.module.contrast_weights(
         rows.count,
         grad.data_ptr(),
@@ -84,7 +90,7 @@ class _Rows:
     def __init__(self, q, tail, k, positive, order, group, unit_q: bool, unit_k: bool, norms: Tensor | None = None):
         q, tail, k, positive = (None if x is None else unit_stride(x) for x in (q, tail, k, positive))
         self.count = q.shape[0] + (0 if tail is None else tail.shape[0])
-        self._check(k, positive, order, group)
+        self._check(q, tail, k, positive, order, group)
         self._q, self._tail, self._k, self._positive, self._order, self._group = q, tail, k, positive, order, group
         self._threads = torch.get_num_threads()
         sizes = ops.norm_sizes(self.count, k, positive, unit_q, unit_k)
@@ -94,12 +100,19 @@ class _Rows:
         self.z_k = self._native(k, self._k_norm)
         self.z_positive = self._native(positive, self._positive_norm)
 
-    def _check(self, k, positive, order, group) -> None:
+    def _check(self, q, tail, k, positive, order, group) -> None:
+        for name, x in (("tail", tail), ("k", k), ("positive", positive)):
+            if x is not None and (x.shape[1] != q.shape[1] or x.dtype != q.dtype):
+                raise ValueError(f"{name} must be as wide as q and of its dtype: {tuple(x.shape)} {x.dtype}")
+        if not q.shape[1]:
+            raise ValueError("rows must not be empty")
         if order is not None:
             if k is not None or positive is not None:
                 raise ValueError("classes of positives are for k and positive None")
             if group is None or order.shape != (self.count,) or group.shape != (self.count,):
                 raise ValueError(f"order and group must each have {self.count} elements")
+            if order.dtype != torch.int64 or group.dtype != torch.int64:
+                raise TypeError(f"order and group must be int64, got {order.dtype} and {group.dtype}")
             return
         if k is None:
             raise ValueError("each row needs a positive: in its class, in positive or in k")
