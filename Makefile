@@ -20,7 +20,7 @@ PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csr
 
 help:
 	@echo "make train [DATA=digits|pneumoniamnist|FOLDER] [ARGS='--seed 1']   the three FFCL stages"
-	@echo "make test  [ARGS='-k similarity']                                  every test"
+	@echo "make test  [ARGS='-k similarity']                                  the tests; the targets below have more"
 	@echo "make test-triton [ARGS='-k pool']                                  the Triton kernels under its interpreter"
 	@echo "make sanitize | mutate                                             native code under sanitizers | broken on purpose"
 	@echo "make fuzz [SECONDS=60] | test-long                                 arguments of any kind | what takes minutes"

@@ -128,6 +128,7 @@ def evaluate(
     load_weights(checkpoints.stage_weights("downstream"), network)
     probability = probabilities(network.to(device), data.test, config.batch_size)
     result = scores(probability, data.test.labels)
+    write_text(directory / "evaluation.json", json.dumps({"data": data.summary(), "test": result}, indent=1))
     pictures = {
         "confusion": directory / "confusion_matrix.png",
         "roc": directory / "roc.png",
@@ -144,5 +145,4 @@ def evaluate(
         moments[f"after {stage}"] = features(network, shown, config.batch_size)
     pictures["embeddings"] = directory / "embeddings.png"
     report.embeddings(pictures["embeddings"], moments, shown.labels, data.classes)
-    write_text(directory / "evaluation.json", json.dumps({"data": data.summary(), "test": result}, indent=1))
     return {"test": result, "images": len(data.test), "pictures": [str(path) for path in pictures.values()]}
