@@ -248,7 +248,8 @@ class Engine {
     const int64_t both = need_k ? p.tiles - first_both : 0;
     constexpr int64_t chunk = 128 / NR;
     const int64_t col_tasks = (both + chunk - 1) / chunk;
-    constexpr int64_t slice = 128;  // dimensions of dq in a task
+    // Dimensions of dq in a task. All of them where there are rows enough for every thread: each slice reads G anew.
+    const int64_t slice = rb > ROW_TASK ? dim_nr : 128;
     const int64_t slices = (a.dim + slice - 1) / slice;
     parallel(row_tasks * slices + col_tasks, threads, [&](int64_t task, int) {
       const int64_t col_task = task - row_tasks * slices;
