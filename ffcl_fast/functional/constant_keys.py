@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .contrast import odds_grad, odds_loss
+from .contrast import log_odds, odds_grad, odds_loss
 from .similarity import apart, away_from_zero, differentiable_once, grad_wanted, row_dot
 
 
@@ -38,8 +38,7 @@ class _ContrastConstant(torch.autograd.Function):
             q, keys, scale, None, None, ops.EXCLUDE_NONE, False, pull, backend
         )
         logit = row_dot(q, positive, torch.float64) * scale
-        # An infinite logit is an overflow of the inputs: NaN, as in a softmax, and not a loss of 0.
-        odds = torch.add(row_lse - logit, logit, alpha=0.0).to(row_lse.dtype)
+        odds, _ = log_odds(row_lse, None, logit)
         mean_key = inner = None
         if pull:
             mean_key, _ = torch.ops.ffcl_fast.similarity_backward.default(

@@ -93,18 +93,8 @@ def class_contrast(z: Tensor, order: Tensor, group: Tensor, scale: Tensor, backe
 
     ``order`` (N,) lists the rows class by class, ``group`` (N,) is the class of each entry of it, both int64.
     """
-    options = (
-        ops.EXCLUDE_SAME_ID,
-        order,
-        group,
-        False,
-        False,
-        False,
-        ops.CONTRAST_MEAN,
-        grad_wanted(z, scale),
-        backend,
-    )
-    return _Fused.apply(z, None, None, None, scale, None, None, *options)
+    options = (ops.EXCLUDE_SAME_ID, order, group, False, False, False, ops.CONTRAST_MEAN, grad_wanted(z, scale))
+    return _Fused.apply(z, None, None, None, scale, None, None, *options, backend)
 
 
 def _pairs(q: Tensor, tail: Tensor | None, pairing: int) -> tuple[Tensor, Tensor]:
@@ -124,7 +114,7 @@ class _Contrast(torch.autograd.Function):
             q, k, scale, row_ids, col_ids, exclude, both, save, backend
         )
         logit = _positive_dot(q, k, positive, pairing) * scale
-        odds, col_odds = _odds(row_lse, col_lse if both else None, logit)
+        odds, col_odds = log_odds(row_lse, col_lse if both else None, logit)
         logit = logit.to(row_lse.dtype)
         ctx.save_for_backward(q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, logit, odds, col_odds)
         ctx.exclude, ctx.pairing, ctx.decoupled, ctx.backend = exclude, pairing, decoupled, backend
@@ -198,45 +188,12 @@ def odds_grad(grad: Tensor, odds: Tensor, decoupled: bool) -> Tensor:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        q,
-        tail,
-        k,
-        positive,
-        scale,
-        row_ids,
-        col_ids,
-        exclude,
-        order,
-        group,
-        unit_q,
-        unit_k,
-        both,
-        kind,
-        save,
-        backend,
-    ):
+    def forward(ctx, q, tail, k, positive, scale, *options):
+        """``options``: the further arguments of contrast_forward, in its order."""
         if ctx.needs_input_grad[4]:
             scale = away_from_zero(scale)
-        loss, count, *saved = torch.ops.ffcl_fast.contrast_forward.default(
-            q,
-            tail,
-            k,
-            positive,
-            scale,
-            row_ids,
-            col_ids,
-            exclude,
-            order,
-            group,
-            unit_q,
-            unit_k,
-            both,
-            kind,
-            save,
-            backend,
-        )
+        loss, count, *saved = torch.ops.ffcl_fast.contrast_forward.default(q, tail, k, positive, scale, *options)
+        row_ids, col_ids, exclude, order, group, unit_q, unit_k, _, _, _, backend = options
         ctx.save_for_backward(q, tail, k, positive, scale, row_ids, col_ids, order, group, count, *saved)
         ctx.exclude, ctx.unit, ctx.backend = exclude, (unit_q, unit_k), backend
         ctx.mark_non_differentiable(count)
@@ -265,7 +222,7 @@ class _Fused(torch.autograd.Function):
         )
 
 
-def _odds(row_lse: Tensor, col_lse: Tensor | None, logit: Tensor) -> tuple[Tensor, Tensor | None]:
+def log_odds(row_lse: Tensor, col_lse: Tensor | None, logit: Tensor) -> tuple[Tensor, Tensor | None]:
     """The normalisers minus the positives' float64 logits, in the accumulator dtype.
 
     In float64 up to the difference: at a scale of 33 each rounding of a logit to float32 costs 1e-6 of the loss.
