@@ -123,10 +123,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: this process's own) and return the exit code."""
     parser = _parser()
     try:
-        arguments = vars(parser.parse_args(argv))
+        parsed, unknown = parser.parse_known_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
+    arguments = vars(parsed)
     command = arguments.pop("command")
+    if unknown:  # told here, since argparse would point to the help of all commands
+        name = f"ffcl {command}" if command else "ffcl"
+        print(f"{name}: unrecognized arguments: {' '.join(unknown)} (see {name} --help)", file=sys.stderr)
+        return 2
     if arguments.pop("version"):
         from . import __version__
 

@@ -69,7 +69,9 @@ def test_a_config_file_and_flags_over_it(tmp_path, capsys):
         (["train", "--data", "digits", "--init", "/no/weights.pth"], "/no/weights.pth"),
         (["train", "--config", "/no/config.yaml"], "/no/config.yaml"),
         (["train", "--data", "digits", "--out", "/dev/null/x"], "/dev/null/x"),
-        (["train", "--learning-rate", "1"], "--learning-rate"),
+        (["train", "--learning-rate", "1"], "see ffcl train --help"),
+        (["ablate", "--learning-rate", "1"], "--learning-rate"),
+        (["--fast"], "--fast"),
         (["train", "--resume", "/no/run"], "/no/run"),
         (["train", "--resume", "/no/run", "--config", "x.yaml"], "--resume"),
         (["evaluate", "/no/run"], "/no/run"),
@@ -92,6 +94,27 @@ def test_a_corrupt_image_ends_in_one_line_and_writes_nothing(tmp_path, capsys, s
     code, _, err = run(capsys, "train", "--data", str(root), "--out", str(tmp_path / "runs"), "--workers", "2")
     assert code == 2 and str(victim) in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("wrong", [["--backbone", "resnet19"], ["--init", "/no/w.pth"], ["--out", "file"]])
+def test_what_can_be_told_before_the_data_is_read_is_told_first(tmp_path, monkeypatch, capsys, wrong):
+    from ffcl_fast.train import run as module
+
+    def read(*_):
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr(module, "prepare", read)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    code, _, err = run(capsys, "train", *wrong)
+    assert code == 2 and wrong[1] in err and len(err.strip().splitlines()) == 1
+
+
+def test_an_npz_is_pointed_to_its_name(tmp_path, capsys):
+    path = tmp_path / "pneumoniamnist.npz"
+    path.touch()
+    code, _, err = run(capsys, "train", "--data", str(path), "--out", str(tmp_path / "runs"))
+    assert code == 2 and f"--data pneumoniamnist --data-dir {tmp_path}" in err
 
 
 def test_a_run_of_that_name_is_left_alone(trained, capsys):

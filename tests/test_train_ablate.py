@@ -14,7 +14,7 @@ from ffcl_fast import cli
 from ffcl_fast.train import ablate as module
 from ffcl_fast.train.ablate import Plan, Row, ablate, markdown, read_plan, spread
 from ffcl_fast.train.config import Config
-from ffcl_fast.train.errors import UserError
+from ffcl_fast.train.errors import Interrupted, UserError
 
 SMALL = {
     k: v
@@ -48,11 +48,11 @@ def test_an_ablation_stopped_halfway_goes_on_to_the_same_numbers(tmp_path, monke
     def stopped(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise Interrupted(tmp_path)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(module, "train", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         ablate(plan, tmp_path / "parts", **options)
     first = json.loads((tmp_path / "parts" / "ablation.json").read_text())
     assert [[run["seed"] for run in row["runs"]] for row in first["rows"]] == [[3], [3]]

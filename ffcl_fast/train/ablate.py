@@ -31,7 +31,7 @@ import torch
 from .checkpoint import write_text
 from .config import FIELDS, Config, load_config, read_yaml
 from .data import Data, prepare
-from .errors import UserError
+from .errors import Interrupted, UserError
 from .report import error_bars
 from .run import CONFIG, METRICS, is_finished, resumed_config, train
 from .scoring import CHECKPOINTS
@@ -157,7 +157,10 @@ def ablate(
             options["backbone"] = factory()
         resume = directory if (directory / CONFIG).is_file() else None
         config = config if resume is None else resumed_config(directory, {})
-        train(config, resume=resume, data=prepared[key], pictures=False, log=log, bars=bars, **options)
+        try:
+            train(config, resume=resume, data=prepared[key], pictures=False, log=log, bars=bars, **options)
+        except Interrupted:
+            raise KeyboardInterrupt(f"interrupted; the same command goes on with {directory}") from None
         write(plan, out)
     return write(plan, out)
 

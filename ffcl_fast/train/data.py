@@ -77,6 +77,9 @@ def prepare(config: Config, progress: Callable | None = None) -> Data:
         data = sources.digits(config)
     elif sources.is_medmnist(name):
         data = sources.medmnist_data(config, name)
+    elif name.endswith(".npz") and os.path.isfile(name):
+        place, file = os.path.split(name)
+        raise UserError(f"data {name}: give MedMNIST's by name: --data {file[:-4]} --data-dir {place or '.'}")
     elif os.path.exists(name):
         data = folder.load(config, Path(name), progress)
     else:

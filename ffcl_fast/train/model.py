@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -80,22 +82,43 @@ def _check_single(backbone: nn.Module, what: str, image_size: int, setting: str)
             raise UserError(f"{setting} 1: {what} cannot train on {images} ({error}); use 2 or more") from None
 
 
-def _named(config: Config, pretrained: bool) -> nn.Module:
-    """The model of that name without its classifier."""
+def check_backbone(config: Config) -> None:
+    """UserError for a backbone that no library has or weights that are not there, before anything is built."""
+    _library(config)
+    if config.init not in ("random", "imagenet") and not Path(config.init).is_file():
+        raise UserError(f"init {config.init}: no such file (expected random, imagenet or a weight file)")
+
+
+def _library(config: Config) -> str:
+    """Which library has ``config.backbone``: torchvision where both do and none is named."""
     library, _, name = config.backbone.rpartition("/")
     if library not in ("", "timm", "torchvision"):
         raise UserError(f"backbone {config.backbone!r}: expected NAME, timm/NAME or torchvision/NAME")
-    try:
-        if library != "timm":
-            import torchvision.models as vision
+    if library != "timm":
+        import torchvision.models as vision
 
-            if name in vision.list_models(module=vision):
-                return _headless(vision.get_model(name, weights="DEFAULT" if pretrained else None))
-        if library != "torchvision":
+        if name in vision.list_models(module=vision):
+            return "torchvision"
+    if library != "torchvision":
+        import timm
+
+        if timm.is_model(name):
+            return "timm"
+    raise UserError(f"backbone {config.backbone!r}: torchvision and timm have no classification model of that name")
+
+
+def _named(config: Config, pretrained: bool) -> nn.Module:
+    """The model of that name without its classifier."""
+    library, name = _library(config), config.backbone.rpartition("/")[2]
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry; what failed is told below
+    try:
+        if library == "timm":
             import timm
 
-            if timm.is_model(name):
-                return timm.create_model(name, pretrained=pretrained, num_classes=0)
+            return timm.create_model(name, pretrained=pretrained, num_classes=0)
+        import torchvision.models as vision
+
+        return _headless(vision.get_model(name, weights="DEFAULT" if pretrained else None))
     except Exception as error:
         if not pretrained:
             raise UserError(f"backbone {config.backbone}: cannot be built ({error})") from None
@@ -103,7 +126,6 @@ def _named(config: Config, pretrained: bool) -> nn.Module:
             f"init imagenet: the weights of {config.backbone} could not be had ({error});"
             " give a local file with --init FILE"
         ) from None
-    raise UserError(f"backbone {config.backbone!r}: torchvision and timm have no classification model of that name")
 
 
 def _headless(model: nn.Module) -> nn.Module:

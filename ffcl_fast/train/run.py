@@ -26,7 +26,7 @@ from .checkpoint import Checkpoints, Progress, write_text
 from .config import Config, load_config
 from .data import Data, prepare
 from .errors import Interrupted, UserError
-from .model import Classifier, block_names, build
+from .model import Classifier, block_names, build, check_backbone
 from .scoring import CHECKPOINTS, CONFIG, METRICS, probabilities, scores
 from .stages import DownstreamStage, GlobalStage, LocalStage, Stage, Trainer
 
@@ -72,6 +72,10 @@ def train(
     log, bars = (log, bars) if first else ((lambda line: None), False)
     device = fabric.device
     began = time.time()
+    if backbone is None:
+        check_backbone(config)
+    if first and resume is None:
+        _check_place(config)
     if data is None:
         with fabric.rank_zero_first(local=True):  # it unpacks or downloads, the others find it done
             data = prepare(config, _decode_bar(bars))
@@ -185,11 +189,12 @@ def resumed_config(directory: Path, flags: dict[str, Any]) -> Config:
 
 
 def _free_the_name(directory: Path) -> Callable[..., None]:
-    """What an ExitStack calls at the end: deletes a new run's folder where an error came before anything was stored,
-    so that the same command can be given again. Ctrl-C keeps it: that run can be resumed."""
+    """What an ExitStack calls at the end: deletes a new run's folder where a mistake of the user's was found before
+    anything was stored, so that the name can be given again. All else (Ctrl-C, a full disk, a killed worker) keeps it,
+    since that run can be resumed."""
 
     def leave(kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not any((directory / CHECKPOINTS).glob("*/manifest.json")):
+        if isinstance(error, UserError) and not any((directory / CHECKPOINTS).glob("*/manifest.json")):
             shutil.rmtree(directory, ignore_errors=True)
 
     return leave
@@ -237,13 +242,24 @@ def _new_directory(config: Config, data: Data) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         (out / name).mkdir()
     except FileExistsError:
-        if not out.is_dir():
-            raise UserError(f"out {out}: is not a folder") from None
-        hint = "" if is_finished(out / name) else f", or go on with it: --resume {out / name}"
-        raise UserError(f"run {out / name}: exists already and is left as it is; choose another --name{hint}") from None
+        raise _taken(out, name) from None
     except OSError as error:
         raise UserError(f"out {out}: cannot be written ({error.strerror})") from None
     return out / name
+
+
+def _check_place(config: Config) -> None:
+    """UserError for a name that is taken, before anything is read or decoded."""
+    out = Path(config.out)
+    if (out.exists() and not out.is_dir()) or (config.name is not None and (out / config.name).exists()):
+        raise _taken(out, config.name or "")
+
+
+def _taken(out: Path, name: str) -> UserError:
+    if not out.is_dir():
+        return UserError(f"out {out}: is not a folder")
+    hint = "" if is_finished(out / name) else f", or go on with it: --resume {out / name}"
+    return UserError(f"run {out / name}: exists already and is left as it is; choose another --name{hint}")
 
 
 def _greet(config: Config, data: Data, device: torch.device, log: Callable[[str], None]) -> None:
