@@ -70,26 +70,26 @@ void bind_rows(py::module_& m) {
   m.def(
       "class_ids",
       [](int64_t n, uintptr_t order, uintptr_t group, uintptr_t ids, uintptr_t count) {
-        ffcl::class_ids(n, pointer<const int64_t>(order), pointer<const int64_t>(group), pointer<int64_t>(ids),
-                        pointer<float>(count));
+        return ffcl::class_ids(n, pointer<const int64_t>(order), pointer<const int64_t>(group), pointer<int64_t>(ids),
+                               pointer<float>(count));
       },
       release);
   m.def(
       "contrast_losses",
       [](int64_t n, uintptr_t lse, uintptr_t dot, uintptr_t count, double scale, int kind, bool add, uintptr_t loss,
          uintptr_t slope) {
-        ffcl::contrast_losses(n, pointer<const float>(lse), pointer<const double>(dot), pointer<const float>(count),
-                              scale, static_cast<ffcl::Contrast>(kind), add, pointer<float>(loss),
-                              pointer<float>(slope));
+        return ffcl::contrast_losses(n, pointer<const float>(lse), pointer<const double>(dot),
+                                     pointer<const float>(count), scale, static_cast<ffcl::Contrast>(kind), add,
+                                     pointer<float>(loss), pointer<float>(slope));
       },
       release);
   m.def(
       "contrast_weights",
       [](int64_t n, uintptr_t grad, uintptr_t slope, uintptr_t col_slope, uintptr_t count, double scale,
          uintptr_t row_grad, uintptr_t col_grad, uintptr_t weight) {
-        ffcl::contrast_weights(n, pointer<const float>(grad), pointer<const float>(slope),
-                               pointer<const float>(col_slope), pointer<const float>(count), scale,
-                               pointer<float>(row_grad), pointer<float>(col_grad), pointer<float>(weight));
+        return ffcl::contrast_weights(n, pointer<const float>(grad), pointer<const float>(slope),
+                                      pointer<const float>(col_slope), pointer<const float>(count), scale,
+                                      pointer<float>(row_grad), pointer<float>(col_grad), pointer<float>(weight));
       },
       release);
 }

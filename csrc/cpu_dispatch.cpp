@@ -169,24 +169,34 @@ int pool_goodness_backward(const Maps& h, bool mean, const float* pooled, const 
   FFCL_DISPATCH(pool_goodness_backward(h, mean, pooled, grad_goodness, grad_pooled, dh))
 }
 
-int row_norms(const Rows& x, double eps, int threads, float* norm) { FFCL_DISPATCH(row_norms(x, eps, threads, norm)) }
+int row_norms(const Rows& x, double eps, int threads, float* norm) {
+  if (!valid(x) || !norm) return bad_argument;
+  FFCL_DISPATCH(row_norms(x, eps, threads, norm))
+}
 
-int row_dots(const Rows& a, const Rows& b, int threads, double* dot) { FFCL_DISPATCH(row_dots(a, b, threads, dot)) }
+int row_dots(const Rows& a, const Rows& b, int threads, double* dot) {
+  if (!valid(a) || !valid(b) || a.dtype != b.dtype || a.dim != b.dim || a.rows > b.rows || !dot) return bad_argument;
+  FFCL_DISPATCH(row_dots(a, b, threads, dot))
+}
 
 int add_weighted_rows(const Rows& z, const float* weight, int threads, float* grad) {
+  if (!valid(z) || !weight || !grad) return bad_argument;
   FFCL_DISPATCH(add_weighted_rows(z, weight, threads, grad))
 }
 
 int class_dots(const Rows& z, const int64_t* order, const int64_t* group, int threads, double* dot) {
+  if (!valid(z) || !order || !group || !dot) return bad_argument;
   FFCL_DISPATCH(class_dots(z, order, group, threads, dot))
 }
 
 int add_class_gradient(const Rows& z, const int64_t* order, const int64_t* group, const float* weight, int threads,
                        float* grad) {
+  if (!valid(z) || !order || !group || !weight || !grad) return bad_argument;
   FFCL_DISPATCH(add_class_gradient(z, order, group, weight, threads, grad))
 }
 
 int finish_gradient(const Rows& z, double eps, int threads, float* grad, double* inner) {
+  if (!valid(z) || !grad || !inner) return bad_argument;
   FFCL_DISPATCH(finish_gradient(z, eps, threads, grad, inner))
 }
 

@@ -5,7 +5,8 @@
 
 namespace ffcl {
 
-void class_ids(int64_t rows, const int64_t* order, const int64_t* group, int64_t* ids, float* count) {
+int class_ids(int64_t rows, const int64_t* order, const int64_t* group, int64_t* ids, float* count) {
+  if (rows < 0 || !order || !group || !ids || !count) return bad_argument;
   for (int64_t first = 0; first < rows;) {
     int64_t last = first + 1;
     while (last < rows && group[last] == group[first]) ++last;
@@ -15,10 +16,13 @@ void class_ids(int64_t rows, const int64_t* order, const int64_t* group, int64_t
     }
     first = last;
   }
+  return ok;
 }
 
-void contrast_losses(int64_t n, const float* lse, const double* dot, const float* count, double scale, Contrast kind,
-                     bool add, float* loss, float* slope) {
+int contrast_losses(int64_t n, const float* lse, const double* dot, const float* count, double scale, Contrast kind,
+                    bool add, float* loss, float* slope) {
+  if (n < 0 || !lse || !dot || !loss || !slope || (kind == Contrast::mean) != (count != nullptr)) return bad_argument;
+  if (kind < Contrast::softplus || kind > Contrast::mean) return bad_argument;
   for (int64_t i = 0; i < n; ++i) {
     const double positives = count ? count[i] : 1.0, logit = scale * dot[i];
     double value = 0, derivative = 0;
@@ -37,10 +41,12 @@ void contrast_losses(int64_t n, const float* lse, const double* dot, const float
     loss[i] = static_cast<float>(add ? loss[i] + value : value);
     slope[i] = static_cast<float>(derivative);
   }
+  return ok;
 }
 
-void contrast_weights(int64_t n, const float* grad, const float* slope, const float* col_slope, const float* count,
-                      double scale, float* row_grad, float* col_grad, float* weight) {
+int contrast_weights(int64_t n, const float* grad, const float* slope, const float* col_slope, const float* count,
+                     double scale, float* row_grad, float* col_grad, float* weight) {
+  if (n < 0 || !grad || !slope || !row_grad || !weight || (col_slope && !col_grad)) return bad_argument;
   for (int64_t i = 0; i < n; ++i) {
     row_grad[i] = grad[i] * slope[i];
     double share = static_cast<double>(grad[i]) * slope[i];
@@ -51,6 +57,7 @@ void contrast_weights(int64_t n, const float* grad, const float* slope, const fl
     if (count) share = count[i] > 0 ? share / count[i] : 0;
     weight[i] = static_cast<float>(-scale * share);
   }
+  return ok;
 }
 
 }  // namespace ffcl

@@ -44,16 +44,16 @@ enum class Contrast : int {
 
 // ids (rows,): equal for the two rows of a class of two, else every row's own. count (rows,): the other rows of the
 // class.
-void class_ids(int64_t rows, const int64_t* order, const int64_t* group, int64_t* ids, float* count);
+int class_ids(int64_t rows, const int64_t* order, const int64_t* group, int64_t* ids, float* count);
 
 // loss (n,) and slope (n,) = dloss/dx; loss is added to where `add`. `count` only for Contrast::mean, else null. An
 // infinite scale dot is an overflow of the inputs: NaN, as in a softmax, and not a loss of 0.
-void contrast_losses(int64_t n, const float* lse, const double* dot, const float* count, double scale, Contrast kind,
-                     bool add, float* loss, float* slope);
+int contrast_losses(int64_t n, const float* lse, const double* dot, const float* count, double scale, Contrast kind,
+                    bool add, float* loss, float* slope);
 
 // From the gradient of the losses: row_grad, col_grad (if col_slope) of the normalisers, and weight of the dots.
-void contrast_weights(int64_t n, const float* grad, const float* slope, const float* col_slope, const float* count,
-                      double scale, float* row_grad, float* col_grad, float* weight);
+int contrast_weights(int64_t n, const float* grad, const float* slope, const float* col_slope, const float* count,
+                     double scale, float* row_grad, float* col_grad, float* weight);
 
 // inner (rows,) = <z_i, grad_i>; then, where z has norms, grad turns in place from the gradient of z into that of x:
 // (grad_i - z_i inner_i) / norm_i, without the projection where the norm is not above eps.

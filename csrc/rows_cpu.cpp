@@ -70,7 +70,6 @@ int row_norms(const Rows& x, double eps, int threads, float* norm) {
 }
 
 int row_dots(const Rows& a, const Rows& b, int threads, double* dot) {
-  if (a.dtype != b.dtype || a.dim != b.dim || a.rows > b.rows) return bad_argument;
   by_type(a, [&](auto left, auto) {
     const decltype(left) right(b);
     for_rows(a, threads, [&](int64_t i) {

@@ -19,11 +19,17 @@ inline bool valid_rows(const void* x, int64_t rows, int64_t dim, int64_t stride)
          !__builtin_mul_overflow(end, 8, &bytes) && !__builtin_mul_overflow(dense, 8, &bytes);
 }
 
+inline bool valid(const Rows& r) {
+  if (!valid(r.dtype)) return false;
+  if (!r.tail) return valid_rows(r.x, r.rows, r.dim, r.stride);
+  return r.split > 0 && r.split < r.rows && valid_rows(r.x, r.split, r.dim, r.stride) &&
+         valid_rows(r.tail, r.rows - r.split, r.dim, r.tail_stride) && valid_rows(r.x, r.rows, r.dim, 0);
+}
+
 inline bool valid(const Similarity& s) {
   const bool by_id = s.exclude != Exclude::none && s.exclude != Exclude::diagonal;
-  return valid(s.dtype) && s.exclude >= Exclude::none && s.exclude <= Exclude::different_id &&
-         valid_rows(s.q, s.rows, s.dim, s.q_stride) && (!s.k || valid_rows(s.k, s.cols, s.dim, s.k_stride)) &&
-         (!by_id || (s.row_ids && (!s.k || s.col_ids)));
+  return s.exclude >= Exclude::none && s.exclude <= Exclude::different_id && valid(s.queries()) &&
+         (!s.k || valid_rows(s.k, s.cols, s.dim, s.k_stride)) && (!by_id || (s.row_ids && (!s.k || s.col_ids)));
 }
 
 // Whether a cache, where there is one, holds the normalisers at least.

@@ -42,3 +42,8 @@ def check(status: int, op: str) -> None:
     if status == 3:
         raise RuntimeError(f"{op}: this kernel was not built into ffcl_fast._native")
     raise RuntimeError(f"{op}: native error {status}")
+
+
+def call(kernel: str, *arguments) -> None:
+    """The compiled function of that name. Raises what its status code stands for."""
+    check(getattr(module, kernel)(*arguments), kernel)

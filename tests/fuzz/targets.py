@@ -98,6 +98,20 @@ def _rows(pick: Pick):
     return native.module.Activations(*_spoiled(pick, fields)), dim
 
 
+def _two_tensors(pick: Pick):
+    rows, dim = _size(pick, 40), _size(pick, 60)
+    return native.module.Rows(
+        *_spoiled(
+            pick,
+            [
+                _pointer(pick, 0), rows, dim, _stride(pick, dim), _dtype(pick),
+                _pointer(pick, 1) if pick.integer(0, 1) else 0, pick.of((1, 2, rows, rows - 1, 0, -1, 2**62)),
+                _stride(pick, dim), _pointer(pick, 2) if pick.integer(0, 1) else 0,
+            ],
+        )
+    )  # fmt: skip
+
+
 def _maps(pick: Pick):
     samples, channels, positions = _size(pick, 9), _size(pick, 30), _size(pick, 30)
     stride = max(channels * positions, 0) % 2**62 + pick.integer(0, 2)
@@ -114,7 +128,8 @@ def _maps(pick: Pick):
 
 def binding(pick: Pick) -> None:
     """One call of the native module. Buffers hold what sizes say, or sizes are impossible: no other promise is made."""
-    entry, p = pick.integer(0, 8), lambda n: _pointer(pick, n)
+    entry, p = pick.integer(0, 17), lambda n: _pointer(pick, n)
+    ids, count, threads = (lambda n: _pointer(pick, n, _ids)), pick.of((1, 7, 40, 0, -1)), pick.of((1, 2, 0, -4))
     cache_size = pick.of((0, 1, 16, 100, 200, ARENA, -1, -(2**63)))
     module, flag, x = native.module, pick.of((True, False)), _number(pick)
     if entry == 0:
@@ -141,8 +156,28 @@ def binding(pick: Pick) -> None:
         call, arguments = module.pair_cosine_backward, [rows, p(1), _stride(pick, dim), p(4), p(3), p(7), p(8)]
     elif entry == 7:
         call, arguments = module.pool_goodness_forward, [_maps(pick), flag, p(2), p(3)]
-    else:
+    elif entry == 8:
         call, arguments = module.pool_goodness_backward, [_maps(pick), flag, p(3), p(2), p(5), p(7)]
+    elif entry == 9:
+        call, arguments = module.row_norms, [_two_tensors(pick), x, threads, p(3)]
+    elif entry == 10:
+        call, arguments = module.row_dots, [_two_tensors(pick), _two_tensors(pick), threads, p(3)]
+    elif entry == 11:
+        call, arguments = module.add_weighted_rows, [_two_tensors(pick), p(4), threads, p(3)]
+    elif entry == 12:  # ids are all 0: an order that holds its rows
+        call, arguments = module.class_dots, [_two_tensors(pick), ids(0), ids(1), threads, p(3)]
+    elif entry == 13:
+        call, arguments = module.add_class_gradient, [_two_tensors(pick), ids(0), ids(1), p(4), threads, p(3)]
+    elif entry == 14:
+        call, arguments = module.finish_gradient, [_two_tensors(pick), x, threads, p(3), p(4)]
+    elif entry == 15:
+        call, arguments = module.class_ids, [count, ids(0), ids(1), _pointer(pick, 3), p(4)]
+    elif entry == 16:
+        kind = pick.of((0, 1, 2, 3, -1))
+        call, arguments = module.contrast_losses, [count, p(2), p(3), p(4), x, kind, flag, p(5), p(6)]
+    else:
+        buffers = [p(2), p(3), p(4), p(5)]
+        call, arguments = module.contrast_weights, [count, *buffers, x, p(6), p(7), p(8)]
     status = call(*_spoiled(pick, arguments))
     if status not in (0, 1, 2):
         raise AssertionError(f"{call.__name__}: status {status}")

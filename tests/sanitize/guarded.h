@@ -166,4 +166,5 @@ bool check_siglip(Random& random, bool large);
 bool check_goodness(Random& random, bool large);
 bool check_pair_cosine(Random& random, bool large);
 bool check_pool(Random& random, bool large);
+bool check_rows(Random& random, bool large);
 bool check_refusals();

@@ -74,5 +74,35 @@ bool check_refusals() {
   pool("negative positions", [](auto& m) { m.positions = -1; });
   pool("a product beyond 64 bits", [](auto& m) { m.samples = m.positions = int64_t{1} << 40; });
   pool("a dtype that does not exist", [](auto& m) { m.dtype = static_cast<ffcl::DType>(3); });
+
+  const ffcl::Rows views{x.data, 4, 4, 4, ffcl::DType::float32, y.data, 2, 4};
+  const auto by_row = [&](const char* what, const std::function<void(ffcl::Rows&)>& change) {
+    ffcl::Rows r = views;
+    change(r);
+    refused(what, ffcl::row_norms(r, 0, 1, z.data));
+    refused(what, ffcl::row_dots(r, views, 1, sums.data));
+    refused(what, ffcl::row_dots(views, r, 1, sums.data));
+    refused(what, ffcl::add_weighted_rows(r, z.data, 1, z.data));
+    refused(what, ffcl::class_dots(r, ids.data, ids.data, 1, sums.data));
+    refused(what, ffcl::add_class_gradient(r, ids.data, ids.data, z.data, 1, z.data));
+    refused(what, ffcl::finish_gradient(r, 0, 1, z.data, sums.data));
+    ffcl::Similarity s{r.x, nullptr, r.rows, r.rows, r.dim, r.stride, 0, r.dtype, 1, nullptr, nullptr, ffcl::Exclude::none, 1};
+    s.q_tail = r.tail, s.q_split = r.split, s.q_tail_stride = r.tail_stride;
+    refused(what, ffcl::similarity_forward(s, z.data, nullptr, nullptr, 0));
+  };
+  by_row("no rows of x", [](auto& r) { r.x = nullptr; });
+  by_row("no dim", [](auto& r) { r.dim = 0; });
+  by_row("a product beyond 64 bits", [](auto& r) { r.rows = r.dim = int64_t{1} << 40; });
+  by_row("a tail that begins before the first row", [](auto& r) { r.split = 0; });
+  by_row("a tail that begins after the last row", [](auto& r) { r.split = 5; });
+  by_row("a tail beyond the end of memory", [](auto& r) { r.tail_stride = int64_t{1} << 62; });
+  by_row("a dtype that does not exist", [](auto& r) { r.dtype = static_cast<ffcl::DType>(7); });
+  ffcl::Rows short_of = views;
+  short_of.rows = 3;
+  refused("fewer positives than rows", ffcl::row_dots(views, short_of, 1, sums.data));
+  refused("no classes", ffcl::class_ids(4, nullptr, ids.data, ids.data, z.data));
+  refused("a negative number of losses", ffcl::contrast_losses(-1, x.data, sums.data, nullptr, 1, ffcl::Contrast::softplus, false, y.data, z.data));
+  refused("a mean of no count", ffcl::contrast_losses(2, x.data, sums.data, nullptr, 1, ffcl::Contrast::mean, false, y.data, z.data));
+  refused("no weight", ffcl::contrast_weights(2, x.data, y.data, nullptr, nullptr, 1, z.data, nullptr, nullptr));
   return wrong == 0;
 }

@@ -31,7 +31,8 @@ def contrast_forward(
     loss, slope, col_slope = rows.new(rows.count), rows.new(rows.count), rows.new(col_lse.numel())
     for add, (lse, out) in enumerate(((row_lse, slope), (col_lse, col_slope))):
         if lse.numel():
-            native.module.contrast_losses(
+            native.call(
+                "contrast_losses",
                 rows.count,
                 lse.data_ptr(),
                 dot.data_ptr(),
@@ -56,7 +57,8 @@ def contrast_backward(
     grad = grad.to(torch.float32).contiguous()
     if grad.shape != (rows.count,):
         raise ValueError(f"grad must have shape ({rows.count},), got {tuple(grad.shape)}")
-    native.module.contrast_weights(
+    native.call(
+        "contrast_weights",
         rows.count,
         grad.data_ptr(),
         slope.data_ptr(),
@@ -145,36 +147,36 @@ class _Rows:
     def fill_norms(self) -> None:
         for z, norm in ((self.z, self._q_norm), (self.z_k, self._k_norm), (self.z_positive, self._positive_norm)):
             if norm.numel():
-                self._call("row_norms", z, ops.UNIT_EPS, self._threads, norm.data_ptr())
+                native.call("row_norms", z, ops.UNIT_EPS, self._threads, norm.data_ptr())
 
     def class_ids(self) -> tuple[Tensor, Tensor]:
         ids, count = self.new(self.count, dtype=torch.int64), self.new(self.count)
-        native.module.class_ids(self.count, *self._classes(), ids.data_ptr(), count.data_ptr())
+        native.call("class_ids", self.count, *self._classes(), ids.data_ptr(), count.data_ptr())
         return ids, count
 
     def dots(self) -> Tensor:
         dot = self.new(self.count, dtype=torch.float64)
         if self._order is not None:
-            self._call("class_dots", self.z, *self._classes(), self._threads, dot.data_ptr())
+            native.call("class_dots", self.z, *self._classes(), self._threads, dot.data_ptr())
         else:
-            self._call("row_dots", self.z, self._positives(), self._threads, dot.data_ptr())
+            native.call("row_dots", self.z, self._positives(), self._threads, dot.data_ptr())
         return dot
 
     def add_positives(self, weight: Tensor, dq: Tensor, dk: Tensor, d_positive: Tensor) -> None:
         if self._order is not None:
             if dq.numel():
                 arguments = (self.z, *self._classes(), weight.data_ptr(), self._threads, dq.data_ptr())
-                self._call("add_class_gradient", *arguments)
+                native.call("add_class_gradient", *arguments)
             return
         for z, grad in ((self._positives(), dq), (self.z, dk if self._positive is None else d_positive)):
             if grad.numel():
-                self._call("add_weighted_rows", z, weight.data_ptr(), self._threads, grad.data_ptr())
+                native.call("add_weighted_rows", z, weight.data_ptr(), self._threads, grad.data_ptr())
 
     def finish(self, z, grad: Tensor) -> Tensor:
         """``grad`` in place from the gradient of z to that of x; returns <z_i, grad_i> before that, (rows,) float64."""
         inner = self.new(grad.shape[0], dtype=torch.float64)
         if grad.numel():
-            self._call("finish_gradient", z, ops.UNIT_EPS, self._threads, grad.data_ptr(), inner.data_ptr())
+            native.call("finish_gradient", z, ops.UNIT_EPS, self._threads, grad.data_ptr(), inner.data_ptr())
         return inner
 
     def _classes(self) -> tuple[int, int]:
@@ -183,7 +185,3 @@ class _Rows:
 
     def _positives(self):
         return self.z_k if self.z_positive is None else self.z_positive
-
-    @staticmethod
-    def _call(kernel: str, *arguments) -> None:
-        native.check(getattr(native.module, kernel)(*arguments), kernel)
