@@ -23,7 +23,8 @@ class Mutant:
         return f"{self.kind}: {self.what}"
 
 
-_SIM, _EPI, _GOOD = "csrc/similarity_cpu.cpp", "csrc/similarity_epilogues.h", "csrc/goodness_cpu.cpp"
+_SIM, _ENGINE = "csrc/similarity_cpu.cpp", "csrc/similarity_engine.h"
+_EPI, _GOOD = "csrc/similarity_epilogues.h", "csrc/goodness_cpu.cpp"
 _OPS = "tests/test_ops.py -k 'cpu and {}'"
 _TRITON = "ffcl_fast/backends/triton/"
 _INTERPRETED = "tests/interpreter/similarity.py -k '{}'"
@@ -34,7 +35,7 @@ MUTANTS = (
     Mutant(
         "cpu",
         "the tail of rows is masked one row late",
-        _SIM,
+        _ENGINE,
         "bool out = i0 + r >= p.rows ||",
         "bool out = i0 + r > p.rows ||",
         _OPS.format("test_similarity and float32"),
@@ -42,7 +43,7 @@ MUTANTS = (
     Mutant(
         "cpu",
         "tiles that stick out by columns go unmasked",
-        _SIM,
+        _ENGINE,
         "|| (j + 1) * NR > p.cols) return true;",
         "|| j * NR > p.cols) return true;",
         _OPS.format("test_similarity and float32"),
@@ -50,7 +51,7 @@ MUTANTS = (
     Mutant(
         "cpu",
         "the diagonal is left out beside itself",
-        _SIM,
+        _ENGINE,
         "if (!out && a.exclude == Exclude::diagonal) out = i == j;",
         "if (!out && a.exclude == Exclude::diagonal) out = i == j + 1;",
         _OPS.format("test_exclusions"),
@@ -58,7 +59,7 @@ MUTANTS = (
     Mutant(
         "cpu",
         "ids are compared by their low 32 bits",
-        _SIM,
+        _ENGINE,
         "ids_exact = ids_exact && out[i] == ids[i];",
         "ids_exact = true;",
         "tests/test_similarity_cpu.py -k beyond_32",
@@ -82,7 +83,7 @@ MUTANTS = (
     Mutant(
         "cpu",
         "the block on the diagonal of k = q counts twice",
-        _SIM,
+        _ENGINE,
         "p.first_both = self && r0 >= c0 ? smaller(p.tiles, rb / NR) : 0;",
         "p.first_both = 0;",
         _OPS.format("test_similarity and float32 and q-q"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import native, panels
 
 # Floats of exp(S) that a forward pass keeps for its backward pass: 24 MiB. With the panels' own buffers (at most
-# 32 MiB, see csrc/similarity_cpu.cpp) all workspace stays under 64 MB at any N.
+# 32 MiB, see csrc/similarity_engine.h) all workspace stays under 64 MB at any N.
 CACHE_BUDGET = 6 << 20
 CACHE_HEADER = 16
 

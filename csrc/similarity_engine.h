@@ -1,0 +1,375 @@
+// The panels of S and the three steps of each: packing, scores, products. Included by similarity_cpu.cpp, which begins
+// with how they go together, inside its anonymous namespace, so every instruction set has its own copy.
+
+struct Panel {
+  int64_t r0, rows, rows_padded;  // rows [r0, r0 + rows) of S; padded to whole tiles
+  int64_t c0, cols;  // columns [c0, c0 + cols)
+  int64_t tiles;  // column tiles: cols / NR rounded up
+  int64_t first_tile;  // where they start in the packed columns
+  int64_t first_both;  // for k = q: tiles before this are on the diagonal block, whose mirror image is itself
+
+  bool crosses_diagonal(int64_t i, int64_t j) const {
+    const int64_t row = r0 + i, col = c0 + j * NR;
+    return row < col + NR && col < row + MR;
+  }
+};
+
+class Engine {
+ public:
+  Engine(const Similarity& args, bool gradients)
+      : a(args),
+        self(!args.k),
+        cols(self ? args.rows : args.cols),
+        rb(row_block()),
+        cb(smaller(6 * (self ? rb : full_row_block()), self ? round_up(cols, rb) : round_up(cols, ROW_TASK))),
+        log2_scale(args.scale * LOG2E),
+        threads(args.rows * cols * args.dim < 200000 ? 1 : args.threads),
+        tile_chunk((rb > ROW_TASK ? 256 : 64) / NR),
+        dim_mr(round_up(args.dim, MR)),
+        dim_nr(round_up(args.dim, NR)),
+        dim_words(words_of(args.dim)),
+        q_dims(rb * dim_words),
+        k_dims(cb * dim_words),
+        q_rows(gradients ? dim_mr * words_of(rb) : 0),
+        k_rows(gradients ? dim_nr * words_of(cb) : 0),
+        g(gradients ? rb * cb : 0),
+        dkt(gradients ? dim_mr * cb : 0),
+        row_ids(by_id() ? args.rows + ROW_TASK : 0),
+        col_ids(by_id() ? cols + ROW_TASK : 0) {
+    if (!by_id() || row_ids.failed || col_ids.failed) return;
+    narrow_ids(a.row_ids, a.rows, row_ids);
+    narrow_ids(self ? a.row_ids : a.col_ids, cols, col_ids);
+  }
+
+  bool failed() const {
+    return row_ids.failed || col_ids.failed || q_dims.failed || k_dims.failed || q_rows.failed || k_rows.failed ||
+           g.failed || dkt.failed;
+  }
+
+  const Similarity& a;
+  const bool self;
+  const int64_t cols;
+  const int64_t rb, cb;  // rows and columns of a full panel
+  const double log2_scale;  // S in units of log2, for exp2
+  const int threads;
+  const int64_t tile_chunk;  // column tiles in a scores task
+  const int64_t dim_mr, dim_nr, dim_words;
+  // In words, which are pairs along the dimension named in words: of rows 2 i and 2 i + 1 in q_rows, and of columns c
+  // and c + VW of a tile in k_rows, as in the two copies of G.
+  Buffer<Word> q_dims;  // [rb / MR][dim words][MR]    A of the scores
+  Buffer<Word> k_dims;  // [cb / NR][dim words][NR]    B of the scores
+  Buffer<Word> q_rows;  // [dim / MR][row words][MR]   A of dk^T
+  Buffer<Word> k_rows;  // [dim / NR][cb words][NR]    B of dq
+  Buffer<Word> g;  // Gradients                   B of dk^T and, by broadcasts, A of dq
+  Buffer<float> dkt;  // [dim][cb]                   dk^T of the current columns
+  Buffer<int32_t> row_ids, col_ids;  // the low halves of the ids, to compare many at once
+  bool ids_exact = true;  // they are the whole ids
+
+  template <class Body, class End>
+  void for_each_panel(Body&& body, End&& columns_done) {
+    for (int64_t c0 = 0; c0 < cols; c0 += cb) {
+      const int64_t c1 = smaller(cols, c0 + cb);
+      pack_columns(c0, c1);
+      for (int64_t r0 = 0; r0 < (self ? c1 : a.rows); r0 += rb) {
+        Panel p;
+        p.r0 = r0;
+        p.rows = smaller(rb, a.rows - r0);
+        p.rows_padded = round_up(p.rows, MR);
+        p.c0 = self ? larger(c0, r0) : c0;
+        p.cols = c1 - p.c0;
+        p.tiles = (p.cols + NR - 1) / NR;
+        p.first_tile = (p.c0 - c0) / NR;
+        p.first_both = self && r0 >= c0 ? smaller(p.tiles, rb / NR) : 0;
+        body(p);
+      }
+      columns_done(c0, c1);
+    }
+  }
+
+  // Rows of a panel into q_dims for the scores, or q_rows for the gradient, or both.
+  void pack_rows(const Panel& p, bool scores, bool gradients) {
+    const int64_t groups = p.rows_padded / MR, end = p.r0 + p.rows;
+    constexpr int64_t step = ROW_TASK / MR;
+    by_type(a.queries(), [&](auto q, auto) {
+      parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
+        for (int64_t i = task * ROW_TASK; i < smaller(p.rows_padded, (task + 1) * ROW_TASK); i += MR) {
+          if (scores) pack_group_by_dim<MR>(q, p.r0 + i, end, q_dims + i * dim_words);
+          for (int64_t r = i; gradients && r < i + MR; r += PER_WORD)
+            pack_row_by_panel<MR>(q, p.r0 + r, p.r0 + r + 1, end, p.rows_padded / PER_WORD * MR,
+                                  q_rows + r / PER_WORD * MR);
+        }
+      });
+    });
+  }
+
+  // Largest norm of a row; `finite` turns false where one is not finite. Divided rows are no longer than 1, or 1 + 2^-8
+  // where each element is then rounded to bfloat16.
+  double largest_norm(const Rows& x, bool& finite) const {
+    if (x.norm) {
+      for (int64_t i = 0; i < x.rows; ++i) finite = finite && x.norm[i] < __builtin_inff();
+      return PER_WORD == 1 ? 1 : 1 + 0x1p-8;
+    }
+    const int64_t tasks = (x.rows + ROW_TASK - 1) / ROW_TASK;
+    Buffer<float> part(tasks);
+    if (part.failed) return finite = false, 0.0;
+    by_type(x, [&](auto source, auto type) {
+      using T = decltype(type);
+      parallel(tasks, threads, [&](int64_t task, int) {
+        float best = 0;
+        for (int64_t i = task * ROW_TASK; i < smaller(x.rows, (task + 1) * ROW_TASK); ++i) {
+          const auto* row = source.row(i);
+          vf s0 = zero(), s1 = zero();
+          int64_t d = 0;
+          for (; d + 2 * VW <= a.dim; d += 2 * VW) {
+            const vf x0 = T::load_vector(row + d), x1 = T::load_vector(row + d + VW);
+            s0 += x0 * x0;
+            s1 += x1 * x1;
+          }
+          float s = sum(s0 + s1);
+          for (; d < a.dim; ++d) s += T::get(row + d) * T::get(row + d);
+          best = s <= best ? best : s;  // NaN goes in ...
+          if (!(s < __builtin_inff())) break;  // ... and stays
+        }
+        part[task] = best;
+      });
+    });
+    double best = 0;
+    for (int64_t i = 0; i < tasks; ++i) {
+      finite = finite && part[i] < __builtin_inff();
+      best = part[i] > best ? part[i] : best;
+    }
+    return std::sqrt(best);
+  }
+
+  // Upper bound of |S| log2(e), infinite where an input is not finite.
+  double bound() const {
+    bool finite = true;
+    const double q = largest_norm(a.queries(), finite);
+    const double k = self ? q : largest_norm(a.keys(), finite);
+    const double b = std::fabs(static_cast<double>(a.scale)) * LOG2E * q * k * 1.0001;
+    return finite && b < 1e30 ? b : static_cast<double>(__builtin_inf());
+  }
+
+  // Register tiles of `scale` q k^T for one panel, each handed to a copy of `epilogue` that its task owns.
+  template <class Epilogue>
+  void scores(const Panel& p, double scale, const Epilogue& epilogue) {
+    const vf factor = splat(static_cast<float>(scale));  // after the sum: it costs the products no bits
+    const int64_t col_tasks = (p.tiles + tile_chunk - 1) / tile_chunk;
+    const int64_t row_tasks = (p.rows_padded + ROW_TASK - 1) / ROW_TASK;
+    // Sums of 128 words, then sums of those: a fraction of the rounding error of one long sum, and the operands of a
+    // step (8 KB of B in AVX2's tiles) stay in L1.
+    constexpr int64_t depth = 128;
+    parallel(row_tasks * col_tasks, threads, [&](int64_t task, int) {
+      alignas(64) float partial[ROW_TASK * NR];
+      const int64_t rt = task / col_tasks, ct = task % col_tasks;
+      const int64_t first = rt * ROW_TASK, last = smaller(p.rows_padded, first + ROW_TASK);
+      Epilogue e(epilogue);
+      e.begin(p, rt, ct);
+      for (int64_t j = ct * tile_chunk; j < smaller(p.tiles, (ct + 1) * tile_chunk); ++j) {
+        e.begin_columns();
+        const Word* b = k_dims + (p.first_tile + j) * NR * dim_words;
+        for (int64_t d = 0; d < dim_words; d += depth) {
+          const bool complete = d + depth >= dim_words;
+          for (int64_t i = first; i < last; i += MR) {
+            Tile t;
+            clear(t);
+            multiply<1, MR>(t, q_dims + i * dim_words + d * MR, b + d * NR, complete ? dim_words - d : depth);
+            if (d > 0) add_tile(t, partial + (i - first) * NR, NR);
+            if (!complete) {
+              store_tile(t, partial + (i - first) * NR, NR);
+              continue;
+            }
+            scale_tile(t, factor);
+            if (touches_mask(p, i, j)) mask(p, i, j, t);
+            e.tile(p, i, j, t);
+          }
+        }
+        e.end_columns(p, j);
+      }
+      e.end(p);
+    });
+  }
+
+  Gradients gradients() const { return {g, PER_WORD == 1 ? g.data : g + rb * cb / PER_WORD}; }
+
+  // G of a panel whose exponentials the forward pass kept.
+  void rescale(const Panel& p, const float* kept, const float* row, const float* col) {
+    parallel(p.tiles, threads, [&](int64_t j, int) {
+      const float* from = kept + j * p.rows_padded * NR;
+      const Gradients to = gradients();
+      const vf b0 = load(col + p.c0 + j * NR), b1 = load(col + p.c0 + j * NR + VW);
+      for (int64_t i = 0; i < p.rows_padded; i += 2, from += 2 * NR) {
+        const vf x = splat(row[p.r0 + i]), y = splat(row[p.r0 + i + 1]);
+        to.put(j * p.rows_padded + i, load(from) * (x + b0), load(from + VW) * (x + b1), load(from + NR) * (y + b0),
+               load(from + NR + VW) * (y + b1));
+      }
+    });
+  }
+
+  // dq[rows] += G k and dk^T[columns] += q^T G for the panel in `g`.
+  void products(const Panel& p, float* dq, bool need_k) {
+    const int64_t row_tasks = dq ? (p.rows_padded + ROW_TASK - 1) / ROW_TASK : 0;
+    const int64_t first_both = self ? p.first_both : 0;
+    const int64_t both = need_k ? p.tiles - first_both : 0;
+    constexpr int64_t chunk = 128 / NR;
+    const int64_t col_tasks = (both + chunk - 1) / chunk;
+    // Dimensions of dq in a task. All of them where there are rows enough for every thread: each slice reads G anew.
+    const int64_t slice = rb > ROW_TASK ? dim_nr : 128;
+    const int64_t slices = (a.dim + slice - 1) / slice;
+    parallel(row_tasks * slices + col_tasks, threads, [&](int64_t task, int) {
+      const int64_t col_task = task - row_tasks * slices;
+      if (col_task < 0)
+        row_product(p, task / slices * ROW_TASK, task % slices * slice, smaller(a.dim, (task % slices + 1) * slice),
+                    dq);
+      else
+        column_product(p, first_both + col_task * chunk, smaller(p.tiles, first_both + (col_task + 1) * chunk));
+    });
+  }
+
+  // dk of columns [c0, c1): transposed out of dkt; added for k = q, where dq has their other half.
+  void flush_columns(int64_t c0, int64_t c1, float* dk, bool add) {
+    constexpr int64_t block = 32;
+    parallel((c1 - c0 + block - 1) / block, threads, [&](int64_t task, int) {
+      for (int64_t d0 = 0; d0 < a.dim; d0 += block)
+        for (int64_t j = task * block; j < smaller(c1 - c0, (task + 1) * block); ++j) {
+          float* to = dk + (c0 + j) * a.dim;
+          for (int64_t d = d0; d < smaller(a.dim, d0 + block); ++d) {
+            const float x = dkt[d * cb + j];
+            to[d] = add ? to[d] + x : x;
+          }
+        }
+    });
+  }
+
+  void clear_columns() {
+    parallel(dim_mr, threads, [&](int64_t d, int) { memset(dkt + d * cb, 0, static_cast<size_t>(cb) * 4); });
+  }
+
+ private:
+  int64_t full_row_block() const { return a.dim <= 512 ? 384 : a.dim <= 1024 ? 192 : ROW_TASK; }
+  int64_t row_block() const {
+    // Half of each block on the diagonal is computed for nothing, so k = q has eight blocks a side at least.
+    return smaller(full_row_block(), larger(ROW_TASK, round_up(self ? a.rows / 8 : a.rows, ROW_TASK)));
+  }
+
+  void pack_columns(int64_t c0, int64_t c1) {
+    const int64_t n = c1 - c0, groups = (n + NR - 1) / NR;
+    constexpr int64_t step = ROW_TASK / NR;
+    by_type(a.keys(), [&](auto k, auto) {
+      parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
+        for (int64_t t = task * step; t < smaller(groups, (task + 1) * step); ++t) {
+          const int64_t j = t * NR;
+          pack_group_by_dim<NR>(k, c0 + j, c1, k_dims + j * dim_words);
+          for (int64_t w = 0; k_rows.data && w < NR / PER_WORD; ++w)
+            pack_row_by_panel<NR>(k, c0 + j + w, c0 + j + w + VW, c1, cb / PER_WORD * NR,
+                                  k_rows + (j / PER_WORD + w) * NR);
+        }
+      });
+    });
+  }
+
+  // dq rows [first, first + ROW_TASK) of the panel, dimensions [d0, d1). G's tiles are read by broadcast, 64 bytes of a
+  // row at a time.
+  void row_product(const Panel& p, int64_t first, int64_t d0, int64_t d1, float* dq) {
+    constexpr int64_t depth = 256 * PER_WORD, tile_words = NR / PER_WORD;
+    const int64_t last = smaller(p.rows_padded, first + ROW_TASK), tiles_a_step = depth / NR;
+    for (int64_t j0 = 0; j0 < p.tiles; j0 += tiles_a_step)
+      for (int64_t d = d0; d < d1; d += NR)
+        for (int64_t i = first; i < last; i += MR) {
+          Tile t;
+          clear(t);
+          const Word* b = k_rows + d * cb / PER_WORD + (p.first_tile + j0) * tile_words * NR;
+          for (int64_t j = j0; j < smaller(p.tiles, j0 + tiles_a_step); ++j, b += tile_words * NR)
+            multiply<tile_words, 1>(t, gradients().by_column + (j * p.rows_padded + i) * tile_words, b, tile_words);
+          add_rows(t, dq + (p.r0 + i) * a.dim + d, p.rows - i, a.dim - d);
+        }
+  }
+
+  void add_rows(const Tile& t, float* to, int64_t rows, int64_t dims) {
+    if (rows >= MR && dims >= NR) {
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r)
+        for (int h = 0; h < 2; ++h) store(to + r * a.dim + h * VW, load(to + r * a.dim + h * VW) + t.x[r][h]);
+      return;
+    }
+    alignas(64) float x[MR * NR];
+    store_tile(t, x, NR);
+    for (int64_t r = 0; r < smaller(rows, MR); ++r)
+      for (int64_t d = 0; d < smaller(dims, NR); ++d) to[r * a.dim + d] += x[r * NR + d];
+  }
+
+  // dk^T of column tiles [j0, j1), 192 dimensions at a time so that q_rows' part stays in L2.
+  void column_product(const Panel& p, int64_t j0, int64_t j1) {
+    constexpr int64_t depth = 256 * PER_WORD, dims = 192;
+    for (int64_t d0 = 0; d0 < dim_mr; d0 += dims)
+      for (int64_t j = j0; j < j1; ++j)
+        for (int64_t i = 0; i < p.rows_padded; i += depth)
+          for (int64_t d = d0; d < smaller(dim_mr, d0 + dims); d += MR) {
+            float* c = dkt + d * cb + (p.first_tile + j) * NR;
+            Tile t;
+            load_tile(t, c, cb);
+            multiply<1, MR>(t, q_rows + (d * p.rows_padded + i * MR) / PER_WORD,
+                            gradients().by_row + (j * p.rows_padded + i) / PER_WORD * NR,
+                            smaller(depth, p.rows_padded - i) / PER_WORD);
+            store_tile(t, c, cb);
+          }
+  }
+
+  bool by_id() const { return a.exclude != Exclude::none && a.exclude != Exclude::diagonal; }
+
+  void narrow_ids(const int64_t* ids, int64_t n, int32_t* out) {
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = static_cast<int32_t>(ids[i]);
+      ids_exact = ids_exact && out[i] == ids[i];
+    }
+    for (int64_t i = n; i < n + ROW_TASK; ++i) out[i] = 0;
+  }
+
+  bool touches_mask(const Panel& p, int64_t i, int64_t j) const {
+    if (i + MR > p.rows || (j + 1) * NR > p.cols) return true;
+    if (a.exclude == Exclude::none) return false;
+    if (a.exclude == Exclude::diagonal) return p.crosses_diagonal(i, j);
+    if (a.exclude == Exclude::different_id) return true;
+    const int32_t* col = col_ids + p.c0 + j * NR;
+    const vi c0 = load_int(col), c1 = load_int(col + VW);
+    vi equal = vi{};
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const vi row = vi{} + row_ids[p.r0 + i + r];
+      equal |= (c0 == row) | (c1 == row);
+    }
+    return any(equal);
+  }
+
+  // -inf at the pairs left out and beyond the edges.
+  void mask(const Panel& p, int64_t i0, int64_t j0, Tile& t) const {
+    const bool inside = i0 + MR <= p.rows && (j0 + 1) * NR <= p.cols;
+    const bool vectors =
+        by_id() && ids_exact && !(a.exclude == Exclude::same_id_off_diagonal && p.crosses_diagonal(i0, j0));
+    if (!inside || !vectors) return mask_by_element(p, i0, j0, t);
+    const vf out = splat(-__builtin_inff());
+    const int32_t* col = col_ids + p.c0 + j0 * NR;
+    for (int r = 0; r < MR; ++r)
+      for (int h = 0; h < 2; ++h) {
+        const vi equal = load_int(col + h * VW) == vi{} + row_ids[p.r0 + i0 + r];
+        t.x[r][h] = (a.exclude == Exclude::different_id ? ~equal : equal) ? out : t.x[r][h];
+      }
+  }
+
+  void mask_by_element(const Panel& p, int64_t i0, int64_t j0, Tile& t) const {
+    alignas(64) float x[MR * NR];
+    store_tile(t, x, NR);
+    const int64_t* ids = self ? a.row_ids : a.col_ids;
+    for (int64_t r = 0; r < MR; ++r)
+      for (int64_t c = 0; c < NR; ++c) {
+        const int64_t i = p.r0 + i0 + r, j = p.c0 + j0 * NR + c;
+        bool out = i0 + r >= p.rows || j0 * NR + c >= p.cols;
+        if (!out && a.exclude == Exclude::diagonal) out = i == j;
+        if (!out && a.exclude == Exclude::same_id) out = a.row_ids[i] == ids[j];
+        if (!out && a.exclude == Exclude::same_id_off_diagonal) out = i != j && a.row_ids[i] == ids[j];
+        if (!out && a.exclude == Exclude::different_id) out = a.row_ids[i] != ids[j];
+        if (out) x[r * NR + c] = -__builtin_inff();
+      }
+    load_tile(t, x, NR);
+  }
+};
