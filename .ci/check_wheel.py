@@ -61,6 +61,8 @@ def environment(folder: Path, wheel: Path) -> Path:
         check=True, capture_output=True, text=True,
     ).stdout.strip()  # fmt: skip
     lent = dict.fromkeys(path for path in sys.path if Path(path).name in ("site-packages", "dist-packages"))
+    # Python 3.11's venv brings an old setuptools, which would hide the lent one.
+    subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", "setuptools"], check=True)
     Path(own, "lent.pth").write_text("\n".join(lent) + "\n")
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel], check=True)
     return python
