@@ -40,6 +40,9 @@ _SPEEDUPS = (
     ("clip-8192x512", "open_clip", "CLIP, 8192 × 512, open_clip"),
     ("info_nce-8192x128", "info-nce-pytorch", "InfoNCE, 8192 × 128, info-nce-pytorch"),
     ("siglip-8192x512", "open_clip", "SigLIP, 8192 × 512, open_clip"),
+    ("nt_xent-512x512", "lightly", "NT-Xent, 512 × 512, lightly"),
+    ("sup_con-512x512", "SupContrast", "SupCon, 512 × 512, SupContrast"),
+    ("clip-512x512", "open_clip", "CLIP, 512 × 512, open_clip"),
     ("pair_cosine-64x64x56x56", "CosineEmbeddingLoss", "Pair cosine, 64 × 64 × 56², torch.nn"),
     ("goodness_normalize-4096x2048", "eager, shared", "ReLU + goodness + normalise, eager"),
 )

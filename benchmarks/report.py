@@ -129,14 +129,14 @@ def _optional(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def device_line(results: Results) -> str:
+def device_line(results: Results, measured: str = "measured ") -> str:
     device, versions = results["device"], results["versions"]
     stamps = [r[part] for r in results["records"] for part in ("time", "memory") if part in r]
     commits = sorted({s["commit"] for s in stamps})
     when = sorted(s["when"] for s in stamps)
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "triton")
     return (
-        f"{device['name']}, {device['threads']} threads, kernels compiled for {device['isa']}; {packages}; measured "
+        f"{device['name']}, {device['threads']} threads, kernels compiled for {device['isa']}; {packages}; {measured}"
         f"{when[0][:10]}{'' if when[0][:10] == when[-1][:10] else ' to ' + when[-1][:10]} at {', '.join(commits)}."
     )
 
@@ -205,9 +205,25 @@ def readme_block(all_results: list[Results]) -> str:
         ]
         found = verdicts(results)
         met = sum(verdict.state == MET for _, verdict in found)
-        parts += [*images, f"{met} of {len(found)} CPU bars met on {device_line(results)}", bars_table(results)]
-    parts.append(gpu_table(all_results))
+        count = f"**{met} of {len(found)} CPU bars met**, speeds and sizes that this project set itself."
+        parts += [*images, f"{count} Measured on {device_line(results, measured='')}", "\n".join(_unmet(found))]
+        parts += [*_folded("Every CPU bar", bars_table(results))]
+    parts += _folded("The kernels that a GPU has run, and the GPU bars", gpu_table(all_results))
     return "\n\n".join(parts)
+
+
+def _unmet(found: list[tuple[bars.Bar, Verdict]]) -> list[str]:
+    """A line for each bar that is not met, so that none is told in a folded table only."""
+    return [
+        f"- {_MARK[verdict.state]}: {bar.what}: {verdict.measured or 'no measurement'}, required {bar.required}"
+        for state in (MISSED, NOT_REACHABLE, NOT_MEASURED)
+        for bar, verdict in found
+        if verdict.state == state
+    ]
+
+
+def _folded(summary: str, body: str) -> list[str]:
+    return [f"<details><summary>{summary}</summary>", body, "</details>"]
 
 
 def digest(results: Results) -> str:
