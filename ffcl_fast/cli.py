@@ -191,8 +191,11 @@ def _train(flags: dict[str, Any]) -> int:
         config = load_config(flags, file)
     elif file is not None:
         raise UserError("config: cannot be given with --resume, which keeps the run's own settings")
-    from .train.run import CURVES, is_finished, resumed_config, train
+    from .train.parallel import restarts
+    from .train.run import CONFIG, CURVES, is_finished, resumed_config, train
 
+    if resume is None and restarts() and config.name and (Path(config.out) / config.name / CONFIG).is_file():
+        resume = str(Path(config.out) / config.name)  # torchrun has started this run's processes anew
     directory = None
     if resume is not None:
         directory = Path(resume)

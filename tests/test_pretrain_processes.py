@@ -60,24 +60,34 @@ def _two(rank: int, world: int, out: str) -> str:
 
 
 def test_elastic_restart_goes_on(tmp_path):
-    """torchrun's agent, two processes, one of which dies in the second epoch: the run ends as if nothing had happened.
-
-    The agent starts a function and not a command, so that the fork server spares each process its imports.
-    """
+    """Two processes, one of which dies in the second epoch: the run ends as if nothing had happened."""
     settings = ["--backbone", TINY["backbone"], "--batch-size", "16", "--epochs", "2", "--epoch-samples", "48"]
+    assert "going on after epoch 1 of 2" in _restarted(elastic_pretrain.pretrain, tmp_path, settings)
+    found = metrics(tmp_path / "run")
+    assert found["status"] == "finished" and found["processes"] == 2 and len(found["epochs"]) == 2
+
+
+def test_a_training_goes_on_after_an_elastic_restart(tmp_path):
+    settings = ["--data", "digits", "--backbone", "timm/test_resnet", "--image-size", "16", "--epoch-samples", "32",
+                "--batch-size", "8", "--stages", "local,downstream", "--epochs-local", "1", "--epochs-downstream", "1",
+                "--workers", "0"]  # fmt: skip
+    told = _restarted(elastic_pretrain.train, tmp_path, settings)
+    assert told.count("local 1/1") == 1 and told.count("downstream 1/1") == 1, told
+    assert metrics(tmp_path / "run")["status"] == "finished"
+
+
+def _restarted(function, out: Path, settings: list[str]) -> str:
+    """Run it on two processes with one restart; what they told. The agent starts a function and not a command, so that
+    the fork server spares each process its imports."""
     launch = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         max_restarts=1, monitor_interval=0.1, start_method="forkserver", local_addr="localhost",
     )  # fmt: skip
-    log = tmp_path / "log"
+    log = out / "log"
     processes.start_server()
     with _signals_kept():
-        elastic_launch(launch, elastic_pretrain.pretrain)(
-            str(tmp_path), str(log), [*settings, "--device", "cpu", "--name", "run"]
-        )
-    assert "going on after epoch 1 of 2" in log.read_text()
-    found = metrics(tmp_path / "run")
-    assert found["status"] == "finished" and found["processes"] == 2 and len(found["epochs"]) == 2
+        elastic_launch(launch, function)(str(out), str(log), [*settings, "--device", "cpu", "--name", "run"])
+    return log.read_text()
 
 
 @contextmanager

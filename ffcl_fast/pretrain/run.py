@@ -27,6 +27,7 @@ from ..distributed.exchange import LostRank, of_backend
 from ..train import report
 from ..train.checkpoint import save_weights, write_atomically, write_text
 from ..train.errors import UserError
+from ..train.parallel import join, restarts
 from .config import Config
 from .data import Batch, Source, open_source
 from .model import Pretraining
@@ -42,13 +43,13 @@ def pretrain(config: Config, *, resume: bool = False, log: Callable[[str], None]
     Raises UserError for wrong data, settings or names, LostRank where another process is gone.
     """
     device = _device(config)
-    ours = _join(config, device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    ours = join(backend, datetime.timedelta(seconds=config.timeout))
     rank, world = processes.rank(), processes.world_size()
     try:
         source = _opened(config, rank)
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         folder = Path(config.out) / config.run_name
-        state = _shared(lambda: _prepared(folder, config, resume or restarted), rank)
+        state = _shared(lambda: _prepared(folder, config, resume or restarts() > 0), rank)
         training = _Training(config, source, device, rank, world, folder, log if rank == 0 else lambda line: None)
         training.run(state)
         return folder
@@ -72,20 +73,6 @@ def _device(config: Config) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
-
-
-def _join(config: Config, device: torch.device) -> bool:
-    """Join torchrun's process group; False where there is none to join, or the caller has joined."""
-    if dist.is_initialized() or "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return False
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(seconds=config.timeout)
-    # torchrun keeps its store over restarts: without a prefix of its own a restarted process may read where another one
-    # listened before the restart, and fails to connect to it.
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"ffcl/restart/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    return True
 
 
 def _opened(config: Config, rank: int) -> Source:

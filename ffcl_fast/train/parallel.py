@@ -7,6 +7,7 @@ local stage has one for every layer inside it.
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +32,24 @@ def device_for(config: Config) -> torch.device:
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def join(backend: str, timeout: datetime.timedelta | None = None) -> bool:
+    """Join torchrun's process group; False where there is none to join, or the caller has joined."""
+    if dist.is_initialized() or "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    limit = {} if timeout is None else {"timeout": timeout}
+    # torchrun keeps its store over restarts: without a prefix of its own a restarted process may read where another one
+    # listened before the restart, and fails to connect to it.
+    store, rank, world = next(dist.rendezvous("env://", **limit))
+    store = dist.PrefixStore(f"ffcl/restart/{restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, **limit)
+    return True
+
+
+def restarts() -> int:
+    """How often torchrun has started its processes anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def fabric_for(config: Config) -> Any:
     """A launched Fabric for this process: its device, precision and place among torchrun's processes.
 
@@ -46,6 +65,7 @@ def fabric_for(config: Config) -> Any:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         if device.type == "cuda" and torch.cuda.device_count() < local:
             raise UserError(f"device {config.device}: {torch.cuda.device_count()} GPUs for {local} processes")
+        join("nccl" if device.type == "cuda" else "gloo")
         fabric = Fabric(devices=local, num_nodes=world // local, strategy="ddp", **options)
     else:
         fabric = Fabric(devices=1, **options)
