@@ -104,6 +104,14 @@ int launch(void (*kernel)(Expected...), const Grid& grid, void* stream, Given...
   return status_of(error != cudaSuccess ? error : sticky);
 }
 
+// The capability whose instructions a kernel's code on this device may use: less than the device's where the driver has
+// compiled it from an older one's PTX. 0 where it cannot be had.
+template <class... Arguments>
+int compiled_for(void (*kernel)(Arguments...)) {
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess ? attributes.ptxVersion : 0;
+}
+
 // The device this thread launches on, put back at the end: this library has its own copy of the CUDA runtime.
 struct OnDevice {
   int before = 0, device;

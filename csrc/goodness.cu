@@ -7,7 +7,7 @@ namespace {
 
 // Rows beyond the last exist only where a row is a warp's: whole warps leave.
 template <template <class, int, int> class Kernel, class T, int N, int LANES, class... Pointers>
-__global__ void __launch_bounds__(GOODNESS_THREADS) over_rows(Shape s, const T* h, Pointers... pointers) {
+__global__ void __launch_bounds__(GOODNESS_THREADS, 2) over_rows(Shape s, const T* h, Pointers... pointers) {
   const int64_t row = blockIdx.x * static_cast<int64_t>(GOODNESS_THREADS / LANES) + threadIdx.x / LANES;
   if (row < s.rows) Kernel<T, N, LANES>::run(s, h, row, pointers...);
 }

@@ -1,8 +1,9 @@
 // The goodness of one row and its gradient, by a warp or by a block where a warp's registers cannot hold the row.
 //
 // Every thread keeps up to KEEP packs (16 bytes where the rows are aligned, else one element) of its row in registers
-// between the reduction and the write, so that a row of up to LANES * KEEP packs is read once; the rest of a longer row
-// is read again, from L2. Bound by memory: forward reads h and writes out, backward reads h and grad_out and writes dh.
+// between the reduction and the write, so that a row of up to LANES * KEEP packs is read once (32 KB by a block, half
+// as much of each input in backward). The rest of a longer row is read again: from L2 while all rows in flight fit in
+// it, else from memory. Bound by memory: forward reads h and writes out, backward reads h and grad_out and writes dh.
 // Sums are float32 in a fixed order, so results repeat bit for bit.
 #pragma once
 

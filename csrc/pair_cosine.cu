@@ -166,8 +166,9 @@ bool wide(const PairRows& g, int n, const void* d1, const void* d2) {
 Pair shape(const PairRows& g) { return {g.rows, g.stride_1, g.stride_2, static_cast<int>(g.dim), g.relu}; }
 
 template <class T, int N>
-int forward(const PairRows& g, const Chip& chip, const float* target, float margin, float scale, float* loss,
+int forward(const PairRows& g, Chip chip, const float* target, float margin, float scale, float* loss,
             float* coefficients, void* d1, void* d2) {
+  if (chip.capability >= 90 && compiled_for(pair_forward<T, N, GOODNESS_THREADS>) < 90) chip.capability = 80;
   const PairPlan plan = plan_pair(g.rows, static_cast<int>(g.dim) / N, sizeof(T) * N, d1 || d2, chip);
   const auto kernel = plan.lanes == 32 ? pair_forward<T, N, 32> : pair_forward<T, N, GOODNESS_THREADS>;
   return launch(kernel, plan.grid, g.stream, shape(g), plan, static_cast<const T*>(g.h1), static_cast<const T*>(g.h2),

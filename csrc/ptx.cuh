@@ -138,14 +138,14 @@ __device__ __forceinline__ void barrier_expect(uint64_t* b, uint32_t bytes) {
 __device__ __forceinline__ void barrier_arrive(uint64_t* b, unsigned rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(b)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(b)),
       "r"(rank)
       : "memory");
 }
 // Waits for the end of the phase of this parity.
 __device__ __forceinline__ void barrier_wait(uint64_t* b, int parity) {
   asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n}" ::"r"(shared_address(b)),
       "r"(parity)
       : "memory");

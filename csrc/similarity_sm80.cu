@@ -193,7 +193,7 @@ struct FinishArgs {
 // normaliser at a time, with a running maximum: a branch on device data that nearly every launch skips.
 // Bound by memory: 64 MiB of partial sums at most.
 template <class T>
-__global__ void __launch_bounds__(FINISH_THREADS) finish(__grid_constant__ const FinishArgs f) {
+__global__ void __launch_bounds__(FINISH_THREADS, 4) finish(__grid_constant__ const FinishArgs f) {
   const SumsArgs& a = f.sums;
   const Mask& mask = a.mask;
   const Exponent x = exponent_of(a.scale, a.norms, a.headroom);
@@ -260,12 +260,16 @@ __global__ void __launch_bounds__(FINISH_THREADS) finish(__grid_constant__ const
 // ---------------------------------------------------------------------------------------------------------------------
 // Launches
 // ---------------------------------------------------------------------------------------------------------------------
+// Whether TMA can be told of rows this far apart: they may not overlap, and the stride has 40 bits, in bytes.
+bool described(int64_t stride, int64_t dim) { return stride >= dim && stride < int64_t{1} << 39; }
+
 bool sensible(const SimilarityCuda& s) {
   constexpr int64_t LONGEST = INT_MAX - 4096;
   return s.rows > 0 && s.cols > 0 && s.rows <= LONGEST && s.cols <= LONGEST && s.dim > 0 && s.dim <= 4096 &&
          s.dim % 8 == 0 && s.q_stride % 8 == 0 && s.k_stride % 8 == 0 && aligned(s.q) && aligned(s.k) &&
          s.dtype != DType::float32 && s.exclude >= 0 && s.exclude <= 4 && (s.exclude < 2 || (s.row_ids && s.col_ids)) &&
-         (!s.triangle || (s.q == s.k && s.rows == s.cols));
+         (!s.triangle || (s.q == s.k && s.rows == s.cols)) &&
+         (s.way != SimilarityWay::sm90 || (described(s.q_stride, s.dim) && described(s.k_stride, s.dim)));
 }
 
 Mask mask_of(const SimilarityCuda& s, bool triangle) {

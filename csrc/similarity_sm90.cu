@@ -227,8 +227,12 @@ int encode(CUtensorMap& map, DType dtype, const void* x, int64_t rows, int dim, 
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
   void* address = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
   const cudaError_t error =
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &address, cudaEnableDefault, &found);
+#endif
   if (error != cudaSuccess) return status_of(error);
   if (found != cudaDriverEntryPointSuccess || !address) return status_of(cudaErrorNotSupported);
   const TensorMapPlan p = plan_tensor_map(rows, dim, stride, box_rows);

@@ -78,6 +78,15 @@ template <int APART, int MF, int NF>
 __device__ __forceinline__ void exponentials(float (&acc)[MF][NF][4], const Mask& mask, bool masked, int row, int col,
                                              const Exponent& x) {
   const int lane = threadIdx.x % 32;
+  if (!masked) {  // by itself: the compiler would branch at every element
+#pragma unroll
+    for (int n = 0; n < NF; ++n)
+#pragma unroll
+      for (int m = 0; m < MF; ++m)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[m][n][e] = exp2_fast(fmaf(acc[m][n][e], x.factor, -x.offset));
+    return;
+  }
   // Columns outside, so that nothing of a column has to stay in registers.
 #pragma unroll
   for (int n = 0; n < NF; ++n)
@@ -86,12 +95,10 @@ __device__ __forceinline__ void exponentials(float (&acc)[MF][NF][4], const Mask
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float t = fmaf(acc[m][n][e], x.factor, -x.offset);
-        if (masked) {
-          const int i = row + fragment_row(lane, m, e, APART), j = col + fragment_col(lane, n, e);
-          if (!kept(mask, i, j)) t = NEVER;
-          // A diagonal pair is added to its row and to its column, which are the same sum: half each.
-          if (mask.triangle && i == j) t -= 1.f;
-        }
+        const int i = row + fragment_row(lane, m, e, APART), j = col + fragment_col(lane, n, e);
+        if (!kept(mask, i, j)) t = NEVER;
+        // A diagonal pair is added to its row and to its column, which are the same sum: half each.
+        if (mask.triangle && i == j) t -= 1.f;
         acc[m][n][e] = exp2_fast(t);
       }
 }
@@ -132,21 +139,20 @@ __device__ __forceinline__ void put_col_sums(float (&col_sums)[NF][2], float* to
     }
 }
 
-// acc becomes the pairs' gradients.
-template <int APART, int MF, int NF>
-__device__ __forceinline__ void pair_gradients(float (&acc)[MF][NF][4], const Mask& mask, bool masked, int row, int col,
-                                               float factor, const Vectors& rows, const Vectors& cols,
-                                               const float* frame) {
+// acc becomes the gradients of all pairs: one exponential an element, of the row alone or serving row and column, or
+// TWO.
+template <bool TWO, int APART, int MF, int NF>
+__device__ __forceinline__ void all_pair_gradients(float (&acc)[MF][NF][4], int row, int col, float factor,
+                                                   const Vectors& rows, const Vectors& cols, const float* frame) {
   const int lane = threadIdx.x % 32;
-  const bool both = cols.at != nullptr, shared = both && frame[1] > 0.f;
-  const float centre = frame[0];
+  const bool shared = !TWO && cols.at;
   float row_shift[MF][2], row_weight[MF][2];
 #pragma unroll
   for (int m = 0; m < MF; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = row + fragment_row(lane, m, 2 * half, APART);
-      row_shift[m][half] = shared ? centre : rows.shift(i);
+      row_shift[m][half] = shared ? frame[0] : rows.shift(i);
       row_weight[m][half] = shared ? rows.part(i) : rows.weight(i);
     }
 #pragma unroll
@@ -154,20 +160,41 @@ __device__ __forceinline__ void pair_gradients(float (&acc)[MF][NF][4], const Ma
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int j = col + fragment_col(lane, n, e);
-      // Of the column: what is added to the weight where one exponential serves both, else the second term's.
-      const float weight = !both ? 0.f : shared ? cols.part(j) : cols.weight(j), shift = both ? cols.shift(j) : 0.f;
+      // Of the column: the second term's, or what is added to the weight where one exponential serves both.
+      const float weight = TWO ? cols.weight(j) : shared ? cols.part(j) : 0.f;
+      const float shift = TWO ? cols.shift(j) : 0.f;
 #pragma unroll
       for (int m = 0; m < MF; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& x = acc[m][n][2 * half + e];
-          const int i = row + fragment_row(lane, m, 2 * half, APART);
-          const float t = masked && !kept(mask, i, j) ? NEVER : x * factor;
+          const float t = x * factor;
           const float first = exp2_fast(t - row_shift[m][half]);
-          x = first * (shared ? row_weight[m][half] + weight : row_weight[m][half]);
-          if (both && !shared) x = fmaf(exp2_fast(t - shift), weight, x);
+          x = TWO ? fmaf(exp2_fast(t - shift), weight, first * row_weight[m][half])
+                  : first * (row_weight[m][half] + weight);
         }
     }
+}
+
+// The two cases, and the mask after them, each by itself: they are the same for a whole tile, but inside the loops the
+// compiler would branch at every element.
+template <int APART, int MF, int NF>
+__device__ __forceinline__ void pair_gradients(float (&acc)[MF][NF][4], const Mask& mask, bool masked, int row, int col,
+                                               float factor, const Vectors& rows, const Vectors& cols,
+                                               const float* frame) {
+  if (cols.at && !(frame[1] > 0.f))
+    all_pair_gradients<true, APART>(acc, row, col, factor, rows, cols, frame);
+  else
+    all_pair_gradients<false, APART>(acc, row, col, factor, rows, cols, frame);
+  if (!masked) return;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < NF; ++n)
+#pragma unroll
+    for (int m = 0; m < MF; ++m)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (!kept(mask, row + fragment_row(lane, m, e, APART), col + fragment_col(lane, n, e))) acc[m][n][e] = 0.f;
 }
 
 // A warp's fragment, rounded, into a tile of T in shared memory whose rows are PANEL_PITCH bytes apart.

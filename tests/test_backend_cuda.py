@@ -56,6 +56,28 @@ def test_refuses_more_rows_than_32_bits_count(monkeypatch):
     assert "at most 2147479551 rows" in cuda.unavailable("similarity_forward", row.expand(2**31 - 4096, 8))
 
 
+@pytest.mark.parametrize(
+    "archs, runs",
+    (
+        (["80", "90a", "100"], (80, 86, 90, 100, 120)),
+        (["90a"], (90,)),
+        (["80-real", "90"], (80, 86, 90, 100, 120)),
+        (["80-real"], (80, 86)),
+        (["100f"], (100,)),
+        ([], ()),
+    ),
+)
+def test_which_chips_a_build_is_for(archs, runs):
+    assert tuple(c for c in (75, 80, 86, 90, 100, 120) if cuda.runs_on(c, archs)) == runs
+
+
+def test_a_sample_of_no_dimension_is_told_not_stumbled_over(monkeypatch):
+    monkeypatch.setattr(native, "module", WithCuda)
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    assert cuda.unavailable("goodness_forward", torch.zeros(0, 4)) is None
+    assert "at most 1073741823 elements" in cuda.unavailable("goodness_forward", torch.zeros(()).expand(2, 2**30))
+
+
 def test_auto_never_means_cuda():
     for op in ("goodness_forward", "goodness_backward", "similarity_forward"):
         for device in ("cpu", "cuda"):

@@ -100,6 +100,16 @@ def test_pair_cosine(capability, shared, width, where, dtype, emulated, guarded)
     compare(reference.pair_cosine_forward, (h1, h2, target), 0.1, True, 0.5, False, False, factor=3.0)
 
 
+def test_code_of_an_older_chip_uses_no_clusters(emulated):  # noqa: F811
+    """A Hopper chip that runs sm_80's PTX: that code knows of one block only."""
+    h1, h2, target = torch.randn(2, 20000), torch.randn(2, 20000), torch.ones(2)
+    for compiled_for in (80, 90):
+        emulated.set_device(90, 2, 8 << 10, compiled_for)
+        compare(reference.pair_cosine_forward, (h1, h2, target), 0.1, True, 1.0, True, True, factor=3.0)
+        assert (emulated.largest_cluster() > 1) == (compiled_for == 90)
+    use(emulated, 90)
+
+
 def test_pair_cosine_visits_memory_once(emulated):  # noqa: F811
     """What is in shared memory is not read again: the inputs may be overwritten by the gradients' own buffers."""
     h1, h2, target = torch.randn(4, 500), torch.randn(4, 500), torch.ones(4)

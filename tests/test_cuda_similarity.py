@@ -87,6 +87,15 @@ def test_rescue(scale, capability, emulated):  # noqa: F811
     compare(q, None, torch.tensor(scale), None, None, ops.EXCLUDE_DIAGONAL)
 
 
+@pytest.mark.parametrize("capability", WAYS.values(), ids=WAYS)
+def test_rows_that_overlap(capability, emulated):  # noqa: F811
+    """TMA cannot be told of them: they are copied."""
+    use(emulated, capability)
+    row, many = vectors(1, 64, torch.bfloat16), vectors(1, 400, torch.bfloat16)
+    compare(vectors(9, 64, torch.bfloat16), row.expand(20, 64), torch.tensor(2.0), None, None, ops.EXCLUDE_NONE)
+    compare(many.as_strided((30, 64), (8, 1)), None, torch.tensor(2.0), None, None, ops.EXCLUDE_DIAGONAL)
+
+
 def test_rows_without_a_pair(emulated, guarded):  # noqa: F811
     q, k = vectors(20, 24, torch.float16), vectors(30, 24, torch.float16)
     row_ids, col_ids = torch.arange(20), torch.arange(30) + 10

@@ -20,6 +20,20 @@ def test_names():
     assert cuda_kernels.describe("_ZN4cuda6nothingEv") is None
 
 
+def test_a_name_after_a_digit():
+    """nvcc's hash of the file stands before the kernel's name without anything between."""
+    symbol = "_ZN4ffcl43_GLOBAL__N__e456faeb_11_goodness_cu_fbb4c4269many_rowsIfLi4ELb1EEEvPKT_"
+    assert cuda_kernels.describe(symbol)[0] == "many_rows"
+    assert cuda_kernels.describe(symbol.replace("9many_rows", "8over_row")) is None
+
+
+def test_a_kernel_that_is_not_there_is_told():
+    rows = [{"chip": "sm_80", "kernel": f"{name} forward"} for name in cuda_kernels.EXPECTED if "90" not in name]
+    assert cuda_kernels.missing(rows) == []
+    assert cuda_kernels.missing(rows[1:]) == ["sm_80 over_rows"]
+    assert cuda_kernels.missing([*rows, {"chip": "sm_90a", "kernel": "sums90"}])[-1] == "sm_90a panel90"
+
+
 def test_a_good_kernel():
     row = cuda_kernels.row_of("sm_90a", SUMS, USAGE, GOOD)
     assert "problem" not in row

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from . import native
 
 HALVES = (torch.bfloat16, torch.float16)
 MAX_WIDTH = 4096  # of embeddings
-MAX_ELEMENTS = 2**31 - 1  # of a sample: places in a row are 32-bit numbers
+MAX_ELEMENTS = 2**30 - 1  # of a sample: places in a row, and a block's steps past its end, are 32-bit numbers
 MAX_ROWS = 2**31 - 1 - 4096  # of the similarity kernels, which count rows in 32 bits
 DEVICE = "cuda"  # the device type whose tensors the kernels take
 
@@ -41,12 +43,25 @@ def chip(device: torch.device) -> Chip:
     return Chip(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
+def runs_on(capability: int, archs: Sequence[str]) -> bool:
+    """Whether code compiled for ``archs``, as CMake writes them, runs on a chip: machine code on later ones of its
+    generation, PTX (which "-real" leaves out) on all later ones, either with an "a" on no other."""
+    for arch in archs:
+        number, letters, kind = re.fullmatch(r"(\d+)([af]?)(-\w+)?", arch).groups()
+        own = int(number)
+        if own == capability or (letters == "f" and own // 10 == capability // 10 and own <= capability):
+            return True
+        if not letters and own <= capability and (kind != "-real" or own // 10 == capability // 10):
+            return True
+    return False
+
+
 def unavailable(op: str, x: Tensor) -> str | None:
     """Why ``op`` cannot run for tensors like ``x``, or None."""
     if op not in _OPERATORS:
         return "not written in CUDA"
-    if op not in _SIMILARITY and x[0].numel() > MAX_ELEMENTS:
-        return f"a sample may have at most 2^31 - 1 elements, these have {x[0].numel()}"
+    if op not in _SIMILARITY and x.shape[1:].numel() > MAX_ELEMENTS:
+        return f"a sample may have at most {MAX_ELEMENTS} elements, these have {x.shape[1:].numel()}"
     if native.module is None:
         return native.problem
     if not native.module.cuda_built():
@@ -57,6 +72,8 @@ def unavailable(op: str, x: Tensor) -> str | None:
         return "this PyTorch is not built for CUDA"
     if chip(x.device).capability < 80:
         return "its kernels need compute capability 8.0 or later"
+    if x.is_cuda and not runs_on(chip(x.device).capability, native.module.build_info()["cuda_archs"]):
+        return f"ffcl_fast was built for other chips (FFCL_CUDA_ARCHS) than capability {chip(x.device).capability / 10}"
     if op in _SIMILARITY:
         if x.dtype not in HALVES:
             return "its tensor-core kernels take bfloat16 and float16"

@@ -53,9 +53,11 @@ def _problem(q, k, scale, row_ids, col_ids, exclude) -> _Problem:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy padded with zeros to a multiple of 8 columns where its rows are not at 16-byte addresses."""
+    """``x``, or a copy padded with zeros to a multiple of 8 columns where its rows are not at 16-byte addresses, or
+    overlap, which TMA cannot be told."""
     rows, width = x.shape
-    if x.stride(1) == 1 and width % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+    step = x.stride(0)
+    if x.stride(1) == 1 and width % 8 == 0 and width <= step < 1 << 39 and step % 8 == 0 and x.data_ptr() % 16 == 0:
         return x
     padded = x.new_empty(rows, -(-width // 8) * 8)
     padded[:, width:] = 0

@@ -32,6 +32,8 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+#define CUDART_VERSION 13000
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -62,11 +64,12 @@ struct cudaLaunchConfig_t {
 // The device that is emulated: tests set it (see module.cpp).
 namespace emulated {
 struct Device {
-  int major = 9, minor = 0, processors = 2, shared = 227 << 10;
+  int major = 9, minor = 0, processors = 2, shared = 227 << 10, compiled_for = 90;
 };
 extern Device device;
 extern size_t largest_shared;  // that a kernel was allowed by cudaFuncSetAttribute
 extern long launches;
+extern unsigned largest_cluster;
 }  // namespace emulated
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
@@ -74,6 +77,14 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidValue ? "invalid argument" : "emulated CUDA error";
+}
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  attributes->ptxVersion = emulated::device.compiled_for;
+  return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
@@ -97,6 +108,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   launch.block = {config->blockDim.x, config->blockDim.y, config->blockDim.z};
   launch.shared = config->dynamicSmemBytes;
   for (unsigned i = 0; i < config->numAttrs; ++i) launch.cluster = config->attrs[i].val.clusterDim.x;
+  if (launch.cluster > emulated::largest_cluster) emulated::largest_cluster = launch.cluster;
   const bool bad = !launch.grid.x || launch.block.x > 1024 || launch.shared > size_t(emulated::device.shared) ||
                    (launch.shared > (48 << 10) && launch.shared > emulated::largest_shared) ||
                    (launch.cluster > 1 && emulated::device.major < 9);

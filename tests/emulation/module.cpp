@@ -8,6 +8,7 @@ namespace emulated {
 Device device;
 size_t largest_shared = 0;
 long launches = 0;
+unsigned largest_cluster = 1;
 }  // namespace emulated
 
 void bind_goodness_cuda(pybind11::module_& m);
@@ -19,10 +20,14 @@ PYBIND11_MODULE(_emulated, m) {
   m.def("cuda_built", [] { return true; });
   m.def(
       "set_device",
-      [](int capability, int processors, int shared) {
-        emulated::device = {capability / 10, capability % 10, processors, shared};
+      [](int capability, int processors, int shared, int compiled_for) {
+        emulated::device = {capability / 10, capability % 10, processors, shared, compiled_for};
+        emulated::largest_cluster = 1;
       },
-      "Emulate a device of compute capability 80, 90, ... with so many processors and bytes of shared memory a block.");
+      pybind11::arg("capability"), pybind11::arg("processors"), pybind11::arg("shared"), pybind11::arg("compiled_for") = 90,
+      "Emulate a device of compute capability 80, 90, ... with so many processors and bytes of shared memory a block, "
+      "for which the code was compiled, or an older one whose PTX it runs.");
+  m.def("largest_cluster", [] { return emulated::largest_cluster; }, "Blocks of the largest cluster on this device.");
   m.def("set_sums_workspace", [](int64_t bytes) { ffcl::sums_workspace_limit = bytes; });
   m.def("launches", [] { return emulated::launches; }, "Kernels launched so far.");
 }
