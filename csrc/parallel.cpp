@@ -26,9 +26,11 @@ struct Job {
   }
 };
 
-// GNU OpenMP's entry point, if PyTorch (or anyone) made it globally visible. A fork leaves it without its threads.
+// The process that loaded this, before any fork of its own: OpenMP's threads, whoever started them, do not survive one.
+const pid_t owner = getpid();
+
+// GNU OpenMP's entry point, if PyTorch (or anyone) made it globally visible.
 GompParallel find_openmp() {
-  static const pid_t owner = getpid();
   static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return getpid() == owner ? found : nullptr;
 }

@@ -25,7 +25,7 @@ int contrast_losses(int64_t n, const float* lse, const double* dot, const float*
   if (kind < Contrast::softplus || kind > Contrast::mean) return bad_argument;
   for (int64_t i = 0; i < n; ++i) {
     const double positives = count ? count[i] : 1.0, logit = scale * dot[i];
-    double value = 0, derivative = 0;
+    double value = lse[i] != lse[i] ? lse[i] : 0, derivative = 0;  // a row without positives still tells of a NaN
     if (positives > 0) {
       const double x = std::isinf(logit) ? NAN : lse[i] - logit / positives;
       if (kind == Contrast::softplus || (kind == Contrast::mean && positives == 1)) {

@@ -188,7 +188,8 @@ def _contrast_loss(x: Tensor, count: Tensor, kind: int) -> tuple[Tensor, Tensor]
         return x.masked_fill(alone, 0.0), (~alone).to(x.dtype)
     if kind == ops.CONTRAST_MEAN:
         one, none = count == 1, count == 0
-        return torch.where(one, softplus, x).masked_fill(none, 0.0), torch.where(one, slope, 1.0).masked_fill(none, 0.0)
+        loss = torch.where(one, softplus, x).masked_fill(none & ~x.isnan(), 0.0)
+        return loss, torch.where(one, slope, 1.0).masked_fill(none, 0.0)
     return softplus, slope
 
 

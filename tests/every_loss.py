@@ -54,6 +54,34 @@ LOSSES = {
 }
 
 
+# Which of x, y, maps, scale and bias each has a gradient for.
+LEAVES = {
+    "info_nce": (0, 1, 3),
+    "info_nce queue": (0, 1, 3),
+    "info_nce paired": (0, 1, 2, 3),
+    "nt_xent": (0, 1, 3),
+    "nt_xent bank": (0, 1, 3),
+    "sup_con": (0, 1, 3),
+    "sup_con one": (0, 1, 3),
+    "sup_con mask": (0,),
+    "clip": (0, 1, 3, 4),
+    "siglip": (0, 1, 3, 4),
+    "similarity_lse": (0, 1, 3),
+    "goodness": (0,),
+    "goodness over channels": (2,),
+    "goodness of groups": (2,),
+    "goodness_normalize": (2,),
+    "pool_goodness": (2,),
+    "goodness_many": (0, 1),
+    "linear_goodness": (0, 1),
+    "pair_cosine": (0, 1),
+    "pair_cosine rows": (0, 1),
+    "layerwise": (0, 1, 2),
+    "goodness_loss": (0, 1),
+    "margin_sup_con": (0,),
+}
+
+
 def run(name: str, leaves: tuple[Tensor, ...]) -> list[Tensor]:
     """The value, and the gradients of the leaves that want one and that the loss depends on."""
     value = LOSSES[name](*leaves)

@@ -19,6 +19,7 @@ from every_loss import LOSSES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ffcl_fast import backends, ops
+from ffcl_fast.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
 _ops = torch.ops.ffcl_fast
@@ -95,11 +96,9 @@ def test_deterministic_algorithms_are_honoured():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_only_requested_gradients_are_given(name):
-    used = {i for i, x in enumerate(_leaves()) if len(_alone(name, i)) > 1}
-    assert used
     for i in range(5):
         results = _alone(name, i)
-        assert results[0].isfinite() and len(results) == 1 + (i in used)
+        assert results[0].isfinite() and len(results) == 1 + (i in every_loss.LEAVES[name])
     nothing = LOSSES[name](*(x.detach() for x in _leaves()))
     assert not nothing.requires_grad
 
@@ -232,6 +231,28 @@ def test_other_processes_compute_the_same(method, monkeypatch):
     process.join()
     ours = {name: [torch.from_numpy(x) for x in values] for name, values in zip(expected, results, strict=True)}
     assert not _different(expected, ours)
+
+
+FORK = """
+import os, torch
+import ffcl_fast.functional
+torch.set_num_threads(2)
+x = torch.randn(600, 64)
+(torch.randn(1000, 1000) @ torch.randn(1000, 1000)).sum()  # PyTorch's own threads run, none of our kernels has
+scale = torch.tensor(5.0)
+child = os.fork()
+if child == 0:
+    torch.ops.ffcl_fast.similarity_forward(x, x, scale, None, None, 0, True, False, "cpu")
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(native.module is None, reason="ffcl_fast was built without its compiled part")
+def test_the_first_kernel_may_run_in_a_fork():
+    """On two threads, where PyTorch's products would wait for those that the fork left behind."""
+    done = subprocess.run([sys.executable, "-c", FORK], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 0
 
 
 GROWTH = """

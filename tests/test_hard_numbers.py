@@ -135,6 +135,26 @@ def test_every_temperature(kind, loss, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", ("random", "huge_row", "tiny"))
+def test_every_row_has_its_own_gradient(kind, loss, backend):
+    """A long row's gradient is short and a short row's long: row by row, each by its own length."""
+    x, y = INPUTS[kind]()
+    length = torch.cat((x, y)).double().norm(dim=1)
+    ours, written_out = LOSSES[loss]
+    for t in (0.05, 1.0):
+        gradients = []
+        for f, double in (
+            (functools.partial(ours, t=t, b=backend), False),
+            (functools.partial(written_out, t=t), True),
+        ):
+            leaves = [(v.double() if double else v.clone()).requires_grad_() for v in (x, y)]
+            gradients.append(torch.cat(torch.autograd.grad(f(*leaves).sum(), leaves)).double())
+        error, exact = (g.norm(dim=1) * length for g in (gradients[0] - gradients[1], gradients[1]))
+        assert float(error.max()) <= 1e-4 * float(exact.max()), (t, error / exact.max())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("value", (0.0, 1e-40, 1e-13))
 def test_short_rows(value, loss, backend):
     """Zero rows, subnormals, rows shorter than their divisor, as torch.nn.functional.normalize takes them."""
@@ -195,6 +215,20 @@ POISONED = {
     "normalised": lambda x, y, b: (fn.goodness_normalize(x, backend=b) * fn.goodness_normalize(y, backend=b)).sum(),
     "pair_cosine": lambda x, y, b: fn.pair_cosine(x, y, torch.ones(len(x)), backend=b),
     "linear_goodness": lambda x, y, b: fn.linear_goodness(x, y, backend=b).sum(),
+    "goodness_loss": lambda x, y, b: fn.goodness_loss(fn.goodness(x, backend=b), fn.goodness(y, backend=b)),
+    "silu": lambda x, y, b: fn.goodness_loss(fn.goodness(x, backend=b), fn.goodness(y, backend=b), "silu"),
+    "symba": lambda x, y, b: fn.goodness_loss(fn.goodness(x, backend=b), fn.goodness(y, backend=b), "symba"),
+    "two_threshold": lambda x, y, b: fn.goodness_loss(
+        fn.goodness(x, backend=b), fn.goodness(y, backend=b), "two_threshold"
+    ),
+    "sup_con": lambda x, y, b: fn.sup_con(torch.stack((x, y), 1), torch.arange(len(x)) % 3, backend=b),
+    "sup_con all different": lambda x, y, b: fn.sup_con(
+        torch.cat((x, y))[:, None], torch.arange(2 * len(x)), backend=b
+    ),
+    "sup_con one": lambda x, y, b: fn.sup_con(torch.stack((x, y), 1), contrast_mode="one", backend=b),
+    "margin_sup_con": lambda x, y, b: fn.margin_sup_con(torch.cat((x, y)), torch.arange(2 * len(x)) % 9),
+    "queue": lambda x, y, b: fn.info_nce(x, y, y.flip(0), backend=b),
+    "layerwise": lambda x, y, b: fn.layerwise(fn.pair_cosine, [x], [y], torch.ones(len(x))),
     "pooled": lambda x, y, b: sum(fn.pool_goodness(v[:, None], backend=b)[0].sum() for v in (x, y)),
 }
 

@@ -319,7 +319,7 @@ def sup_con(
     if exclude == ops.EXCLUDE_SAME_ID:
         loss = torch.where(lonely, F.softplus(loss, threshold=50.0), loss)
     valid = count > 0
-    return torch.where(valid, loss, 0.0).sum() / valid.sum().clamp_min(1) * factor
+    return torch.where(valid | loss.isnan(), loss, 0.0).sum() / valid.sum().clamp_min(1) * factor
 
 
 def _class_loss(z: Tensor, labels: Tensor | None, scale: Tensor, backend: str) -> Tensor:

@@ -67,7 +67,7 @@ def goodness_loss(
         two_threshold: constants of that objective; None for the defaults.
 
     Returns:
-        0-dimensional tensor of the goodness's dtype.
+        0-dimensional tensor of the goodness's dtype; NaN where a goodness is infinite or NaN.
 
     Raises:
         TypeError: no floating-point tensor, or a constant that is no number.
@@ -78,23 +78,26 @@ def goodness_loss(
     _checks.choice("objective", objective, OBJECTIVES)
     check_number(threshold, "threshold")
     check_number(alpha, "alpha")
+    # 0, or NaN where a goodness is not finite: softplus would make a plausible 0 of a positive's infinity.
+    nothing = (g_pos.detach() - g_pos.detach()).sum() + (g_neg.detach() - g_neg.detach()).sum()
     if objective in ("logistic", "silu"):
         cost = F.softplus if objective == "logistic" else F.silu
         total = cost(threshold - g_pos).sum() + cost(g_neg - threshold).sum()
-        return total / (g_pos.numel() + g_neg.numel())
+        return (total + nothing) / (g_pos.numel() + g_neg.numel())
     if objective == "symba":
         if g_pos.shape != g_neg.shape:
             raise ValueError(
                 f"objective 'symba' compares pairs: g_pos and g_neg must have the same shape; got {tuple(g_pos.shape)}"
                 f" and {tuple(g_neg.shape)}"
             )
-        return F.softplus(-alpha * (g_pos - g_neg)).mean()
+        return F.softplus(-alpha * (g_pos - g_neg)).mean() + nothing
     if two_threshold is not None and not isinstance(two_threshold, TwoThreshold):
         raise TypeError(f"two_threshold must be a TwoThreshold or None; got {type(two_threshold).__name__}")
     c = two_threshold or TwoThreshold()
     t1 = threshold if c.threshold_positive is None else c.threshold_positive
     t2 = threshold if c.threshold_negative is None else c.threshold_negative
     loss = F.softplus(c.slope_positive * (t1 - g_pos)).mean() + F.softplus(c.slope_negative * (g_neg - t2)).mean()
+    loss = loss + nothing
     return loss + c.penalty * g_pos.norm() / g_pos.numel() ** 0.5 if c.penalty else loss
 
 
@@ -163,5 +166,5 @@ def margin_sup_con(features: Tensor, labels: Tensor, margin: float = 0.0, temper
     logits = torch.where(positive, (similarity + margin).clamp_max(1.0), similarity) / temperature
     log_p = logits - logits.masked_fill(self_pair, -torch.inf).logsumexp(1, keepdim=True)
     count = positive.sum(1)
-    rows = -torch.where(positive, log_p, 0.0).sum(1) / count.clamp_min(1)
+    rows = -torch.where(positive | log_p.isnan(), log_p, 0.0).sum(1) / count.clamp_min(1)
     return rows.sum() / (count > 0).sum().clamp_min(1)
