@@ -71,11 +71,29 @@ def copy_sources() -> None:
             shutil.copy(source, target)  # with a time of its own: a build must see it
 
 
+def compiled_with(name: str) -> list[str]:
+    """The files of csrc/ that a compiler reads together with ``name``: those that include it, and all they include."""
+    texts = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "csrc").iterdir()}
+    included = {
+        n: {i for i in re.findall(r'^#include "(.+)"', text, re.MULTILINE) if i in texts} for n, text in texts.items()
+    }
+
+    def reach(start: str) -> set[str]:
+        found, due = {start}, [start]
+        while due:
+            new = included[due.pop()] - found
+            found |= new
+            due += new
+        return found
+
+    return sorted(f"csrc/{n}" for n in set().union(*(r for r in map(reach, texts) if name in r)))
+
+
 def stamp(mutant: Mutant) -> int:
     """Changes where the mutant, what it breaks or the tests that judge it do."""
     files = [mutant.file, *re.findall(r"tests/\S+\.py", mutant.tests), "tests/helpers.py"]
     if mutant.kind in ("cpu", "cuda"):
-        files += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").iterdir())
+        files += compiled_with(Path(mutant.file).name)
     value = zlib.crc32(repr(mutant).encode())
     for name in files:
         value = zlib.crc32((ROOT / name).read_bytes(), value)
