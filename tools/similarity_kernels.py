@@ -35,7 +35,7 @@ PARTS = 128
 IDS = ops.EXCLUDE_SAME_ID_OFF_DIAGONAL
 FLOATS = {
     *("scale", "bias", "norms", "ranges", "vectors", "frame", "x_vectors", "y_vectors", "row_vectors", "col_vectors"),
-    *("row_part", "col_part", "sums", "row_lse", "col_lse", "row_grad", "col_grad"),
+    *("row_part", "col_part", "sums", "row_lse", "col_lse", "row_rest", "col_rest", "row_grad", "col_grad"),
 }
 
 
@@ -145,8 +145,9 @@ def _variants(
             out = "*fp32" if split else f"*{dtype}"
             yield item(f"rows {'both' if sides == 3 else 'one side'}", rows_kernel, c, {"out": out})
     else:
-        c = finish_constants(tile, width, unit, how, PARTS, IDS, True)
-        yield item("finish + rescue", finish_kernel, c, with_ids=True)
+        for triangle in (False, True):
+            c = finish_constants(tile, width, unit, how, PARTS, IDS, triangle)
+            yield item(f"finish + rescue{' triangle' if triangle else ''}", finish_kernel, c, with_ids=True)
 
 
 def _vectors() -> Iterator[Compilation]:
