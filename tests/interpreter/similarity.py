@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from guards import guarded, inside_nan  # noqa: F401
 
 from ffcl_fast import backends, functional, ops, reference
-from ffcl_fast.backends.triton import config
+from ffcl_fast.backends.triton import config, launch
 from ffcl_fast.backends.triton.config import Tile
-from ffcl_fast.backends.triton.launch import rows_of
+from ffcl_fast.backends.triton.launch import aligned_rows, is_aligned
 from helpers import assert_close_to_reference
 
 forward_module = importlib.import_module("ffcl_fast.backends.triton.similarity_forward")
@@ -258,18 +258,44 @@ def test_smallest_and_exact_sizes(n, m, d):
 
 def test_descriptors_load_what_pointers_load():
     scale = torch.tensor(10.0)
-    with config.override(
-        forward=Tile(16, 16, 32, 4, 1, True), rows=Tile(16, 16, 64, 4, 1, True), panel=Tile(16, 16, 32, 4, 1, True)
-    ):
-        for d in (40, 136):
-            base = torch.randn(50, d).bfloat16()
-            aligned = [base[:30], base[30:47], base[:30] * 1]
-            with_descriptors = _both_passes(*aligned[:2], scale)
-            shifted = [inside_nan(x, pad=1)[:, :] for x in aligned[:2]]
-            for x in shifted:
-                assert not config.descriptors_work(x)
-            for a, b in zip(with_descriptors, _both_passes(*shifted, scale), strict=True):
-                assert torch.equal(a, b)
+    shapes = {"forward": (16, 16, 32, 4, 1), "rows": (16, 16, 64, 4, 1), "panel": (16, 16, 32, 4, 1)}
+    for d in (40, 136):
+        q, k = torch.randn(50, d).bfloat16().split((30, 20))
+        results = []
+        for descriptor in (False, True):
+            with config.override(**{op: Tile(*shape, descriptor) for op, shape in shapes.items()}):
+                results.append(_both_passes(q, k, scale))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_only_aligned_rows_reach_a_launch(monkeypatch, dtype):
+    """Rows off 16 bytes at either end give what their copies give, by the kernels that are compiled and checked."""
+    seen = []
+
+    def operand(x, *rest):
+        assert is_aligned(x)
+        seen.append(x)
+        return launch.operand(x, *rest)
+
+    for name in ("similarity_forward", "similarity_backward", "siglip", "linear_goodness"):
+        monkeypatch.setattr(importlib.import_module(f"ffcl_fast.backends.triton.{name}"), "operand", operand)
+    scale, bias = torch.tensor(10.0), torch.tensor(-10.0)
+    wide = 128 // torch.finfo(dtype).bits
+    for d, pad, first in ((40, 1, 0), (40, wide, 1), (37, 3, 2), (131, 0, 0)):
+        base = F.normalize(torch.randn(70, d + pad + first), dim=1).to(dtype)[:, first : first + d]
+        q, k = base[:30], base[30:]
+        same = [torch.cat([x, x.new_zeros(len(x), -d % wide)], 1) for x in (q, k)]
+        for ours, theirs in (
+            (_both_passes(q, k, scale), _both_passes(*same, scale)),
+            (_both_passes(q, None, scale), _both_passes(same[0], None, scale)),
+            *((OPS.siglip(*x, scale, bias, True, need, "triton") for x in ((q, k), same)) for need in (True, False)),
+            ([OPS.linear_goodness(*x, None, False, True, "triton")] for x in ((q, k), same)),
+        ):
+            for x, y in zip(ours, theirs, strict=True):
+                assert x.is_contiguous() and torch.equal(x, y[..., : x.shape[-1]] if x.dim() else y)
+    assert len(seen) >= 4 * 12
 
 
 def _both_passes(q, k, scale):
@@ -282,7 +308,7 @@ def _both_passes(q, k, scale):
 def test_equal_bits_and_no_copy_of_strided_rows():
     x = torch.randn(60, 2, 24)[:, 1].bfloat16()
     strided = torch.randn(60, 2, 24).bfloat16()[:, 1]
-    assert rows_of(strided) is strided and rows_of(x.T[:24]).is_contiguous()
+    assert aligned_rows(strided) is strided and aligned_rows(x.T[:24]).is_contiguous()
     strided.copy_(x)
     scale = torch.tensor(10.0)
     first = _both_passes(strided[:30], strided[30:], scale)

@@ -18,7 +18,7 @@ from ... import ops
 from . import config
 from .config import Tile
 from .gradient_panels import combine, walk
-from .launch import ids_of, measure, on, operand, output, processors, rows_of, tile_constants, unit
+from .launch import aligned_rows, ids_of, measure, on, operand, output, processors, tile_constants, unit
 from .tiles import LOG2E, dot, exponent, grouped, kept, load_tile, narrow, needs_mask, product, store_tile
 
 # Which side's normaliser a pair's gradient has: x's (the rows of the tile), y's (the columns), or both.
@@ -253,8 +253,9 @@ def similarity_backward(
     q, k, scale, row_ids, col_ids, exclude, row_lse, col_lse, row_grad, col_grad, cache, need_q, need_k
 ):
     triangle = k is None
-    q = rows_of(q)
-    k = q if triangle else rows_of(k)
+    width = q.shape[1]
+    q = aligned_rows(q)
+    k = q if triangle else aligned_rows(k)
     row_ids = ids_of(row_ids)
     col_ids = row_ids if triangle or col_ids is None else ids_of(col_ids)
     both = triangle or col_grad.numel() > 0
@@ -265,7 +266,7 @@ def similarity_backward(
         col_lse, col_grad = col_lse.contiguous(), col_grad.contiguous()
     else:
         col_lse, col_grad = row_lse[:0], row_grad[:0]
-    narrow_rows = q.dtype != torch.float32 and q.shape[1] <= config.REGISTER_WIDTH
+    narrow_rows = q.dtype != torch.float32 and width <= config.REGISTER_WIDTH
     compute = _in_registers if narrow_rows else _in_panels
     with on(q):
         gain = config.gain(q.dtype)
@@ -275,7 +276,8 @@ def similarity_backward(
         side_x = vectors[: 3 * q.shape[0]], row_ids
         side_y = side_x if triangle else (vectors[3 * q.shape[0] :], col_ids)
         arguments = q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k and not triangle
-        return compute(*arguments, lambda: measure(lambda: compute(*arguments, None)))
+        dq, dk = compute(*arguments, lambda: measure(lambda: compute(*arguments, None)))
+    return dq[:, :width].contiguous(), dk[:, :width].contiguous()
 
 
 def _vectors(scale, lse, rests, grads, cols, gain) -> tuple[Tensor, Tensor]:
@@ -308,7 +310,7 @@ def _side(x, y, scale, side_x, side_y, exclude, sides, frame, tile):
     parts = 1 if blocks >= wanted else min(triton.cdiv(wanted, blocks), triton.cdiv(cols, 4 * tile.cols))
     split_cols = triton.cdiv(triton.cdiv(cols, parts), tile.cols) * tile.cols
     parts = triton.cdiv(cols, split_cols)
-    how, element_unit, gain = config.precision(x), unit(x, y), config.gain(x.dtype)
+    how, element_unit, gain = config.precision(x), unit(x), config.gain(x.dtype)
     out = x.new_empty(rows, width)
     sums = out if parts == 1 else x.new_empty(parts, rows, width, dtype=torch.float32)
     rows_kernel[(blocks, parts)](
@@ -324,7 +326,7 @@ def _side(x, y, scale, side_x, side_y, exclude, sides, frame, tile):
 def _in_panels(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k, timing):
     tile = config.pick("panel", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
     rows, width, cols = q.shape[0], q.shape[1], k.shape[0]
-    how, element_unit, gain = config.precision(q), unit(q, k), config.gain(q.dtype)
+    how, element_unit, gain = config.precision(q), unit(q), config.gain(q.dtype)
     x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
     constants = panel_constants(tile, width, element_unit, how, exclude, int(OF_BOTH if both else OF_ROWS))
 

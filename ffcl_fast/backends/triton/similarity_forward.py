@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import ops
 from . import config
 from .config import Tile
-from .launch import ids_of, measure, on, operand, processors, rows_of, tile_constants, unit
+from .launch import aligned_rows, ids_of, measure, on, operand, processors, tile_constants, unit
 from .tiles import (
     BOUND_LIMIT,
     dot,
@@ -348,8 +348,8 @@ def headroom(rows: int, cols: int) -> tuple[float, float]:
 
 def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
     triangle = k is None
-    q = rows_of(q)
-    k = q if triangle else rows_of(k)
+    q = aligned_rows(q)
+    k = q if triangle else aligned_rows(k)
     row_ids = ids_of(row_ids)
     col_ids = row_ids if triangle or col_ids is None else ids_of(col_ids)
 
@@ -369,7 +369,7 @@ def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timi
     how = config.precision(q)
     tile = config.pick("triangle" if triangle else "forward", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
     slow = config.pick("online", q, k)
-    element_unit = unit(q, k)
+    element_unit = unit(q)
     strides = q.stride(0) // element_unit, k.stride(0) // element_unit
     span_tiles = span(tile, rows, cols, processors(q), triangle)
     side = span_tiles * tile.rows
