@@ -71,6 +71,16 @@ def test_the_fastest_is_stored_and_used_by_the_next_process(operands, monkeypatc
     assert pick("forward", operands[0], operands[0], measure=never) == CHOICES[0]  # another shape class
 
 
+def test_what_another_process_has_stored_since_stays(operands, monkeypatch):
+    monkeypatch.setenv("FFCL_TUNE", "1")
+    times = {tile: float(len(CHOICES) - i) for i, tile in enumerate(CHOICES)}
+    pick("forward", *operands, measure=timer(times, []))
+    other = cached() | {"forward/half/64/512x512": asdict(CHOICES[0])}
+    config.cache_file(torch.device("cpu")).write_text(json.dumps(other))
+    pick("forward", operands[0], operands[0], measure=timer(times, []))
+    assert cached() == other | {"forward/half/512/4096x4096": asdict(CHOICES[-1])}
+
+
 def test_the_cache_is_of_this_device_and_these_kernels(monkeypatch):
     before = config.cache_file(torch.device("cpu"))
     monkeypatch.setattr(config, "source_hash", lambda: "of other kernels")

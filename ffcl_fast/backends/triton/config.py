@@ -231,7 +231,7 @@ def _tune(op: str, key: str, choices: list[Tile], measure: Callable[[], float], 
     tile = choices[times.index(min(times))]
     _log.debug("%s: %s, of %s ms", key, tile, times)
     _stored(device)[key] = asdict(tile)
-    _write(device)
+    _write(device, key)
     return tile
 
 
@@ -253,7 +253,10 @@ def cache_file(device: torch.device) -> Path:
 
 @functools.cache
 def _stored(device: torch.device) -> dict[str, dict]:
-    path = cache_file(device)
+    return _read(cache_file(device))
+
+
+def _read(path: Path) -> dict[str, dict]:
     try:
         found = json.loads(path.read_text())
         return {key: asdict(Tile(**tile)) for key, tile in found.items()}
@@ -264,13 +267,14 @@ def _stored(device: torch.device) -> dict[str, dict]:
         return {}
 
 
-def _write(device: torch.device) -> None:
-    path = cache_file(device)
+def _write(device: torch.device, key: str) -> None:
+    path, stored = cache_file(device), _stored(device)
+    stored |= _read(path) | {key: stored[key]}  # other processes, one a GPU, have written since it was read
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             try:
-                json.dump(_stored(device), file, indent=1)
+                json.dump(stored, file, indent=1)
                 file.close()
                 os.replace(file.name, path)
             except BaseException:
