@@ -62,6 +62,7 @@ def define(schema: str, fake: Callable) -> None:
 #   similarity_forward  -> row_lse (N,) = logsumexp over j, col_lse (M,) = logsumexp over i (empty unless `both`),
 #                          cache (any,) = whatever the backend wants back in the backward pass (empty unless `save`).
 #                          A row or column with every pair excluded has -inf.
+#                          The backward pass takes it with these normalisers and no others; with others, an empty one.
 #   similarity_backward -> dq (N, D), dk (M, D) for G_ij = row_grad_i exp(S_ij - row_lse_i)
 #                                                       + col_grad_j exp(S_ij - col_lse_j):
 #                          dq = scale G k, dk = scale G.T q, in the dtype of q and k; empty where not needed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,21 @@ def test_a_cut_step_is_missing_and_goes_on(tmp_path):
     assert run_steps([slow], tmp_path, 600) == 2
     assert states(tmp_path) == {"slow": "cut"}
     assert run_steps([step("slow", "")], tmp_path, 600) == 0
+
+
+def test_a_cut_step_takes_its_children_along(tmp_path):
+    # The grandchild holds the write end of a pipe for as long as it lives.
+    pipe = tmp_path / "alive"
+    os.mkfifo(pipe)
+    held = f"import time; file = open({str(pipe)!r}, 'w'); file.write('x'); file.flush(); time.sleep(600)"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {held!r}])"
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        result = gpu_check.run(python(child), tmp_path / "log", {}, 10)
+        assert result["status"] == "cut" and os.read(reader, 1) == b"x"
+        assert select.select([reader], [], [], 60)[0] and os.read(reader, 1) == b""  # nobody is left to write
+    finally:
+        os.close(reader)
 
 
 def test_no_step_starts_without_time_for_it(tmp_path, capfd):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from ffcl_fast.backends.triton import config  # noqa: E402
+from ffcl_fast.backends.triton import config, launch  # noqa: E402
 from ffcl_fast.backends.triton.config import Tile, candidates, pick  # noqa: E402
 
 CHOICES = candidates("forward", "sm90", "half", 512)
@@ -71,6 +71,16 @@ def test_the_fastest_is_stored_and_used_by_the_next_process(operands, monkeypatc
     assert pick("forward", operands[0], operands[0], measure=never) == CHOICES[0]  # another shape class
 
 
+def test_what_another_process_has_stored_since_stays(operands, monkeypatch):
+    monkeypatch.setenv("FFCL_TUNE", "1")
+    times = {tile: float(len(CHOICES) - i) for i, tile in enumerate(CHOICES)}
+    pick("forward", *operands, measure=timer(times, []))
+    other = cached() | {"forward/half/64/512x512": asdict(CHOICES[0])}
+    config.cache_file(torch.device("cpu")).write_text(json.dumps(other))
+    pick("forward", operands[0], operands[0], measure=timer(times, []))
+    assert cached() == other | {"forward/half/512/4096x4096": asdict(CHOICES[-1])}
+
+
 def test_the_cache_is_of_this_device_and_these_kernels(monkeypatch):
     before = config.cache_file(torch.device("cpu"))
     monkeypatch.setattr(config, "source_hash", lambda: "of other kernels")
@@ -120,27 +130,23 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(operands, monkeypatch, 
     assert "cannot store tuning results" in caplog.text
 
 
-def test_the_copy_engine_gets_only_what_it_can_read():
-    def works(x):
-        return config.descriptors_work(x)
-
-    x = torch.zeros(64, 72, dtype=torch.bfloat16)
-    assert works(x) and works(x[::2]) and works(x[:, 8:40])
-    assert not works(x[:, 1:])  # its base is off 16 bytes
-    assert not works(torch.zeros(64, 9, dtype=torch.bfloat16))  # so are its rows
-    assert not works(x[:1].expand(9, 72))  # its rows are one
-    assert not works(x.view(-1).as_strided((20, 64), (8, 1)))  # they overlap
-    k = torch.zeros(64, 72, dtype=torch.bfloat16)
-    assert pick("forward", x, k).descriptor and not pick("forward", x, k[:, 1:]).descriptor
-
-
-def test_without_the_copy_engine_a_thread_holds_fewer_sums():
-    for width in (64, 128, 512, 1024, 4096):
-        for op in ("forward", "triangle", *(("panel", "siglip") if width > config.REGISTER_WIDTH else ("rows",))):
-            for tile in candidates(op, "sm90", "half", width):
-                other = config.without_descriptor(tile)
-                assert not other.descriptor and other.rows * other.cols <= 64 * 32 * other.warps
-                assert other.fold in (0, other.warps) and bool(other.fold) == bool(tile.fold)
+def test_what_is_off_16_bytes_is_copied_to_where_it_is_not():
+    x = torch.randn(64, 72).bfloat16()
+    for fine in (x, x[::2], x[:, 8:40], torch.zeros(0, 72)):
+        assert launch.is_aligned(fine) and launch.aligned_rows(fine) is fine
+    for odd in (
+        x[:, 1:65],  # its base is off 16 bytes
+        x[:, :9],  # its rows end off them
+        torch.randn(64, 9).bfloat16(),  # and begin there
+        x[:1].expand(9, 72),  # its rows are one
+        x.view(-1).as_strided((20, 64), (8, 1)),  # they overlap
+        x.T,
+        x[:, 3:4],
+    ):
+        copy = launch.aligned_rows(odd)
+        assert not launch.is_aligned(odd) and launch.is_aligned(copy)
+        assert torch.equal(copy[:, : odd.shape[1]], odd) and not bool(copy[:, odd.shape[1] :].any())
+        assert copy.shape[1] - odd.shape[1] < 8
 
 
 def test_float32_is_float32_unless_torch_allows_tf32(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ffcl_fast.backends.triton import rows
 from ffcl_fast.backends.triton.goodness import (
@@ -160,7 +161,10 @@ def _linear_kernels(chip: str) -> Iterator[Compilation]:
 
 def compilations(chip: str) -> Iterator[Compilation]:
     for dtype in BYTES:
-        yield from _row_kernels(chip, dtype)
+        for item in _row_kernels(chip, dtype):
+            yield item
+            if dtype == "bf16":  # views of other tensors, which these kernels take as they are
+                yield replace(item, name=f"{item.name} unaligned", aligned=False)
         yield from _pool_kernels(chip, dtype)
         yield from _many_kernels(chip, dtype)
         c = {"BLOCK": SCALE_BLOCK, "PRECISION": "hardware"}

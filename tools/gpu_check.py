@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -119,11 +120,21 @@ def version() -> str:
 def run(command: list[str], log: Path, environment: dict[str, str], limit: float) -> dict:
     """Run a command, its output to a log; {"status", "seconds"}, status "cut" where it ran out of time."""
     started = time.monotonic()
+    status: int | str
     with log.open("w") as file:
         try:
-            status: int | str = subprocess.run(
-                command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit
-            ).returncode
+            # A session of its own, so that it can be ended whole: pytest's workers and what the sanitizer runs would
+            # go on using the GPU under the next step's measurements.
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                status = process.wait(limit)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
         except subprocess.TimeoutExpired:
             status = "cut"
         except OSError as error:

@@ -59,13 +59,18 @@ class Compilation:
     dtype: str
     width: int
     matrix: bool  # must use the chip's matrix instructions
+    aligned: bool = True  # whether tensors begin at a multiple of 16 bytes: views of others may not
 
     @property
     def key(self) -> tuple:
         """What the compiler sees of it."""
         options = self.tile.options if self.tile else {}
         parts = self.arguments, self.constants, options
-        return self.kernel.__name__, *(tuple(sorted((name, repr(x)) for name, x in part.items())) for part in parts)
+        return (
+            self.kernel.__name__,
+            self.aligned,
+            *(tuple(sorted((name, repr(x)) for name, x in part.items())) for part in parts),
+        )
 
 
 def describe(tile: Any) -> str:
@@ -85,13 +90,14 @@ def compile_one(chip: str, item: Compilation) -> dict:
         signature[name] = kind or "constexpr"
         if kind is None:
             constants[(names.index(name),)] = item.constants.get(name)
-    # What the launcher would see: aligned tensors, and strides that `unit` made multiples of 16.
+    # What the launcher would see at worst: strides count units and may be any number of them, but a panel's own.
     attributes = {}
     for i, name in enumerate(names):
         kind = signature[name]
         if isinstance(kind, tuple):
-            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(len(kind))}
-        elif kind.startswith("*") or (name.endswith("_stride") and kind == "i32"):
+            if item.aligned:
+                attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(len(kind))}
+        elif name == "panel_stride" or (kind.startswith("*") and item.aligned):
             attributes[(i,)] = [["tt.divisibility", 16]]
     row: dict[str, Any] = {"chip": chip, "kernel": item.name, "dtype": item.dtype, "width": item.width}
     row["config"] = describe(item.tile)

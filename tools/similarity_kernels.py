@@ -35,7 +35,7 @@ PARTS = 128
 IDS = ops.EXCLUDE_SAME_ID_OFF_DIAGONAL
 FLOATS = {
     *("scale", "bias", "norms", "ranges", "vectors", "frame", "x_vectors", "y_vectors", "row_vectors", "col_vectors"),
-    *("row_part", "col_part", "sums", "row_lse", "col_lse", "row_grad", "col_grad"),
+    *("row_part", "col_part", "sums", "row_lse", "col_lse", "row_rest", "col_rest", "row_grad", "col_grad"),
 }
 
 
@@ -75,8 +75,9 @@ def _operands() -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
 def tiles(op: str, chip: str, operands: str, ids: bool, first: tuple[int, ...]) -> Iterator[tuple[Tile, int, bool]]:
     """(tile, width, whether the width is one of `first`): every tile there is for `op`, at one width at least."""
     seen = set()
-    # 200 is no multiple of a step; the rest are the smallest widths of their tiles, which end to differ below 600.
-    for width in dict.fromkeys((*first, 200, *range(1, 600), config.MAX_WIDTH)):
+    # 200 is no multiple of a step; the rest are the smallest widths of their tiles, which end to differ below 600. All
+    # are multiples of 16 bytes, as `aligned_rows` makes them.
+    for width in dict.fromkeys((*first, 200, *range(8, 600, 8), config.MAX_WIDTH)):
         if op == "rows" and width > config.REGISTER_WIDTH:
             continue
         if op == "panel" and operands == "half" and width <= config.REGISTER_WIDTH:
@@ -101,22 +102,15 @@ def compilations(chip: str) -> Iterator[Compilation]:
     for op in ("forward", "triangle", "panel"):  # what differs from bfloat16 is one instruction's name
         tile = config.candidates(op, chip, "half", 512)[0]
         yield from _variants(op, tile, 512, "fp16", "ieee", False, False)
-    # Bases and rows off 16 bytes: narrow loads, no descriptors.
-    for op in ("forward", "triangle", "panel", "siglip", "rows"):
-        width = 100 if op == "rows" else 500
-        tile = config.without_descriptor(config.candidates(op, chip, "half", width)[0])
-        yield from _variants(op, tile, width, "bf16", "ieee", False, False, aligned=False)
     yield from _vectors()
 
 
-def _variants(
-    op: str, tile: Tile, width: int, dtype: str, how: str, ids: bool, usual: bool, aligned: bool = True
-) -> Iterator[Compilation]:
+def _variants(op: str, tile: Tile, width: int, dtype: str, how: str, ids: bool, usual: bool) -> Iterator[Compilation]:
     """The ways to launch a kernel with this tile; off the usual widths the one that needs the most registers."""
-    unit = (4 if dtype == "fp32" else 8) if aligned else 1
+    unit = 4 if dtype == "fp32" else 8
     matrix = how == "ieee" and dtype != "fp32"
     exclude = IDS if ids else 0
-    note = " ids" if ids else "" if aligned else " unaligned"
+    note = " ids" if ids else ""
 
     def item(name: str, kernel, constants: dict, types: dict | None = None, with_ids: bool = ids) -> Compilation:
         signature = _arguments(kernel, constants, dtype, tile, types, with_ids)
@@ -145,8 +139,9 @@ def _variants(
             out = "*fp32" if split else f"*{dtype}"
             yield item(f"rows {'both' if sides == 3 else 'one side'}", rows_kernel, c, {"out": out})
     else:
-        c = finish_constants(tile, width, unit, how, PARTS, IDS, True)
-        yield item("finish + rescue", finish_kernel, c, with_ids=True)
+        for triangle in (False, True):
+            c = finish_constants(tile, width, unit, how, PARTS, IDS, triangle)
+            yield item(f"finish + rescue{' triangle' if triangle else ''}", finish_kernel, c, with_ids=True)
 
 
 def _vectors() -> Iterator[Compilation]:

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from guards import guarded, inside_nan  # noqa: F401
 
-from ffcl_fast import backends, ops, reference
-from ffcl_fast.backends.triton import config
+from ffcl_fast import backends, functional, ops, reference
+from ffcl_fast.backends.triton import config, launch
 from ffcl_fast.backends.triton.config import Tile
-from ffcl_fast.backends.triton.launch import rows_of
+from ffcl_fast.backends.triton.launch import aligned_rows, is_aligned
 from helpers import assert_close_to_reference
 
 forward_module = importlib.import_module("ffcl_fast.backends.triton.similarity_forward")
@@ -169,6 +169,61 @@ def test_gradient_where_normalisers_spread_too_far_for_one_exponential(alone):
     check_gradient(inside_nan(q, 8), k, 200.0)
 
 
+@pytest.mark.parametrize(
+    "length, scale, alone",
+    [(30.0, 1 / 0.07, False), (100.0, 1.0, False), *itertools.product(["integers"], [0.37, 3700.0], [False, True])],
+    ids=str,
+)
+def test_gradient_of_long_rows_end_to_end(length, scale, alone):
+    # |S| to 10^4 and 10^9: the last bit of a normaliser is worth 10^-3 of each of its probabilities, or all of them.
+    if length == "integers":  # products are exact in any order, so that what is left is the normalisers' rounding
+        q, k = torch.randint(-100, 101, (40, 40)).float(), torch.randint(-100, 101, (33, 40)).float()
+    else:
+        q, k = (length * F.normalize(torch.randn(n, 40), dim=1) for n in (40, 33))
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("plain", torch.float32), ("plain", torch.float64)):
+        x, y = (v.to(dtype, copy=True).requires_grad_() for v in (q, k))
+        s = torch.tensor(scale)
+        if backend == "triton":
+            lse = functional.similarity_lse(x, None if alone else y, s, exclude="diagonal", backend="triton")
+        else:
+            product = x @ (x if alone else y).T * s.to(dtype)
+            product = product.masked_fill(torch.eye(*product.shape) > 0, -torch.inf)
+            lse = product.logsumexp(1), product.logsumexp(0)
+        sum((v * torch.linspace(-1, 2, len(v))).mean() for v in lse).backward()
+        results.append((*(v.detach() for v in lse), x.grad, *(() if alone else (y.grad,))))
+    for name, ours, plain, truth in zip(("row_lse", "col_lse", "dq", "dk"), *results, strict=alone is None):
+        assert_close_to_reference(ours, plain, truth, factor=2.0 if "lse" in name else 3.0, name=name)
+
+
+def test_an_infinite_element_spoils_no_other_row():
+    for d in (24, 130):
+        q, k = embeddings(20, d, torch.bfloat16), embeddings(33, d, torch.bfloat16)
+        q[3, 2] = torch.inf
+        k[:, 2] = k[:, 2].abs() + 0.01  # row 3 of S and every column's sum are infinite
+        x = q.clone().requires_grad_()
+        row_lse, _ = functional.similarity_lse(x, k, 10.0, backend="triton")
+        row_lse[torch.arange(20) != 3].sum().backward()
+        alone = q[torch.arange(20) != 3].clone().requires_grad_()
+        functional.similarity_lse(alone, k, 10.0, backend="triton")[0].sum().backward()
+        assert torch.equal(x.grad[torch.arange(20) != 3], alone.grad)
+        assert row_lse[3] == torch.inf
+
+
+def test_the_cache_has_what_rounding_took_from_the_normalisers():
+    for alone, scale in itertools.product((False, True), (3000.0, 100.0)):
+        q, k, *_ = problem(40, 33, 24, torch.float32, 0, alone)
+        head = q, k, torch.tensor(scale), None, None, 0, True
+        row_lse, col_lse, cache = OPS.similarity_forward(*head, True, "triton")
+        assert cache.numel() == backends.load("triton").cache_size(q, k)
+        lse = torch.cat([row_lse, col_lse])
+        truth = reference.similarity_forward(q.double(), double(k), *head[2:], False)
+        error = (lse - torch.cat(truth[:2])).abs().max()
+        assert (cache.abs() <= 0.51 * (torch.nextafter(lse.abs(), torch.tensor(torch.inf)) - lse.abs())).all()
+        assert bool(cache.any()) and error < 1e-6 * scale
+        assert OPS.similarity_forward(*head, False, "triton")[2].numel() == 0
+
+
 def test_forward_keeps_nan_where_it_belongs():
     for alone in (False, True):
         q, k, *_ = problem(37, 40, 24, torch.float32, 0, alone)
@@ -203,18 +258,44 @@ def test_smallest_and_exact_sizes(n, m, d):
 
 def test_descriptors_load_what_pointers_load():
     scale = torch.tensor(10.0)
-    with config.override(
-        forward=Tile(16, 16, 32, 4, 1, True), rows=Tile(16, 16, 64, 4, 1, True), panel=Tile(16, 16, 32, 4, 1, True)
-    ):
-        for d in (40, 136):
-            base = torch.randn(50, d).bfloat16()
-            aligned = [base[:30], base[30:47], base[:30] * 1]
-            with_descriptors = _both_passes(*aligned[:2], scale)
-            shifted = [inside_nan(x, pad=1)[:, :] for x in aligned[:2]]
-            for x in shifted:
-                assert not config.descriptors_work(x)
-            for a, b in zip(with_descriptors, _both_passes(*shifted, scale), strict=True):
-                assert torch.equal(a, b)
+    shapes = {"forward": (16, 16, 32, 4, 1), "rows": (16, 16, 64, 4, 1), "panel": (16, 16, 32, 4, 1)}
+    for d in (40, 136):
+        q, k = torch.randn(50, d).bfloat16().split((30, 20))
+        results = []
+        for descriptor in (False, True):
+            with config.override(**{op: Tile(*shape, descriptor) for op, shape in shapes.items()}):
+                results.append(_both_passes(q, k, scale))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_only_aligned_rows_reach_a_launch(monkeypatch, dtype):
+    """Rows off 16 bytes at either end give what their copies give, by the kernels that are compiled and checked."""
+    seen = []
+
+    def operand(x, *rest):
+        assert is_aligned(x)
+        seen.append(x)
+        return launch.operand(x, *rest)
+
+    for name in ("similarity_forward", "similarity_backward", "siglip", "linear_goodness"):
+        monkeypatch.setattr(importlib.import_module(f"ffcl_fast.backends.triton.{name}"), "operand", operand)
+    scale, bias = torch.tensor(10.0), torch.tensor(-10.0)
+    wide = 128 // torch.finfo(dtype).bits
+    for d, pad, first in ((40, 1, 0), (40, wide, 1), (37, 3, 2), (131, 0, 0)):
+        base = F.normalize(torch.randn(70, d + pad + first), dim=1).to(dtype)[:, first : first + d]
+        q, k = base[:30], base[30:]
+        same = [torch.cat([x, x.new_zeros(len(x), -d % wide)], 1) for x in (q, k)]
+        for ours, theirs in (
+            (_both_passes(q, k, scale), _both_passes(*same, scale)),
+            (_both_passes(q, None, scale), _both_passes(same[0], None, scale)),
+            *((OPS.siglip(*x, scale, bias, True, need, "triton") for x in ((q, k), same)) for need in (True, False)),
+            ([OPS.linear_goodness(*x, None, False, True, "triton")] for x in ((q, k), same)),
+        ):
+            for x, y in zip(ours, theirs, strict=True):
+                assert x.is_contiguous() and torch.equal(x, y[..., : x.shape[-1]] if x.dim() else y)
+    assert len(seen) >= 4 * 12
 
 
 def _both_passes(q, k, scale):
@@ -227,7 +308,7 @@ def _both_passes(q, k, scale):
 def test_equal_bits_and_no_copy_of_strided_rows():
     x = torch.randn(60, 2, 24)[:, 1].bfloat16()
     strided = torch.randn(60, 2, 24).bfloat16()[:, 1]
-    assert rows_of(strided) is strided and rows_of(x.T[:24]).is_contiguous()
+    assert aligned_rows(strided) is strided and aligned_rows(x.T[:24]).is_contiguous()
     strided.copy_(x)
     scale = torch.tensor(10.0)
     first = _both_passes(strided[:30], strided[30:], scale)

@@ -16,7 +16,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -128,7 +128,7 @@ def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
     # Narrow: a block keeps its columns' embeddings, the rows stream past.
     stays = op in ("forward", "triangle") and width <= REGISTER_WIDTH
     if op == "online":
-        return [Tile(64, 64, depth, 4, 2)]
+        return [Tile(64, 64, depth, 8 if chip == "sm100" else 4, 2)]
     if op == "rows":
         if chip == "sm90":
             return [Tile(128, 64, whole, 8, 3, True), Tile(64, 64, whole, 4, 3, True)]
@@ -165,13 +165,13 @@ def candidates(op: str, chip: str, operands: str, width: int, ids: bool = False)
     if chip == "interpret":
         return [Tile(32, 32, 32 if op != "rows" else max(16, triton.next_power_of_2(width)), 4, 1, fold=1)]
     if operands == "float":  # no matrix unit multiplies float32: small tiles, bound by FMA and registers
-        if chip == "gfx942" or op == "online":
+        if chip == "gfx942":
             return [Tile(64, 64, 16, 8, 2)]
         # ptxas, left alone, would spill a few numbers to fit one more block on a multiprocessor.
-        return [Tile(64, 64, 16, 8 if ids else 4, 2, registers=255)]
+        return [Tile(64, 64, 16, 8 if ids or op == "online" else 4, 2, registers=255)]
     if operands == "tf32":
         if op == "online":
-            return [Tile(64, 64, 32, 4, 2)]
+            return [Tile(64, 64, 32, 8 if chip == "sm100" else 4, 2)]
         return [Tile(128, 64, 32, 8 if chip == "sm100" else 4, 2 if chip == "gfx942" else 3, chip in ("sm90", "sm100"))]
     return _half(op, chip, width, ids)
 
@@ -189,20 +189,6 @@ def override(**tiles: Tile) -> Iterator[None]:
     finally:
         _override.clear()
         _override.update(before)
-
-
-def descriptors_work(x: Tensor) -> bool:
-    """Whether the copy engine can read x: 16-byte aligned base and rows, which do not overlap and lie within 2^40."""
-    step = x.stride(0) * x.element_size()
-    return x.data_ptr() % 16 == 0 and step % 16 == 0 and x.shape[1] <= x.stride(0) and step < 1 << 40
-
-
-def without_descriptor(tile: Tile) -> Tile:
-    """The tile for operands that the copy engine cannot read: a thread that holds 128 sums has no registers left for
-    the addresses of narrow loads, and would spill."""
-    if tile.rows * tile.cols > 64 * 32 * tile.warps:
-        tile = replace(tile, rows=128, warps=8, fold=8 if tile.fold else 0)
-    return replace(tile, descriptor=False)
 
 
 def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[], float] | None = None) -> Tile:
@@ -225,8 +211,6 @@ def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[],
                 tile = Tile(**stored)
             elif measure and os.environ.get("FFCL_TUNE") == "1" and not torch.cuda.is_current_stream_capturing():
                 tile = _tune(op, key, choices, measure, q.device)
-    if tile.descriptor and not (descriptors_work(q) and descriptors_work(k)):
-        tile = without_descriptor(tile)
     return tile
 
 
@@ -247,7 +231,7 @@ def _tune(op: str, key: str, choices: list[Tile], measure: Callable[[], float], 
     tile = choices[times.index(min(times))]
     _log.debug("%s: %s, of %s ms", key, tile, times)
     _stored(device)[key] = asdict(tile)
-    _write(device)
+    _write(device, key)
     return tile
 
 
@@ -269,7 +253,10 @@ def cache_file(device: torch.device) -> Path:
 
 @functools.cache
 def _stored(device: torch.device) -> dict[str, dict]:
-    path = cache_file(device)
+    return _read(cache_file(device))
+
+
+def _read(path: Path) -> dict[str, dict]:
     try:
         found = json.loads(path.read_text())
         return {key: asdict(Tile(**tile)) for key, tile in found.items()}
@@ -280,13 +267,14 @@ def _stored(device: torch.device) -> dict[str, dict]:
         return {}
 
 
-def _write(device: torch.device) -> None:
-    path = cache_file(device)
+def _write(device: torch.device, key: str) -> None:
+    path, stored = cache_file(device), _stored(device)
+    stored |= _read(path) | {key: stored[key]}  # other processes, one a GPU, have written since it was read
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             try:
-                json.dump(_stored(device), file, indent=1)
+                json.dump(stored, file, indent=1)
                 file.close()
                 os.replace(file.name, path)
             except BaseException:

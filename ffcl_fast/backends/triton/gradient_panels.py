@@ -7,7 +7,7 @@ one panel's rows and, for 16-bit inputs, the float32 dk (or dq where k = q); not
 
 from __future__ import annotations
 
-import functools
+import logging
 from collections.abc import Callable
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from . import config
 from .tiles import narrow
+
+_log = logging.getLogger("ffcl_fast.backends.triton")
 
 COMBINE_BLOCK = 1024
 
@@ -64,18 +66,28 @@ def combine(sums: Tensor, out: Tensor, scale: Tensor, frame: Tensor | None, gain
     )  # fmt: skip
 
 
-@functools.cache
+_mixed: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
 def _mixed_product(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this build of torch multiplies 16-bit matrices into a float32 sum on this device."""
     if device.type != "cuda":
         return False
-    a = torch.zeros(16, 16, device=device, dtype=dtype)
-    c = torch.zeros(16, 16, device=device)
-    try:
-        torch.ops.aten.addmm.dtype_out(c, a, a, torch.float32, out=c)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    return True
+    key = device, dtype
+    if key not in _mixed:
+        try:
+            a = torch.zeros(16, 16, device=device, dtype=dtype)
+            c = torch.zeros(16, 16, device=device)
+            torch.ops.aten.addmm.dtype_out(c, a, a, torch.float32, out=c)
+        except (AttributeError, NotImplementedError, RuntimeError) as error:
+            _log.warning("%s products on %s go through float32 copies, which are slow: %s", dtype, device, error)
+            # These say nothing of the build: the next call asks again.
+            if isinstance(error, torch.OutOfMemoryError) or torch.cuda.is_current_stream_capturing():
+                return False
+            _mixed[key] = False
+        else:
+            _mixed[key] = True
+    return _mixed[key]
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

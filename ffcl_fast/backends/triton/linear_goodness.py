@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import config
 from .config import Tile
-from .launch import on, operand, rows_of, tile_constants, unit
+from .launch import aligned_rows, on, operand, tile_constants, unit
 from .rows import add_parts, floats
 from .tiles import grouped, product
 
@@ -47,10 +47,9 @@ def kernel_constants(tile: Tile, width: int, element_unit: int, how: str, relu: 
 
 
 def linear_goodness(x, weight, bias, mean, relu):
-    x, weight = rows_of(x), rows_of(weight)
+    weight = aligned_rows(weight)
     bias = bias if bias is None else bias.contiguous()
-    rows, width = x.shape
-    cols = weight.shape[0]
+    rows, cols = x.shape[0], weight.shape[0]
     goodness = floats(x, rows)
     with on(x):
         tile = config.pick("linear", x, weight)
@@ -59,14 +58,14 @@ def linear_goodness(x, weight, bias, mean, relu):
         for begin in range(0, rows, chunk):
             part = slice(begin, min(rows, begin + chunk))
             partials = floats(x, slots, part.stop - part.start)
-            _squares(x[part], weight, bias, partials, relu, tile)
+            _squares(aligned_rows(x[part]), weight, bias, partials, relu, tile)
             add_parts(partials.T, goodness[part], 1.0 / cols if mean else 1.0)
     return goodness
 
 
 def _squares(x: Tensor, weight: Tensor, bias: Tensor | None, partials: Tensor, relu: bool, tile: Tile) -> None:
     """partials (slots, rows) = sums of squares of a over each block of columns."""
-    element_unit = unit(x, weight)
+    element_unit = unit(x)
     slots, rows = partials.shape
     linear_goodness_kernel[(triton.cdiv(rows, tile.rows) * slots,)](
         operand(x, tile.rows, tile), operand(weight, tile.cols, tile), bias, partials, rows, weight.shape[0],

@@ -13,7 +13,7 @@ import triton.language as tl
 from . import config
 from .config import Tile
 from .gradient_panels import walk
-from .launch import measure, on, operand, output, rows_of, tile_constants, unit
+from .launch import aligned_rows, measure, on, operand, output, tile_constants, unit
 from .tiles import LOG2E, NO_PAIRS, grouped, kept, narrow, needs_mask, product, store_tile, touches_diagonal
 
 
@@ -88,16 +88,18 @@ def siglip_constants(tile: Tile, width: int, element_unit: int, how: str, positi
 
 
 def siglip(q, k, scale, bias, positives, need_grad):
-    q, k = rows_of(q), rows_of(k)
+    width = q.shape[1]
+    q, k = aligned_rows(q), aligned_rows(k)
     arguments = q, k, scale, bias, positives, need_grad
     with on(q):
-        return _siglip(*arguments, lambda: measure(lambda: _siglip(*arguments, None)))
+        loss, dq, dk, dbias = _siglip(*arguments, lambda: measure(lambda: _siglip(*arguments, None)))
+    return loss, dq[:, :width].contiguous(), dk[:, :width].contiguous(), dbias
 
 
 def _siglip(q, k, scale, bias, positives, need_grad, timing):
     tile = config.pick("siglip", q, k, measure=timing)
     rows, width, cols = q.shape[0], q.shape[1], k.shape[0]
-    how, element_unit, gain = config.precision(q), unit(q, k), config.gain(q.dtype)
+    how, element_unit, gain = config.precision(q), unit(q), config.gain(q.dtype)
     side = config.panel_side(q)
     slots = triton.cdiv(min(rows, side), tile.rows) * triton.cdiv(min(cols, side), tile.cols)
     totals = q.new_zeros(slots, 2, dtype=torch.float64)

@@ -18,7 +18,7 @@ from ... import ops
 from . import config
 from .config import Tile
 from .gradient_panels import combine, walk
-from .launch import ids_of, measure, on, operand, output, processors, rows_of, tile_constants, unit
+from .launch import aligned_rows, ids_of, measure, on, operand, output, processors, tile_constants, unit
 from .tiles import LOG2E, dot, exponent, grouped, kept, load_tile, narrow, needs_mask, product, store_tile
 
 # Which side's normaliser a pair's gradient has: x's (the rows of the tile), y's (the columns), or both.
@@ -28,6 +28,9 @@ OF_BOTH = tl.constexpr(3)
 # One exponential an element serves both sides while all normalisers lie within this many powers of two of each other:
 # halfway between them no weight and no exponential leaves float32, and what underflows is under 2^-66 of its sum.
 SPREAD = tl.constexpr(120.0)
+# And while they are smaller than this: beyond, rounding of the exponents can make a probability of 1 a much larger
+# number, which only a side's own exponential shows.
+LARGE = tl.constexpr(65536.0)
 VECTOR_BLOCK = 1024
 
 
@@ -66,8 +69,8 @@ def widen(lse, grad, start, n, low, high, weight, BLOCK: tl.constexpr):
 # that a pair's gradient is 2^(t - shift) weight = 2^(t - centre) part. Block 0 also leaves the frame: the centre, 1
 # where one exponential serves both sides, and the unit of the weights. Bound by launch latency: 20 (N + M) bytes.
 @triton.jit(do_not_specialize=["rows", "cols"])
-def vector_kernel(row_lse, col_lse, row_grad, col_grad, scale, ranges, vectors, frame, rows, cols, GAIN: tl.constexpr,
-                  BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def vector_kernel(row_lse, col_lse, row_rest, col_rest, row_grad, col_grad, scale, ranges, vectors, frame, rows, cols,
+                  GAIN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     _, unit = exponent(tl.load(scale).to(tl.float32))
     parts = tl.arange(0, PARTS)
     low = (tl.min(tl.load(ranges + parts), 0) * unit).to(tl.float32)
@@ -76,27 +79,36 @@ def vector_kernel(row_lse, col_lse, row_grad, col_grad, scale, ranges, vectors, 
     largest = tl.where(largest > 0, largest, 1.0)
     centre = tl.where(low <= high, 0.5 * (low + high), 0.0)
     if tl.program_id(1) == 0:
-        write_vectors(row_lse, row_grad, vectors, rows, centre, GAIN / largest, unit, BLOCK)
+        write_vectors(row_lse, row_rest, row_grad, vectors, rows, centre, GAIN / largest, unit, BLOCK)
         if tl.program_id(0) == 0:
             tl.store(frame, centre)
-            tl.store(frame + 1, tl.where(high - low <= SPREAD, 1.0, 0.0))
+            one = (high - low <= SPREAD) & (tl.maximum(high, -low) < LARGE)
+            tl.store(frame + 1, tl.where(one, 1.0, 0.0))
             tl.store(frame + 2, largest)
     else:
         to = vectors + tl.cast(rows, tl.int64) * 3
-        write_vectors(col_lse, col_grad, to, cols, centre, GAIN / largest, unit, BLOCK)
+        write_vectors(col_lse, col_rest, col_grad, to, cols, centre, GAIN / largest, unit, BLOCK)
 
 
 @triton.jit
-def write_vectors(lse, grad, to, n, centre, factor, unit, BLOCK: tl.constexpr):
+def write_vectors(lse, rest, grad, to, n, centre, factor, unit, BLOCK: tl.constexpr):
     """(3, n): weight, shift and part; 0, +inf and 0 where the normaliser is -inf, so that such rows give nothing."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < n
     value = tl.load(lse + index, mask=mask, other=0.0)
     empty = value == -float("inf")
-    exact = tl.where(empty, 0.0, value) * unit
-    shift = exact.to(tl.float32)
+    finite = tl.abs(value) < float("inf")
+    exact = value.to(tl.float64)
+    known = 8388608.0  # numbers up to here are known to a power of two: 2^23 in 24 bits, 2^46 in 48
+    if rest is not None:
+        exact += tl.load(rest + index, mask=mask, other=0.0)
+        known *= known
+    exact = tl.where(finite, exact, 0.0) * unit
+    # An infinite normaliser, or NaN, stays what it is: the pairs of other rows must not see it.
+    shift = tl.where(finite | empty, exact.to(tl.float32), value)
+    lost = tl.where(finite & (tl.abs(exact) < known), shift - exact, 0.0).to(tl.float32)
     # What rounding takes from the shift goes into the weight.
-    weight = tl.load(grad + index, mask=mask, other=0.0) * factor * tl.exp2((shift - exact).to(tl.float32))
+    weight = tl.load(grad + index, mask=mask, other=0.0) * factor * tl.exp2(lost)
     weight = tl.where(empty, 0.0, weight)
     size = tl.cast(n, tl.int64)
     tl.store(to + index, weight, mask=mask)
@@ -113,15 +125,21 @@ def load_vector(vectors, which: tl.constexpr, start, n, BLOCK: tl.constexpr, STE
 
 
 @triton.jit
+def below_one(d):
+    """2^d for the d of a probability, at most 1: rounding of large t must not make it more. NaN stays."""
+    return tl.exp2(tl.minimum(d, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def pair_gradient(t, x_vectors, y_vectors, row, col, rows, cols, frame, SIDES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
                   BLOCK_COLS: tl.constexpr):
     """G of a tile from its base-2 exponents t: one exponential an element unless the normalisers spread too far."""
     if SIDES == OF_ROWS:
         shift = load_vector(x_vectors, 1, row, rows, BLOCK_ROWS)
-        g = tl.exp2(t - shift[:, None]) * load_vector(x_vectors, 0, row, rows, BLOCK_ROWS)[:, None]
+        g = below_one(t - shift[:, None]) * load_vector(x_vectors, 0, row, rows, BLOCK_ROWS)[:, None]
     elif SIDES == OF_COLS:
         shift = load_vector(y_vectors, 1, col, cols, BLOCK_COLS)
-        g = tl.exp2(t - shift[None, :]) * load_vector(y_vectors, 0, col, cols, BLOCK_COLS)[None, :]
+        g = below_one(t - shift[None, :]) * load_vector(y_vectors, 0, col, cols, BLOCK_COLS)[None, :]
     elif tl.load(frame + 1) > 0:
         x_part = load_vector(x_vectors, 2, row, rows, BLOCK_ROWS)
         y_part = load_vector(y_vectors, 2, col, cols, BLOCK_COLS)
@@ -139,9 +157,9 @@ def pair_gradient(t, x_vectors, y_vectors, row, col, rows, cols, frame, SIDES: t
 def two_exponentials(t, x_vectors, y_vectors, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, HALF: tl.constexpr):
     """G of every other column from `col`."""
     shift = load_vector(x_vectors, 1, row, rows, BLOCK_ROWS)
-    g = tl.exp2(t - shift[:, None]) * load_vector(x_vectors, 0, row, rows, BLOCK_ROWS)[:, None]
+    g = below_one(t - shift[:, None]) * load_vector(x_vectors, 0, row, rows, BLOCK_ROWS)[:, None]
     shift = load_vector(y_vectors, 1, col, cols, HALF, 2)
-    return g + tl.exp2(t - shift[None, :]) * load_vector(y_vectors, 0, col, cols, HALF, 2)[None, :]
+    return g + below_one(t - shift[None, :]) * load_vector(y_vectors, 0, col, cols, HALF, 2)[None, :]
 
 
 # How it works: as FlashAttention's backward for one side. A block keeps BLOCK_ROWS rows of x and their float32 gradient
@@ -235,8 +253,9 @@ def similarity_backward(
     q, k, scale, row_ids, col_ids, exclude, row_lse, col_lse, row_grad, col_grad, cache, need_q, need_k
 ):
     triangle = k is None
-    q = rows_of(q)
-    k = q if triangle else rows_of(k)
+    width = q.shape[1]
+    q = aligned_rows(q)
+    k = q if triangle else aligned_rows(k)
     row_ids = ids_of(row_ids)
     col_ids = row_ids if triangle or col_ids is None else ids_of(col_ids)
     both = triangle or col_grad.numel() > 0
@@ -247,25 +266,32 @@ def similarity_backward(
         col_lse, col_grad = col_lse.contiguous(), col_grad.contiguous()
     else:
         col_lse, col_grad = row_lse[:0], row_grad[:0]
-    narrow_rows = q.dtype != torch.float32 and q.shape[1] <= config.REGISTER_WIDTH
+    narrow_rows = q.dtype != torch.float32 and width <= config.REGISTER_WIDTH
     compute = _in_registers if narrow_rows else _in_panels
     with on(q):
         gain = config.gain(q.dtype)
-        vectors, frame = _vectors(scale, row_lse, col_lse, row_grad, col_grad, both and not triangle, gain)
+        rests = (cache[: q.shape[0]], cache[q.shape[0] :]) if cache.numel() else (None, None)
+        lse, grads = (row_lse, col_lse), (row_grad, col_grad)
+        vectors, frame = _vectors(scale, lse, rests, grads, both and not triangle, gain)
         side_x = vectors[: 3 * q.shape[0]], row_ids
         side_y = side_x if triangle else (vectors[3 * q.shape[0] :], col_ids)
         arguments = q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k and not triangle
-        return compute(*arguments, lambda: measure(lambda: compute(*arguments, None)))
+        dq, dk = compute(*arguments, lambda: measure(lambda: compute(*arguments, None)))
+    return dq[:, :width].contiguous(), dk[:, :width].contiguous()
 
 
-def _vectors(scale, row_lse, col_lse, row_grad, col_grad, cols, gain) -> tuple[Tensor, Tensor]:
-    """What the kernels read of rows and columns, (3 (N + M),), and the frame they share."""
-    parts, n, m = config.parts(row_lse), row_lse.numel(), col_lse.numel() if cols else 0
-    ranges, frame = row_lse.new_empty(3 * parts), row_lse.new_empty(3)
-    vectors = row_lse.new_empty(3 * (n + m))
-    range_kernel[(parts,)](row_lse, col_lse, row_grad, col_grad, ranges, n, m, **range_constants(cols, parts))
+def _vectors(scale, lse, rests, grads, cols, gain) -> tuple[Tensor, Tensor]:
+    """What the kernels read of rows and columns, (3 (N + M),), and the frame they share.
+
+    `lse`, `rests` and `grads` are pairs, of the rows and of the columns.
+    """
+    rows = lse[0]
+    parts, n, m = config.parts(rows), rows.numel(), lse[1].numel() if cols else 0
+    ranges, frame = rows.new_empty(3 * parts), rows.new_empty(3)
+    vectors = rows.new_empty(3 * (n + m))
+    range_kernel[(parts,)](*lse, *grads, ranges, n, m, **range_constants(cols, parts))
     vector_kernel[(triton.cdiv(max(n, m), VECTOR_BLOCK), 2 if cols else 1)](
-        row_lse, col_lse, row_grad, col_grad, scale, ranges, vectors, frame, n, m, **vector_constants(gain, parts)
+        *lse, *rests, *grads, scale, ranges, vectors, frame, n, m, **vector_constants(gain, parts)
     )
     return vectors, frame
 
@@ -284,7 +310,7 @@ def _side(x, y, scale, side_x, side_y, exclude, sides, frame, tile):
     parts = 1 if blocks >= wanted else min(triton.cdiv(wanted, blocks), triton.cdiv(cols, 4 * tile.cols))
     split_cols = triton.cdiv(triton.cdiv(cols, parts), tile.cols) * tile.cols
     parts = triton.cdiv(cols, split_cols)
-    how, element_unit, gain = config.precision(x), unit(x, y), config.gain(x.dtype)
+    how, element_unit, gain = config.precision(x), unit(x), config.gain(x.dtype)
     out = x.new_empty(rows, width)
     sums = out if parts == 1 else x.new_empty(parts, rows, width, dtype=torch.float32)
     rows_kernel[(blocks, parts)](
@@ -300,7 +326,7 @@ def _side(x, y, scale, side_x, side_y, exclude, sides, frame, tile):
 def _in_panels(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k, timing):
     tile = config.pick("panel", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
     rows, width, cols = q.shape[0], q.shape[1], k.shape[0]
-    how, element_unit, gain = config.precision(q), unit(q, k), config.gain(q.dtype)
+    how, element_unit, gain = config.precision(q), unit(q), config.gain(q.dtype)
     x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
     constants = panel_constants(tile, width, element_unit, how, exclude, int(OF_BOTH if both else OF_ROWS))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import ops
 from . import config
 from .config import Tile
-from .launch import ids_of, measure, on, operand, processors, rows_of, tile_constants, unit
+from .launch import aligned_rows, ids_of, measure, on, operand, processors, tile_constants, unit
 from .tiles import (
     BOUND_LIMIT,
     dot,
@@ -181,14 +181,22 @@ def add_slots(part, first, last, stride, index, mask):
 @triton.jit
 def online(x, y, x_ids, y_ids, row, rows, cols, x_stride, y_stride, s, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
            BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-           EXCLUDE: tl.constexpr):
-    """log2 sum_j 2^t_ij of the rows from `row`, float64."""
+           EXCLUDE: tl.constexpr, OF_COLS: tl.constexpr):
+    """log2 sum_j 2^t_ij of the rows from `row`, float64.
+
+    OF_COLS: x's rows are the columns of S, whose product is then taken as the backward pass takes it: rounded
+    otherwise, an exponent of 10^4 could differ by 10^-3, and so would its probability.
+    """
     top = tl.full((BLOCK_ROWS,), -float("inf"), dtype=tl.float32)
     shift = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     for col in range(0, cols, BLOCK_COLS):
-        t = product(x, y, row, col, rows, cols, x_stride, y_stride, WIDTH, BLOCK_ROWS, BLOCK_COLS, DEPTH, UNIT, False,
-                    PRECISION) * s
+        if OF_COLS:
+            t = product(y, x, col, row, cols, rows, y_stride, x_stride, WIDTH, BLOCK_COLS, BLOCK_ROWS, DEPTH, UNIT,
+                        False, PRECISION).T * s
+        else:
+            t = product(x, y, row, col, rows, cols, x_stride, y_stride, WIDTH, BLOCK_ROWS, BLOCK_COLS, DEPTH, UNIT,
+                        False, PRECISION) * s
         if needs_mask(row, col, rows, cols, EXCLUDE, BLOCK_ROWS, BLOCK_COLS):
             t = tl.where(kept(row, col, rows, cols, x_ids, y_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS), t, -float("inf"))
         raised = tl.maximum(top, tl.max(t, 1))
@@ -201,11 +209,12 @@ def online(x, y, x_ids, y_ids, row, rows, cols, x_stride, y_stride, s, WIDTH: tl
 # How it works: one block per BLOCK_ROWS normalisers. It adds their partial sums in slot order, turns finished ones into
 # natural logarithms, and where the constant offset under- or overflowed recomputes its rows with the online maximum:
 # a branch on device data that nearly every launch skips. Rows come first in the grid, then columns; with TRIANGLE both
-# kinds of partial sums belong to one vector.
+# kinds of partial sums belong to one vector. What rounding to float32 takes from a normaliser is its rest: of one of
+# 10^4 that is up to 5e-4, by which all of its row's probabilities would be wrong in the backward pass.
 # Bound by memory (at most WORKSPACE bytes), or by the tensor cores where the rescue runs.
 @triton.jit(do_not_specialize=["rows", "cols", "row_begin", "row_end", "last_chunk"])
-def finish_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_lse, col_lse, rows, cols, row_begin,
-                  row_end, side, supers, q_stride, k_stride, headroom, lost_below, last_chunk,
+def finish_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_lse, col_lse, row_rest, col_rest,
+                  rows, cols, row_begin, row_end, side, supers, q_stride, k_stride, headroom, lost_below, last_chunk,
                   WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr,
                   UNIT: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, EXCLUDE: tl.constexpr,
                   TRIANGLE: tl.constexpr, PARTS: tl.constexpr):
@@ -220,12 +229,14 @@ def finish_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_
     offsets = tl.arange(0, BLOCK_ROWS)
     is_col = pid >= blocks
     lse = row_lse
+    rest = row_rest
     start = row_begin + pid * BLOCK_ROWS
     stop = row_end
     if TRIANGLE:
         stop = rows
     elif is_col:
         lse = col_lse
+        rest = col_rest
         start = (pid - blocks) * BLOCK_ROWS
         stop = cols
     index = start + offsets
@@ -254,16 +265,19 @@ def finish_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_
         lost = mask & ((total < lost_below) | (total == float("inf")))
         if served == 0:
             lost = mask
-        result = ((log2_of(total) + c) / unit).to(tl.float32)
+        exact = (log2_of(total) + c) / unit
         if tl.max(lost.to(tl.int32), 0) > 0:
             if is_col & (not TRIANGLE):
-                exact = online(k, q, col_ids, row_ids, start, cols, rows, k_stride, q_stride, s, WIDTH, BLOCK_ROWS,
-                               BLOCK_COLS, DEPTH, UNIT, PRECISION, EXCLUDE)
+                slow = online(k, q, col_ids, row_ids, start, cols, rows, k_stride, q_stride, s, WIDTH, BLOCK_ROWS,
+                              BLOCK_COLS, DEPTH, UNIT, PRECISION, EXCLUDE, True)
             else:
-                exact = online(q, k, row_ids, col_ids, start, rows, cols, q_stride, k_stride, s, WIDTH, BLOCK_ROWS,
-                               BLOCK_COLS, DEPTH, UNIT, PRECISION, EXCLUDE)
-            exact = (exact / unit).to(tl.float32)
-            result = tl.where(lost, exact, result)
+                slow = online(q, k, row_ids, col_ids, start, rows, cols, q_stride, k_stride, s, WIDTH, BLOCK_ROWS,
+                              BLOCK_COLS, DEPTH, UNIT, PRECISION, EXCLUDE, False)
+            exact = tl.where(lost, slow / unit, exact)
+        result = exact.to(tl.float32)
+        if rest is not None:
+            left = (exact - result).to(tl.float32)
+            tl.store(rest + index, tl.where(tl.abs(result) < float("inf"), left, 0.0), mask=mask)
         tl.store(lse + index, result, mask=mask)
     else:
         tl.store(lse + index, total, mask=mask)
@@ -334,25 +348,28 @@ def headroom(rows: int, cols: int) -> tuple[float, float]:
 
 def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
     triangle = k is None
-    q = rows_of(q)
-    k = q if triangle else rows_of(k)
+    q = aligned_rows(q)
+    k = q if triangle else aligned_rows(k)
     row_ids = ids_of(row_ids)
     col_ids = row_ids if triangle or col_ids is None else ids_of(col_ids)
 
+    # The rests of the rows, then of the columns, which stay 0 where nobody wants the columns.
+    cache = q.new_zeros(q.shape[0] + (0 if triangle else k.shape[0]) if save else 0, dtype=torch.float32)
+
     def run() -> tuple[Tensor, Tensor]:
-        return _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, None)
+        return _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, None)
 
     with on(q):
-        row_lse, col_lse = _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, lambda: measure(run))
-    return row_lse, col_lse, q.new_empty(0, dtype=torch.float32)
+        row_lse, col_lse = _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, lambda: measure(run))
+    return row_lse, col_lse, cache
 
 
-def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, timing) -> tuple[Tensor, Tensor]:
+def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timing) -> tuple[Tensor, Tensor]:
     rows, cols, width = q.shape[0], k.shape[0], q.shape[1]
     how = config.precision(q)
     tile = config.pick("triangle" if triangle else "forward", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
     slow = config.pick("online", q, k)
-    element_unit = unit(q, k)
+    element_unit = unit(q)
     strides = q.stride(0) // element_unit, k.stride(0) // element_unit
     span_tiles = span(tile, rows, cols, processors(q), triangle)
     side = span_tiles * tile.rows
@@ -369,6 +386,7 @@ def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, timing) -> 
     col_part = empty(chunk // side, cols) if both or triangle else row_part
     row_lse = empty(rows)
     col_lse = empty(cols if both and not triangle else 0)
+    rests = (cache[:rows], cache[rows:]) if cache.numel() else (None, None)
     norm_kernel[(parts, 1 if triangle else 2)](
         q, k, norms, rows, cols, *strides, **norm_constants(width, element_unit, parts)
     )
@@ -389,8 +407,8 @@ def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, timing) -> 
             **tile.options,
         )  # fmt: skip
         finish_kernel[(blocks,)](
-            q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_lse, col_lse, rows, cols, begin, end, side,
-            supers, *strides, h, lost, int(end == rows),
+            q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_lse, col_lse, *rests, rows, cols, begin,
+            end, side, supers, *strides, h, lost, int(end == rows),
             **finish_constants(slow, width, element_unit, how, parts, exclude, triangle), **slow.options,
         )  # fmt: skip
     return row_lse, col_lse
