@@ -34,7 +34,9 @@ def cached_step(
     Works under autocast (call it inside the ``with``; backward runs outside of it, as it should) and with encoders
     wrapped in DistributedDataParallel, whose gradients are averaged once, with the last chunk. Parameters that only the
     loss uses may belong to a wrapped encoder or to none; averaging the latter over processes is the loss's part
-    (``distributed=`` of this library's losses does it).
+    (``distributed=`` of this library's losses does it). An encoder that talks to other processes in its forward pass
+    (SyncBatchNorm) needs as many chunks on every process, else it waits for one that has no more: give every process as
+    many samples. Frozen encoders are allowed, as long as one of the encoders or the loss learns.
 
     Args:
         encoders: one for all inputs (SimCLR), or one an input (CLIP); each returns embeddings (n, ...).
@@ -49,7 +51,7 @@ def cached_step(
 
     Raises:
         ValueError: a chunk size below 1, no inputs, encoders of another number, or inputs without a tensor or with
-            tensors of different lengths; before anything is computed.
+            tensors of different lengths, before anything is computed; or nothing that gets a gradient.
     """
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size!r}")
@@ -64,7 +66,7 @@ def cached_step(
         for chunk in _chunks(x, chunk_size, i)
     ]
     count = [sum(1 for _ in _chunks(x, chunk_size, i)) for i, x in enumerate(inputs)]
-    devices = _devices(inputs)
+    devices = _devices(inputs, encoders)
 
     states, embeddings = [], []
     with torch.no_grad(), _buffers_kept(encoders), _no_sync(encoders):
@@ -93,14 +95,17 @@ def cached_step(
         sizes = rows[len(gradients) : len(gradients) + n]
         gradients += leaf.grad.split(sizes) if leaf.grad is not None else [None] * n
     last = {id(encoder): i for i, (encoder, _) in enumerate(work)}
+    learns = bool(parameters - {id(leaf) for leaf in leaves})
     for i, ((encoder, chunk), grad, state) in enumerate(zip(work, gradients, states, strict=True)):
         final = last[id(encoder)] == i
         with contextlib.nullcontext() if final else _no_sync([encoder]):
             _restore(state)
             output = _call(encoder, chunk)
-            if grad is None:
-                grad = torch.zeros_like(output)
-            roots, grads = [output], [grad]
+            learns |= output.requires_grad
+            roots: list[Tensor] = []
+            grads: list[Tensor] = []
+            if output.requires_grad:  # not of a frozen encoder
+                roots, grads = [output], [torch.zeros_like(output) if grad is None else grad]
             of_loss = []
             if final and isinstance(encoder, DistributedDataParallel):
                 of_loss = [p for p in encoder.parameters() if id(p) in parameters]
@@ -109,13 +114,16 @@ def cached_step(
                 roots += [p.expand_as(p) for p in of_loss]
                 grads += [torch.zeros_like(p) for p in of_loss]
             with _no_autocast(devices):
-                torch.autograd.backward(roots, grads)
+                if roots:
+                    torch.autograd.backward(roots, grads)
             if of_loss and encoder.find_unused_parameters:  # DDP has counted them as unused and left them alone
                 for parameter in of_loss:
                     dist.all_reduce(parameter.grad, group=encoder.process_group)
                     parameter.grad /= dist.get_world_size(encoder.process_group)
     _restore(finished)
     torch.clear_autocast_cache()
+    if not learns:
+        raise ValueError("encoders must have a parameter that requires a gradient, where the loss has none: got none")
     return value
 
 
@@ -162,8 +170,13 @@ def _call(encoder: Callable[..., Tensor], chunk: Any) -> Tensor:
     return output
 
 
-def _devices(inputs: Sequence[Any]) -> set[torch.device]:
-    return {torch.device("cpu")} | {t.device for x in inputs for t in _tensors(x)}
+def _devices(inputs: Sequence[Any], encoders: Sequence[Callable]) -> set[torch.device]:
+    """Where random numbers may be drawn: an encoder may move its inputs to where its weights are."""
+    tensors = [t for x in inputs for t in _tensors(x)]
+    for encoder in encoders:
+        if isinstance(encoder, nn.Module):
+            tensors += [*encoder.parameters(), *encoder.buffers()]
+    return {torch.device("cpu")} | {t.device for t in tensors}
 
 
 def _random_state(devices: set[torch.device]) -> list[tuple[torch.device, Tensor]]:

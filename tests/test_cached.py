@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ffcl_fast as ff
+from ffcl_fast.cached import _devices
 
 
 class Encoder(nn.Module):
@@ -125,6 +126,31 @@ def test_wrong_arguments(change, text):
     arguments |= {"chunk_size": 2} | change
     with pytest.raises(ValueError, match=text):
         ff.cached_step(**arguments)
+
+
+def test_frozen_encoder(seed):
+    """CLIP's locked image tower; and nothing that learns at all is an error, as in a plain step."""
+    tower, ours = Encoder(dtype=torch.float64).requires_grad_(False), Encoder(dtype=torch.float64)
+    theirs = copy.deepcopy(ours)
+    a, b = torch.randn(7, 6, dtype=torch.float64), torch.randn(7, 6, dtype=torch.float64)
+    for step, learner in ((ff.cached_step, ours), (plain_step, theirs)):
+        torch.manual_seed(seed)
+        step([tower, learner], (a, b), ff.NTXentLoss(0.3), 3)
+    same_gradients(ours, theirs)
+    assert all(p.grad is None for p in tower.parameters())
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    ff.cached_step(tower, (a, b), lambda x, y: ff.ClipLoss()(x, y, scale), 3)
+    assert scale.grad is not None
+    with pytest.raises(ValueError, match="requires a gradient"):
+        ff.cached_step(tower, (a, b), ff.NTXentLoss(0.3), 3)
+
+
+def test_random_state_where_the_weights_are():
+    """An encoder may move its inputs: random numbers are then drawn on its weights' device."""
+    weights, counts = nn.Linear(2, 2, device="meta"), nn.Module()
+    counts.register_buffer("steps", torch.zeros((), device="meta"))
+    for encoder in (weights, counts):
+        assert {d.type for d in _devices((torch.ones(2, 2),), [encoder, abs])} == {"cpu", "meta"}
 
 
 def test_under_ddp(seed):

@@ -142,6 +142,12 @@ def test_batches_of_all_processes_are_the_whole(tmp_path, seed):
     assert len({len(p) for p in parts}) == 1 and all(len(b) >= 2 for p in parts for b in p)
     together = [i for p in parts for b in p for i in b]
     assert len(set(together)) == len(together) and count - len(together) < 2 * world
+    # by chunks all processes have as many rows, so as many chunks
+    source = Images(dataclasses.replace(source.config, chunk_size=2), split, tuple("abcd"))
+    parts = [source._parts(3, rank, world) for rank in range(world)]
+    assert all(len({len(b) for b in batches}) == 1 for batches in zip(*parts, strict=True))
+    together = {i for p in parts for b in p for i in b}
+    assert len(together) == sum(len(b) for p in parts for b in p) and count - len(together) < 2 * world
     assert torch.equal(source[7][0], source[7][0])
     assert collate([source[1], source[2]]).first.dtype == torch.float32
 

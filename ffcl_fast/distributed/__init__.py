@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .exchange import LostRank, gather_rows
+from .exchange import LostRank, gather_rows, told
 
 STRATEGIES = ("auto", "gather", "ring")
 
@@ -44,7 +44,8 @@ def gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     world = dist.get_world_size(group)
     x = x.detach().contiguous()
     out = x.new_empty((world * x.shape[0], *x.shape[1:]))
-    dist.all_gather(list(out.chunk(world)), x, group=group)
+    with told("gathering embeddings", group):
+        dist.all_gather(list(out.chunk(world)), x, group=group)
     return out
 
 

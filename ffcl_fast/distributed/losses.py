@@ -13,6 +13,8 @@ many, and right where the last batch is uneven. Every process must call backward
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +24,7 @@ from ..functional.constant_keys import contrast_constant
 from ..functional.similarity import prepare, row_dot
 from . import similarity
 from .exchange import all_reduce, gather_rows
-from .meeting import Meeting, meet
+from .meeting import Meeting, Same, meet
 from .pairwise import class_sum, mean_grad, sigmoid_loss
 
 
@@ -38,17 +40,41 @@ def clip(
 ) -> tuple[Tensor, Meeting]:
     """CLIP's symmetric loss, one pass for both sums; this process's share () and the meeting."""
 
-    def check() -> tuple[Tensor, Tensor, Tensor]:
-        return contrastive.checked_pair(image_features, text_features, logit_scale, backend)
-
-    inputs = (("image_features", image_features), ("text_features", text_features))
-    q, k, scale, meeting = meet(name, check, group, strategy, inputs)
+    q, k, scale, meeting = _meet_pair(
+        name, image_features, text_features, logit_scale, logit_bias, group, strategy, backend
+    )
     scale = mean_grad(scale, group)
     ids = torch.arange(q.shape[0], device=q.device) + meeting.own(meeting.rows).start
     row, col = similarity.lse(q, k, scale, meeting, row_ids=ids, col_ids=ids, both=True, backend=backend)
     logit = row_dot(q, k) * scale
     loss = (_odds_loss(row - logit, False) + _odds_loss(col - logit, False)) / 2
     return contrastive.with_bias(_share(loss, "mean", meeting), logit_bias, q), meeting
+
+
+def clip_own_anchors(
+    image_features: Tensor, text_features: Tensor, logit_scale, logit_bias, group, backend: str
+) -> Tensor:
+    """open_clip's ``local_loss`` without ``gather_with_grad``: () of this process's anchors, the keys being constant.
+
+    No gradient goes through what was gathered, so it takes two products and is outside of the contract above.
+    """
+    q, k, scale, meeting = _meet_pair(
+        "ClipLoss True False", image_features, text_features, logit_scale, logit_bias, group, "gather", backend
+    )
+    images, texts = (gather_rows(x, meeting.rows, group) for x in (q, k))
+    first = meeting.own(meeting.rows).start
+    row = contrastive.clip_local(q, texts, scale, first, backend)
+    col = contrastive.clip_local(k, images, scale, first, backend)
+    return contrastive.with_bias((row + col) / 2, logit_bias, q)
+
+
+def _meet_pair(name: str, image_features, text_features, logit_scale, logit_bias, group, strategy: str, backend: str):
+    def check() -> tuple[Tensor, Tensor, Tensor]:
+        checked = contrastive.checked_pair(image_features, text_features, logit_scale, backend)
+        _checks.scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
+        return checked
+
+    return meet(name, check, group, strategy, (("image_features", image_features), ("text_features", text_features)))
 
 
 def siglip(
@@ -66,7 +92,9 @@ def siglip(
         return q, k, scale
 
     inputs = (("image_features", image_features), ("text_features", text_features), ("logit_bias", logit_bias))
-    q, k, scale, meeting = meet("SigLipLoss", check, group, strategy, inputs)
+    q, k, scale, meeting = meet(
+        "SigLipLoss", check, group, strategy, inputs, lambda: [Same("logit_bias", bias, exact=False)]
+    )
     if mean:
         scale, bias = mean_grad(scale, group), mean_grad(bias, group)
     if q.dtype == torch.float16:  # as in functional.siglip: sums over pairs leave float16's range
@@ -103,13 +131,15 @@ def _two_views(z: Tensor, scale: Tensor, meeting: Meeting, decoupled: bool, back
 
 def info_nce(
     query: Tensor, positive_key: Tensor, negative_keys, temperature, reduction: str, negative_mode: str,
-    group, strategy: str, *, decoupled: bool = False, shared: bool = False, backend: str = "auto",
+    group, strategy: str, *, decoupled: bool = False, position: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """InfoNCE's; this process's share, or its rows' losses (n,) for ``"none"``.
 
-    Unpaired ``negative_keys`` are contrasted with the rows of every process: those of all processes, or, if ``shared``,
-    one set that all processes hold (a queue; rows of unit length already, no gradient).
+    Unpaired ``negative_keys`` are contrasted with the rows of every process: those of all processes, or, if they have
+    a ``position``, one queue that all processes hold (rows of unit length already, no gradient), whose next key to be
+    replaced that is ().
     """
+    shared = position is not None
     local = negative_keys is not None and (negative_mode == "paired" or shared)
 
     def check() -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +159,21 @@ def info_nce(
     if negative_keys is not None and not shared:
         inputs.append(("negative_keys", negative_keys))
     kind = "keys" if negative_keys is None else ("shared" if shared else negative_mode)
-    q, k, scale, meeting = meet(f"InfoNCELoss {reduction} {kind} {decoupled}", check, group, strategy, inputs)
+
+    def queue() -> list[Same]:
+        if position is None:
+            return []
+        # the oldest key tells apart queues that began from other random keys
+        oldest = negative_keys.index_select(0, position.reshape(1))[0, 0]
+        size = negative_keys.shape[0]
+        return [
+            Same("queue's size", size),
+            Same("queue's position", position),
+            Same("queue's oldest key", oldest, exact=False),
+        ]
+
+    name = f"InfoNCELoss {reduction} {kind} {decoupled}"
+    q, k, scale, meeting = meet(name, check, group, strategy, inputs, queue)
     scale = mean_grad(scale, group)
     if local and not shared:
         loss = contrastive._paired(query, positive_key, negative_keys, scale, decoupled)
@@ -253,3 +297,23 @@ def mean_value(share: Tensor, meeting: Meeting) -> Tensor:
     """The mean of all processes' shares, with the gradient of this one's."""
     mean = all_reduce(share.detach().clone(), meeting.group) / meeting.world
     return share + (mean - share.detach())
+
+
+def gather_keys(
+    name: str, inputs: Sequence[tuple[str, object]], check: Callable[[], Tensor], size: int, position: Tensor, group
+) -> Tensor:
+    """``check()``'s keys (n, D) of all processes for the queue or bank ``name``: (sum of n, D), no gradient.
+
+    ``size`` and ``position`` (one element), where the next key goes, must be the same on all; n may be 0.
+    """
+
+    def checked() -> tuple[Tensor, Tensor, Tensor]:
+        ready = check()
+        return ready, ready, ready.new_ones((), dtype=torch.float32)
+
+    def queue() -> list[Same]:
+        return [Same(f"{name}'s size", size), Same(f"{name}'s position", position)]
+
+    with torch.no_grad():
+        ready, _, _, meeting = meet(f"enqueue to a {name}", checked, group, "gather", inputs, queue)
+        return gather_rows(ready, meeting.rows, group)

@@ -1,7 +1,7 @@
 """What all processes must agree on before a loss starts, exchanged in one small collective.
 
 A process whose arguments are wrong says so here in place of leaving the others to wait for it: the same text is raised
-on every rank. 34 words a rank are exchanged; on an accelerator it costs one synchronisation with the host a step.
+on every rank. 38 words a rank are exchanged; on an accelerator it costs one synchronisation with the host a step.
 """
 
 from __future__ import annotations
@@ -19,16 +19,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..functional import _checks
+from . import STRATEGIES
 from .exchange import Ring, _all_gather, told
 
 _log = logging.getLogger("ffcl_fast.distributed")
-_FIELDS = ("failed", "loss", "rows", "keys", "dim", "dtype", "grads", "finite", "scale", "spare")
+_MORE = 3  # values of a loss's own that must be the same on every rank
+_VALUES = ("scale", *(f"value{i}" for i in range(_MORE)))
+_FIELDS = ("failed", "loss", "way", "rows", "keys", "dim", "dtype", "grads", "finite", "spare", *_VALUES)
 _TEXT = 24  # words of the message: 192 bytes
-_SCALE_TOLERANCE = 1e-3
+_TOLERANCE = 1e-3  # of what each rank may have computed by itself
 
 
 class RemoteError(ValueError):
     """Another process refused its arguments; the text names it and repeats its reason."""
+
+
+@dataclass(frozen=True)
+class Same:
+    """A number that must be the same on every rank; unless ``exact`` as near as ranks that round differently are."""
+
+    name: str
+    value: float | Tensor
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ def meet(
     group: dist.ProcessGroup | None,
     strategy: str,
     inputs: Sequence[tuple[str, object]],
+    same: Callable[[], Sequence[Same]] = tuple,
 ) -> tuple[Tensor, Tensor, Tensor, Meeting]:
     """Check here, tell everyone, hear everyone: (q, k, scale, meeting).
 
@@ -72,6 +85,7 @@ def meet(
         prepare: validates the arguments, raising TypeError or ValueError, and returns anchors (n, ...), keys (m, ...)
             and the scale.
         inputs: names and values whose elements must be finite.
+        same: called after ``prepare``; what else must be the same on every rank, ``_MORE`` values at most.
 
     Raises:
         TypeError, ValueError: what ``prepare`` raised here, or that the processes do not fit together.
@@ -80,14 +94,16 @@ def meet(
     """
     own: Exception | None = None
     words = dict.fromkeys(_FIELDS, 0)
-    device = None
+    device, shared = None, [Same("scale (or 1 / temperature)", 0.0, exact=False)]
     try:
         q, k, scale = prepare()
         device = q.device
-        words = _words(loss, q, k, scale, [x for _, x in inputs])
+        shared = [Same(shared[0].name, scale, exact=False), *same()]
+        words = _words(loss, strategy, q, k, shared, [x for _, x in inputs])
         if not words["finite"]:
-            bad = [name for name, x in inputs if isinstance(x, Tensor) and not _finite(x)]
-            raise ValueError(f"{bad[0] if bad else 'logit_scale or temperature'} holds NaN or infinity")
+            named = [*inputs, *((one.name, one.value) for one in shared)]
+            bad = next(name for name, x in named if isinstance(x, Tensor) and not _finite(x))
+            raise ValueError(f"{bad} holds NaN or infinity")
     except (TypeError, ValueError) as error:
         own, words["failed"] = error, 1
     table, texts = _exchange(list(words.values()), "" if own is None else f"{type(own).__name__}: {own}", device, group)
@@ -97,34 +113,49 @@ def meet(
             if own is not None:
                 raise own
             raise RemoteError(f"{loss} on rank {rank}: {text}")
-    _compare(loss, facts)
+    _compare(loss, facts, shared)
     meeting = Meeting(
         group, tuple(f["rows"] for f in facts), tuple(f["keys"] for f in facts), _chosen(strategy, facts, k)
     )
     return q, k, scale, meeting
 
 
-def _words(loss: str, q: Tensor, k: Tensor, scale: Tensor, inputs: Sequence[object]) -> dict[str, int]:
+def _words(
+    loss: str, strategy: str, q: Tensor, k: Tensor, shared: Sequence[Same], inputs: Sequence[object]
+) -> dict[str, int]:
     # one vector, so that an accelerator is waited for once
-    extremes = [torch.stack(torch.aminmax(x.detach())) for x in inputs if isinstance(x, Tensor)]
-    values = torch.cat([x.to(q.device, torch.float64) for x in (*extremes, scale.detach().reshape(1))]).tolist()
-    wants = (q.requires_grad, k.requires_grad, scale.requires_grad) if torch.is_grad_enabled() else ()
+    extremes = [torch.stack(torch.aminmax(x.detach())) for x in inputs if isinstance(x, Tensor) and x.numel()]
+    numbers = [s.value for s in shared if isinstance(s.value, Tensor)]
+    vector = torch.cat([x.to(q.device, torch.float64) for x in (*extremes, *(x.detach().reshape(1) for x in numbers))])
+    values = vector.tolist()
+    read = iter(values[len(values) - len(numbers) :])
+    same = [next(read) if isinstance(s.value, Tensor) else float(s.value) for s in shared]
+    wants = (q.requires_grad, k.requires_grad, *(x.requires_grad for x in numbers)) if torch.is_grad_enabled() else ()
     return {
         "failed": 0,
         "loss": zlib.crc32(loss.encode()),
+        "way": STRATEGIES.index(strategy),
         "rows": q.shape[0],
         "keys": k.shape[0],
         "dim": q.shape[-1],
         "dtype": _checks.FLOATING.index(q.dtype),
         "grads": sum(1 << i for i, want in enumerate(wants) if want),
         "finite": int(all(abs(v) < float("inf") for v in values)),
-        "scale": struct.unpack("<q", struct.pack("<d", values[-1]))[0],
         "spare": _spare(q.device),
+        **{name: _bits(x) for name, x in zip(_VALUES, same + [0.0] * (len(_VALUES) - len(same)), strict=True)},
     }
 
 
+def _bits(x: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+def _number(bits: int) -> float:
+    return struct.unpack("<d", struct.pack("<q", bits))[0]
+
+
 def _finite(x: Tensor) -> bool:
-    return all(bool(v.isfinite()) for v in torch.aminmax(x.detach()))
+    return not x.numel() or all(bool(v.isfinite()) for v in torch.aminmax(x.detach()))
 
 
 def _exchange(words, text: str, device, group) -> tuple[list[list[int]], list[str]]:
@@ -149,9 +180,10 @@ def _device(device: torch.device | None, group) -> torch.device:
     return device or torch.device("cuda", torch.cuda.current_device())
 
 
-def _compare(loss: str, facts: list[dict[str, int]]) -> None:
+def _compare(loss: str, facts: list[dict[str, int]], shared: Sequence[Same]) -> None:
     for name, shown, kind in (
         ("loss", None, ValueError),
+        ("way", lambda i: repr(STRATEGIES[i]), ValueError),
         ("dtype", lambda i: str(_checks.FLOATING[i]), TypeError),
         ("dim", str, ValueError),
         ("grads", None, ValueError),
@@ -163,16 +195,18 @@ def _compare(loss: str, facts: list[dict[str, int]]) -> None:
             raise kind(f"{loss}: ranks 0 and {other} are in different losses, or in one with different options")
         if name == "grads":
             raise kind(f"{loss}: ranks 0 and {other} want gradients of different arguments (requires_grad, no_grad)")
-        what = {"dtype": "dtype", "dim": "width D"}[name]
+        what = {"way": "distributed (or dist_impl)", "dtype": "embeddings' dtype", "dim": "embeddings' width D"}[name]
         values = f"{shown(facts[0][name])} on rank 0, {shown(facts[other][name])} on rank {other}"
-        raise kind(f"{loss}: the embeddings' {what} must be the same on every rank: got {values}")
-    scales = [struct.unpack("<d", struct.pack("<q", fact["scale"]))[0] for fact in facts]
-    other = next((r for r, s in enumerate(scales) if abs(s - scales[0]) > _SCALE_TOLERANCE * abs(scales[0])), None)
-    if other is not None:
-        raise ValueError(
-            f"{loss}: the scale (or 1 / temperature) must be the same on every rank: got {scales[0]:g} on rank 0,"
-            f" {scales[other]:g} on rank {other}"
-        )
+        raise kind(f"{loss}: the {what} must be the same on every rank: got {values}")
+    for field, one in zip(_VALUES, shared, strict=False):
+        numbers = [_number(fact[field]) for fact in facts]
+        allowed = 0.0 if one.exact else _TOLERANCE * abs(numbers[0])
+        other = next((r for r, x in enumerate(numbers) if abs(x - numbers[0]) > allowed), None)
+        if other is not None:
+            raise ValueError(
+                f"{loss}: the {one.name} must be the same on every rank: got {numbers[0]:g} on rank 0,"
+                f" {numbers[other]:g} on rank {other}"
+            )
 
 
 def _chosen(strategy: str, facts: list[dict[str, int]], k: Tensor) -> str:

@@ -82,7 +82,7 @@ class InfoNCELoss(_Spread):
         """Loss of query (N, D) and positive_key (N, D); see :func:`ffcl_fast.functional.info_nce`.
 
         ``negative_keys`` may be a :class:`Queue`, read without a copy. Across processes unpaired negative_keys of all
-        serve every row, and a queue is taken to be the same on all; ``"none"`` gives this process's rows.
+        serve every row, and a queue must be the same on all; ``"none"`` gives this process's rows.
         """
         queue = negative_keys.keys if isinstance(negative_keys, Queue) else None
         if queue is not None and self.negative_mode == "paired":
@@ -98,7 +98,7 @@ class InfoNCELoss(_Spread):
                 self.group,
                 self.distributed,
                 decoupled=self.decoupled,
-                shared=queue is not None,
+                position=negative_keys.position if isinstance(negative_keys, Queue) else None,
                 backend=self.backend,
             )
         if queue is not None:
@@ -150,7 +150,7 @@ class NTXentLoss(_Spread):
         super().__init__(distributed, group)
         _checks.backend(backend)
         _check_temperature(temperature)
-        self.memory_bank = MemoryBank(memory_bank_size, gather_distributed)
+        self.memory_bank = MemoryBank(memory_bank_size, gather_distributed, group)
         if self.memory_bank.size and distributed is not None:
             raise ValueError("distributed must be None with a memory bank: take InfoNCELoss and a Queue")
         self.temperature = temperature
@@ -165,18 +165,32 @@ class NTXentLoss(_Spread):
         """
         options = {"decoupled": self.decoupled, "backend": self.backend}
         if self.memory_bank.size:
-            _checks.embeddings("out0", out0)
-            _checks.embeddings("out1", out1)
-            _checks.alike("out1", out1, "out0", out0, rows=True)  # before a bank of a bare size takes out1's width
-            negatives = self.memory_bank.keys(out1.shape[1])
-            loss = contrastive.nt_xent(out0, out1, self.temperature, negatives, **options)
-            if out0.requires_grad:
-                self.memory_bank.enqueue(prepare(out1.detach(), True))
-            return loss
+            return self._with_bank(out0, out1, options)
         strategy = self.distributed or ("auto" if self.gather_distributed else None)
         if strategy is None or processes.world_size(self.group) == 1:
             return contrastive.nt_xent(out0, out1, self.temperature, **options)
         return across.nt_xent(out0, out1, self.temperature, self.group, strategy, **options)
+
+    def _with_bank(self, out0: Tensor, out1: Tensor, options: dict) -> Tensor:
+        def check() -> Tensor:
+            _checks.embeddings("out0", out0)
+            _checks.embeddings("out1", out1)
+            _checks.alike("out1", out1, "out0", out0, rows=True)  # before a bank of a bare size takes out1's width
+            self.memory_bank.check_width(out1.shape[1])
+            return out1.detach()
+
+        keys = None
+        validates = isinstance(out0, Tensor) and out0.is_floating_point() and not out0.requires_grad
+        if self.memory_bank.gathers and not validates:
+            # before the loss, so that no process is left waiting by another one's wrong arguments
+            inputs = (("out0", out0), ("out1", out1))
+            keys = self.memory_bank.gathered(inputs, lambda: prepare(check(), True))
+        else:
+            check()
+        loss = contrastive.nt_xent(out0, out1, self.temperature, self.memory_bank.keys(out1.shape[1]), **options)
+        if out0.requires_grad:
+            self.memory_bank.put(prepare(out1.detach(), True) if keys is None else keys)
+        return loss
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
@@ -318,15 +332,10 @@ class ClipLoss(_Spread):
 
     def _as_open_clip(self, image_features, text_features, logit_scale, logit_bias) -> Tensor:
         """Each option's value and gradients of the features; the scale's is the mean over processes."""
-        if self.local_loss and not self.gather_with_grad:  # no gradient through what was gathered: two products
-            contrastive.check_pair(image_features, text_features)
-            all_images, all_texts = (processes.gather(x, self.group) for x in (image_features, text_features))
-            first = self.rank * image_features.shape[0]
-            loss = (
-                contrastive.clip_local(image_features, all_texts, logit_scale, first, self.backend)
-                + contrastive.clip_local(text_features, all_images, logit_scale, first, self.backend)
-            ) / 2
-            return contrastive.with_bias(loss, logit_bias, image_features)
+        if self.local_loss and not self.gather_with_grad:
+            return across.clip_own_anchors(
+                image_features, text_features, logit_scale, logit_bias, self.group, self.backend
+            )
         if not self.gather_with_grad:  # own rows only, of the whole loss: DDP's averaging makes that 1 / world_size
             image_features, text_features = (_times(x, 1 / self.world_size) for x in (image_features, text_features))
         name = f"ClipLoss {self.local_loss} {self.gather_with_grad}"

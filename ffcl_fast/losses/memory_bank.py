@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import distributed
+from ..distributed.losses import gather_keys
+from ..functional import _checks
 
 
 class MemoryBank(nn.Module):
@@ -20,12 +23,18 @@ class MemoryBank(nn.Module):
     Args:
         size: 0 for no bank; (size, D); or a bare size, D then being taken from the first batch.
         gather_distributed: add the embeddings of every process.
+        group: the processes; None for all.
 
     Raises:
         ValueError: a negative entry, or not one of these forms.
     """
 
-    def __init__(self, size: int | Sequence[int] = 0, gather_distributed: bool = False) -> None:
+    def __init__(
+        self,
+        size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         shape = tuple(size) if isinstance(size, Sequence) else (size,)
         if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape) or len(shape) not in (1, 2):
@@ -35,6 +44,7 @@ class MemoryBank(nn.Module):
         self.size: int = shape[0]
         self.any_width = len(shape) == 1
         self.gather_distributed = gather_distributed
+        self.group = group
         self.bank: Tensor
         self.bank_ptr: Tensor
         if self.size:
@@ -52,18 +62,43 @@ class MemoryBank(nn.Module):
             with torch.inference_mode(False), torch.no_grad():  # made by a validation batch, it is trained with later
                 bank = torch.randn(self.size, width, dtype=self.bank.dtype, device=self.bank.device)
                 self.bank = F.normalize(bank, dim=-1)
-        if width != self.bank.shape[1]:
-            raise ValueError(f"out1 must be as wide as the memory bank: got {width}, it is {self.bank.shape[1]} wide")
+        self.check_width(width)
         return self.bank
 
-    @torch.no_grad()
+    def check_width(self, width: int) -> None:
+        """Raises ValueError for a ``width`` that the bank does not have; one without a width yet takes any."""
+        if self.bank.shape[1] not in (0, width):
+            raise ValueError(f"out1 must be as wide as the memory bank: got {width}, it is {self.bank.shape[1]} wide")
+
+    @property
+    def gathers(self) -> bool:
+        """Whether what is added comes from other processes too."""
+        return self.gather_distributed and distributed.world_size(self.group) > 1
+
+    def gathered(self, inputs: Sequence[tuple[str, object]], check: Callable[[], Tensor]) -> Tensor:
+        """The embeddings (N, D) that ``check`` returns, of all processes.
+
+        Raises on every process, at once, what ``check`` raises on any, and for ``inputs`` that hold NaN or infinity or
+        for banks that differ; LostRank where another process is gone.
+        """
+        return gather_keys("memory bank", inputs, check, self.size, self.bank_ptr, self.group)
+
     def enqueue(self, batch: Tensor) -> None:
+        """Let ``batch`` (N, D), of every process if the bank gathers, replace the oldest ones; see :meth:`put`."""
+
+        def check() -> Tensor:
+            _checks.embeddings("batch", batch)
+            self.check_width(batch.shape[1])
+            return batch.detach()
+
+        self.put(self.gathered((("batch", batch),), check) if self.gathers else batch)
+
+    @torch.no_grad()
+    def put(self, batch: Tensor) -> None:
         """Let ``batch`` (N, D) replace the oldest embeddings.
 
         As in lightly a batch that does not fit before the end is cut there, and the next one starts at the beginning.
         """
-        if self.gather_distributed and distributed.world_size() > 1:
-            batch = distributed.gather_uneven(batch)
         # Positions as tensors: reading the pointer would stall an accelerator and break a compiled graph.
         count = batch.shape[0]
         batch = batch[: self.size].to(device=self.bank.device, dtype=self.bank.dtype)

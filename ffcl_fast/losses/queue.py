@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import distributed
+from ..distributed.losses import gather_keys
+from ..functional import _checks
 from ..functional.similarity import normalized
 
 
@@ -27,17 +30,26 @@ class Queue(nn.Module):
         dtype: of the keys; that of the embeddings, or autocast's, for them to be used without a cast.
         gather: enqueue the keys of every process, in the order of ranks, so that all hold the same queue. Without a
             process group nothing changes.
+        group: the processes; None for all.
 
     Raises:
         ValueError: a size or dim below 1.
     """
 
-    def __init__(self, size: int, dim: int, *, dtype: torch.dtype | None = None, gather: bool = True) -> None:
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        gather: bool = True,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        self.size, self.dim, self.gather = size, dim, gather
+        self.size, self.dim, self.gather, self.group = size, dim, gather, group
         self.bank: Tensor
         self.position: Tensor
         self.register_buffer("bank", normalized(torch.randn(size, dim), dtype or torch.get_default_dtype()))
@@ -50,16 +62,28 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Let ``keys`` (n, dim), normalised here, replace the oldest ones.
+        """Let ``keys`` (n, dim), normalised here, replace the oldest ones; n may be 0, and differ between processes.
+
+        Across processes wrong arguments of one, NaN or infinity, and queues that differ raise on all, before any key is
+        replaced; a process that is gone raises :class:`ffcl_fast.distributed.LostRank`.
 
         Raises:
+            TypeError: not a tensor of float16, bfloat16, float32 or float64.
             ValueError: another width.
         """
-        if keys.dim() != 2 or keys.shape[1] != self.dim:
-            raise ValueError(f"keys must have shape (n, {self.dim}), got {tuple(keys.shape)}")
-        keys = normalized(keys.detach(), self.bank.dtype)
-        if self.gather and distributed.world_size() > 1:
-            keys = distributed.gather_uneven(keys)
+
+        def check() -> Tensor:
+            if not isinstance(keys, Tensor) or keys.dtype not in _checks.FLOATING:
+                kind = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
+                raise TypeError(f"keys must be a tensor of float16, bfloat16, float32 or float64, got {kind}")
+            if keys.dim() != 2 or keys.shape[1] != self.dim:
+                raise ValueError(f"keys must have shape (n, {self.dim}), got {tuple(keys.shape)}")
+            return normalized(keys.detach(), self.bank.dtype)
+
+        if self.gather and distributed.world_size(self.group) > 1:
+            keys = gather_keys("queue", (("keys", keys),), check, self.size, self.position, self.group)
+        else:
+            keys = check()
         skipped = max(0, keys.shape[0] - self.size)
         keys = keys[skipped:].to(self.bank)
         # Positions as a tensor: reading the number would stall an accelerator.

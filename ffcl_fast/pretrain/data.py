@@ -111,13 +111,16 @@ class Images(Source, Dataset):
     def _parts(self, number: int, rank: int, world: int) -> list[list[int]]:
         """A process's sample numbers of every global batch; the last one may be smaller, and uneven over processes.
 
-        Fewer than two samples a process are left out: BatchNorm cannot train on one.
+        Fewer than two samples a process are left out: BatchNorm cannot train on one. With ``chunk_size`` every process
+        has as many, what does not divide being left out: chunks then are of one number, which SyncBatchNorm needs.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", number))
         order = torch.randperm(len(self.split), generator=generator)[: self.samples].tolist()
         together = self.config.batch_size * world
         batches = [order[i : i + together] for i in range(0, len(order), together)]
         batches = [batch for batch in batches if len(batch) >= 2 * world]
+        if self.config.chunk_size:
+            batches = [batch[: len(batch) // world * world] for batch in batches]
         return [[int(i) for i in np.array_split(batch, world)[rank]] for batch in batches]
 
     def __len__(self) -> int:
