@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import shutil
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -134,6 +136,75 @@ def test_only_plain_files_leave_a_tar(tmp_path, random, kind):
         archive.addfile(member)
     unpacking(tmp_path, path)()
     assert not list((tmp_path / "cache").rglob("evil*"))
+
+
+def header(kind: bytes, size: int, name: str = "x/train/a/0.jpeg") -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE))
+def test_a_header_that_says_it_is_huge_is_not_read(tmp_path, kind):
+    """tarfile reads these whole; there is one in the midst too, after a member that is all right."""
+    size = 50 << 20
+    for first in (b"", header(tarfile.REGTYPE, 0)):
+        (tmp_path / "long.tar").write_bytes(gzip.compress(first + header(kind, size) + bytes(size), 1))
+        tracemalloc.start()
+        try:
+            refused(unpacking(tmp_path, tmp_path / "long.tar"), "long.tar", "header of over")
+            assert tracemalloc.get_traced_memory()[1] < 20 << 20
+        finally:
+            tracemalloc.stop()
+
+
+def test_headers_of_headers_and_sparse_maps_end(tmp_path):
+    nested = header(tarfile.GNUTYPE_LONGNAME, 512) + b"a".ljust(512, b"\0")
+    sparse = bytearray(header(tarfile.GNUTYPE_SPARSE, 0))
+    sparse[482] = 1  # "the map goes on"
+    total = 256 + sum(sparse[:148]) + sum(sparse[156:])
+    sparse[148:156] = b"%06o\0 " % total
+    numbers = b"18 GNU.sparse.major=1\n18 GNU.sparse.minor=0\n".replace(b"18", b"22")
+    pax = header(tarfile.XHDTYPE, len(numbers)) + numbers.ljust(512, b"\0") + header(tarfile.REGTYPE, 8 << 20)
+    contents = {
+        "nested": nested * 3000,
+        "sparse": bytes(sparse) + (bytes(504) + b"\1" + bytes(7)) * 10_000,
+        "pax sparse": pax + b"9" * (8 << 20),
+    }
+    for name, content in contents.items():
+        path = tmp_path / f"{name}.tar"
+        path.write_bytes(header(tarfile.REGTYPE, 0) + content + bytes(1024))
+        refused(unpacking(tmp_path, path), str(path), "header")
+
+
+def test_empty_members_are_not_for_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "many.tar"
+    path.write_bytes(header(tarfile.REGTYPE, 0) * 300 + bytes(1024))
+    monkeypatch.setattr(folder, "LARGEST_INDEX", 100_000)
+    refused(unpacking(tmp_path, path), str(path), "list of its members")
+    monkeypatch.setattr(folder, "LARGEST_TAR", 30_000)
+    refused(unpacking(tmp_path, path), str(path), "unpacks to over")
+    assert not files_under(tmp_path / "cache")
+
+
+def test_two_runs_that_unpack_the_same_tar(tmp_path, random, monkeypatch):
+    """The other one is done while this one unpacks."""
+    path, _ = packed(tmp_path, random)
+    real = os.replace
+
+    def late(source, target):
+        shutil.copytree(source, target)
+        return real(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    assert len(unpacking(tmp_path, path)().classes) == 2
+
+    def broken(source, target):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", broken)
+    os.utime(path, (1, 1))
+    refused(unpacking(tmp_path, path), str(path), "Input/output error")
 
 
 # --------------------------------------------------------------------------------------------------------------- shards
