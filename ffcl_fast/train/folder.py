@@ -185,7 +185,7 @@ class BoundedHeaders(tarfile.TarInfo):
     whole, of whatever size they say they are, which a few packed MB can be hundreds of times over."""
 
     @classmethod
-    def fromtarfile(cls, packed: Any) -> BoundedHeaders:  # type: ignore[override]
+    def fromtarfile(cls, packed: Any) -> BoundedHeaders:
         source = packed.fileobj
         if isinstance(source, _Header):  # the header that another one, as a long name, belongs to
             return super().fromtarfile(packed)
