@@ -27,21 +27,26 @@ from ffcl_fast.train.run import train
 SMALL = ["--data", "digits", "--backbone", "timm/test_resnet", "--image-size", "16", "--epoch-samples", "64",
          "--epochs-global", "1", "--epochs-downstream", "1", "--device", "cpu", "--name", "r"]  # fmt: skip
 
+PRETRAIN = ["--data", "digits", "--backbone", "timm/test_resnet", "--width", "8", "--batch-size", "16",
+            "--epoch-samples", "32", "--epochs", "1", "--device", "cpu", "--name", "r"]  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     monkeypatch.setattr(run_module.report, "learning_curves", lambda *_: None)
 
 
-def command(out: Path, *more: str, files_up_to: int | None = None) -> subprocess.Popen:
-    """``ffcl train`` in a process of its own; no file of it can grow over ``files_up_to`` bytes."""
+def command(
+    out: Path, *more: str, files_up_to: int | None = None, module: str = "train", settings: list[str] = SMALL
+) -> subprocess.Popen:
+    """``ffcl train``, or the other, in a process of its own; no file of it can grow over ``files_up_to`` bytes."""
 
     def limit() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if files_up_to:
             resource.setrlimit(resource.RLIMIT_FSIZE, (files_up_to, files_up_to))
 
-    words = [sys.executable, "-m", "ffcl_fast.train", *SMALL, "--out", str(out), *more]
+    words = [sys.executable, "-m", f"ffcl_fast.{module}", *settings, "--out", str(out), *more]
     pipe = subprocess.PIPE
     return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, preexec_fn=limit)
 
@@ -64,6 +69,14 @@ def test_a_write_that_fails_half_way_is_one_line_and_leaves_no_half_file(tmp_pat
     assert err.count("\n") == 1 and "weights.safetensors" in err, err
     left = [p for p in (tmp_path / "r" / "checkpoints").rglob("*") if p.is_file()]
     assert not left, left
+
+
+def test_a_pretraining_whose_write_fails_is_one_line_and_leaves_no_half_file(tmp_path):
+    process = command(tmp_path, files_up_to=40_000, module="pretrain", settings=PRETRAIN)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2, err
+    assert err.count("\n") == 1 and "last.pt" in err, err
+    assert not [p for p in (tmp_path / "r").rglob("*") if "last" in p.name or "tmp" in p.name]
 
 
 def test_a_disk_full_of_another_librarys_errors_is_an_oserror(tmp_path, monkeypatch):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import shutil
+import signal
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from PIL import Image
 from train_cases import TinyNet, tiny, write_image_folder, write_medmnist
 
 from ffcl_fast.pretrain import Config
+from ffcl_fast.pretrain import data as pretrain_data
 from ffcl_fast.pretrain.data import open_source
 from ffcl_fast.train import config as config_module
 from ffcl_fast.train import folder, sources, train
@@ -136,6 +140,75 @@ def test_only_plain_files_leave_a_tar(tmp_path, random, kind):
     assert not list((tmp_path / "cache").rglob("evil*"))
 
 
+def header(kind: bytes, size: int, name: str = "x/train/a/0.jpeg") -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE))
+def test_a_header_that_says_it_is_huge_is_not_read(tmp_path, kind):
+    """tarfile reads these whole; there is one in the midst too, after a member that is all right."""
+    size = 50 << 20
+    for first in (b"", header(tarfile.REGTYPE, 0)):
+        (tmp_path / "long.tar").write_bytes(gzip.compress(first + header(kind, size) + bytes(size), 1))
+        tracemalloc.start()
+        try:
+            refused(unpacking(tmp_path, tmp_path / "long.tar"), "long.tar", "header of over")
+            assert tracemalloc.get_traced_memory()[1] < 20 << 20
+        finally:
+            tracemalloc.stop()
+
+
+def test_headers_of_headers_and_sparse_maps_end(tmp_path):
+    nested = header(tarfile.GNUTYPE_LONGNAME, 512) + b"a".ljust(512, b"\0")
+    sparse = bytearray(header(tarfile.GNUTYPE_SPARSE, 0))
+    sparse[482] = 1  # "the map goes on"
+    total = 256 + sum(sparse[:148]) + sum(sparse[156:])
+    sparse[148:156] = b"%06o\0 " % total
+    numbers = b"18 GNU.sparse.major=1\n18 GNU.sparse.minor=0\n".replace(b"18", b"22")
+    pax = header(tarfile.XHDTYPE, len(numbers)) + numbers.ljust(512, b"\0") + header(tarfile.REGTYPE, 8 << 20)
+    contents = {
+        "nested": nested * 3000,
+        "sparse": bytes(sparse) + (bytes(504) + b"\1" + bytes(7)) * 10_000,
+        "pax sparse": pax + b"9" * (8 << 20),
+    }
+    for name, content in contents.items():
+        path = tmp_path / f"{name}.tar"
+        path.write_bytes(header(tarfile.REGTYPE, 0) + content + bytes(1024))
+        refused(unpacking(tmp_path, path), str(path), "header")
+
+
+def test_empty_members_are_not_for_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "many.tar"
+    path.write_bytes(header(tarfile.REGTYPE, 0) * 300 + bytes(1024))
+    monkeypatch.setattr(folder, "LARGEST_INDEX", 100_000)
+    refused(unpacking(tmp_path, path), str(path), "list of its members")
+    monkeypatch.setattr(folder, "LARGEST_TAR", 30_000)
+    refused(unpacking(tmp_path, path), str(path), "unpacks to over")
+    assert not files_under(tmp_path / "cache")
+
+
+def test_two_runs_that_unpack_the_same_tar(tmp_path, random, monkeypatch):
+    """The other one is done while this one unpacks."""
+    path, _ = packed(tmp_path, random)
+    real = os.replace
+
+    def late(source, target):
+        shutil.copytree(source, target)
+        return real(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    assert len(unpacking(tmp_path, path)().classes) == 2
+
+    def broken(source, target):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", broken)
+    os.utime(path, (1, 1))
+    refused(unpacking(tmp_path, path), str(path), "Input/output error")
+
+
 # --------------------------------------------------------------------------------------------------------------- shards
 
 
@@ -220,7 +293,98 @@ def test_a_file_named_as_a_command_is_a_file(tmp_path, monkeypatch):
     assert files_under(tmp_path) == {"pipe:touch ran.tar"}
 
 
+@pytest.mark.parametrize("packer", (bytes, gzip.compress))
+def test_a_member_that_is_too_large_is_refused_unread(tmp_path, packer):
+    size = 40 << 20
+    content = header(tarfile.REGTYPE, size, "0.png") + bytes(size + 1024)
+    path = shard(tmp_path / "s" / "a.tar", {})
+    path.write_bytes(packer(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_data, "LARGEST_SAMPLE", 10 << 20)
+        tracemalloc.start()
+        try:
+            refused(drawing(tmp_path / "s"), str(path), "'0.png' unpacks to over 10 MiB")
+            assert tracemalloc.get_traced_memory()[1] < 20 << 20
+        finally:
+            tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ("png", "of a kind that nobody reads"))
+def test_a_sample_of_many_files_is_refused(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(pretrain_data, "LARGEST_SAMPLE", 20_000)
+    content = bytes(9000) if kind == "png" else b""
+    kinds = ("png", "jpg", "bmp") if kind == "png" else [f"kind{i}" for i in range(30)]
+    path = shard(tmp_path / "s" / "a.tar", {f"0.{kind}": content for kind in kinds})
+    refused(drawing(tmp_path / "s"), str(path), "'0.", "unpacks to over")
+
+
+def test_files_of_other_kinds_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_data, "LARGEST_SAMPLE", 20_000)
+    shard(
+        tmp_path / "s" / "a.tar",
+        {f"{i}.{kind}": content for i in range(9) for kind, content in (("png", png()), ("raw", bytes(50_000)))},
+    )
+    assert len(drawing(tmp_path / "s")()) == 2
+
+
+def test_a_huge_header_in_a_shard(tmp_path):
+    path = shard(tmp_path / "s" / "a.tar", {})
+    path.write_bytes(gzip.compress(header(tarfile.GNUTYPE_LONGNAME, 50 << 20) + bytes(50 << 20), 1))
+    refused(drawing(tmp_path / "s"), str(path), "header of over")
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+@pytest.mark.parametrize("names", ((), ("extensionless",)))
+def test_shards_without_a_sample_end(tmp_path, names, workers):
+    for name in "abc":
+        shard(tmp_path / "s" / f"{name}.tar", {name: b"x" for name in names})
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(300)  # without an end, a KeyboardInterrupt
+    try:
+        refused(drawing(tmp_path / "s", workers), str(tmp_path / "s"), "no shard has a sample")
+        shard(tmp_path / "s" / "d.tar", {f"{i}.png": png() for i in range(9)})
+        assert len(drawing(tmp_path / "s", workers)()) == 2  # empty ones beside it are passed over
+    finally:
+        signal.alarm(0)
+
+
+@pytest.mark.parametrize("label", (b"9" * 25, b"-" + b"9" * 25, b"9" * 5000, b"no" * 10_000))
+def test_a_label_that_is_no_number_of_64_bits(tmp_path, label):
+    shard(tmp_path / "s" / "a.tar", {f"{i}.{k}": c for i in range(9) for k, c in (("png", png()), ("cls", label))})
+    refused(drawing(tmp_path / "s"), str(tmp_path / "s"), "cannot be decoded")
+
+
 # ------------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    "text",
+    (
+        "lr: " + "[" * 3000,
+        "lr: " + "9" * 5000,
+        "lr: 0x" + "f" * 5000,
+        "epochs_local: 0x" + "f" * 5000,
+        "backbone: 0x" + "f" * 5000,
+        "0x" + "f" * 5000 + ": 1",
+        "lr: 2001-99-99",
+        "lr: &a [*a]",
+        "preset: [a]",
+        "? [a]\n: b",
+    ),
+    ids=lambda text: text[:20],
+)
+def test_a_config_of_impossible_values(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config({}, path)
+    told = str(caught.value)
+    assert len(told) < 2000 and "\n" not in told and (str(path) in told or told.startswith(text.partition(":")[0]))
+
+
+def test_metrics_nested_without_end_are_not_of_a_finished_run(tmp_path):
+    (tmp_path / "metrics.json").write_text("[" * 100_000)
+    assert not run_module.is_finished(tmp_path)
 
 
 def test_a_config_without_end(tmp_path, monkeypatch):

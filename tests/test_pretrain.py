@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from train_cases import write_image_folder
 
+from ffcl_fast import cli
 from ffcl_fast.pretrain import Config, pretrain
 from ffcl_fast.pretrain.data import Images, caption_bytes, collate, open_source
 from ffcl_fast.pretrain.run import CURVES, LAST, METRICS, WEIGHTS
@@ -86,6 +88,39 @@ def test_resumed_run_is_the_same_run(tmp_path):
     resumed = pretrain(half, resume=True, log=lambda line: None)
     a, b = (torch.load(folder / LAST, weights_only=True)["model"] for folder in (whole, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return pretrain(config(tmp_path_factory.mktemp("finished"), epochs=1, name="p"), log=str)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    (
+        {},
+        None,
+        torch.ones(2),
+        {"config": 3},
+        {"model": {}},
+        {"model": {"x": 3}},
+        {"optimizer": {"state": {}, "param_groups": []}},
+        {"schedule": 3},
+        {"history": [1]},
+        {"history": [{"epoch": 1}]},
+    ),
+    ids=repr,
+)
+def test_a_forged_state_is_one_line(tmp_path, finished, forged, capsys):
+    shutil.copytree(finished, tmp_path / "p")
+    state = torch.load(finished / LAST, weights_only=True)
+    whole = not isinstance(forged, dict) or not forged or "config" in forged
+    torch.save(forged if whole else {**state, **forged}, tmp_path / "p" / LAST)
+    flags = config(tmp_path, epochs=1, name="p").as_dict().items()
+    words = [word for name, value in flags for word in ("--" + name.replace("_", "-"), str(value))]
+    assert cli.main(["pretrain", *words, "--resume"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(tmp_path / "p" / LAST) in err, err
 
 
 def test_image_folder_and_captions(tmp_path, seed):

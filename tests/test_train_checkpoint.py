@@ -14,13 +14,18 @@ from ffcl_fast.train.checkpoint import Checkpoints, Progress, write_atomically, 
 from ffcl_fast.train.errors import UserError
 
 
+def state_of(epoch: int) -> dict:
+    return {"optimizer": {"state": {}, "param_groups": []}, "schedule": {"last_epoch": epoch}}
+
+
 def saved(tmp_path, epochs: int, best: int = 1, stage: str = "local") -> tuple[Checkpoints, list[str]]:
     lines: list[str] = []
     store = Checkpoints(tmp_path / "c", lines.append)
     for epoch in range(1, epochs + 1):
         network = nn.Linear(2, 2)
         nn.init.constant_(network.weight, epoch)
-        store.save(Progress(stage, epoch, {stage: [{}] * epoch}, {stage: min(best, epoch)}), network, {"epoch": epoch})
+        progress = Progress(stage, epoch, {stage: [{}] * epoch}, {stage: min(best, epoch)})
+        store.save(progress, network, state_of(epoch))
     return store, lines
 
 
@@ -33,7 +38,7 @@ def test_a_checkpoint_reads_back(tmp_path):
     progress = store.latest()
     assert (progress.stage, progress.epoch, progress.best) == ("local", 2, {"local": 1})
     network = nn.Linear(2, 2)
-    assert store.load("local", 2, network) == {"epoch": 2}
+    assert store.load("local", 2, network) == state_of(2)
     assert network.weight[0, 0] == 2
 
 
@@ -43,10 +48,10 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path):
 
 def test_the_stage_before_keeps_its_best_as_long_as_it_may_be_needed(tmp_path):
     store, _ = saved(tmp_path, 4, best=2)
-    best = {"local": 2, "global": 1}
-    store.save(Progress("global", 1, {}, best), nn.Linear(2, 2), {})
+    best, history = {"local": 2, "global": 1}, {"local": [{}] * 4, "global": [{}]}
+    store.save(Progress("global", 1, history, best), nn.Linear(2, 2), {})
     assert folders(store) == ["global-0001", "local-0002", "local-0004"]
-    store.save(Progress("global", 2, {}, best), nn.Linear(2, 2), {})
+    store.save(Progress("global", 2, history, best), nn.Linear(2, 2), {})
     assert folders(store) == ["global-0001", "global-0002"]
     assert store.latest().stage == "global"
 
@@ -83,13 +88,67 @@ def test_none_and_all_damaged_are_told_apart(tmp_path):
         store.latest()
 
 
+def test_newest_is_by_number_not_by_name(tmp_path):
+    """Epochs and steps may outgrow the digits that their names are padded to."""
+    store = Checkpoints(tmp_path / "c", print)
+    history = {"local": [{}] * 10_001}
+    for epoch in range(9998, 10_002):
+        store.save(Progress("local", epoch, history, {"local": epoch}), nn.Linear(2, 2), state_of(epoch))
+        assert store.latest().epoch == epoch
+    assert folders(store) == ["local-10000", "local-10001"]
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        store.save(Progress("global", 1, history, step=step), nn.Linear(2, 2), state_of(1))
+        assert store.latest().step == step
+    assert folders(store) == ["global-0001-1000000", "global-0001-1000001"]
+
+
+def forge_state(folder, state) -> None:
+    """Another state.pt, with the checksum that one who forges it would give it."""
+    torch.save(state, folder / "state.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.pt"] = checkpoint._fingerprint(folder / "state.pt")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "state", ({}, None, torch.ones(2), {"optimizer": 3, "schedule": {}}, {"optimizer": {}, "schedule": {}}), ids=repr
+)
+def test_a_forged_state_is_one_line(tmp_path, state):
+    store, _ = saved(tmp_path, 1)
+    forge_state(store.directory / "local-0001", state)
+    with pytest.raises(UserError, match="state.pt: holds no|state.pt: holds a|state.pt: its optimizer"):
+        store.load("local", 1, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "forged",
+    (
+        "[" * 100_000,
+        '{"epoch": ' + "9" * 5000 + "}",
+        {"history": [1]},
+        {"history": {"local": [1]}},
+        {"best": {"local": "x"}},
+        {"best": {"local": 99}},
+        {"epoch": 1.5},
+        {"partial": {"total": 3}},
+        {"partial": [1]},
+        {"other": 1},
+    ),
+    ids=lambda forged: str(forged)[:30],
+)
+def test_a_forged_manifest_is_damage(tmp_path, forged):
+    store, lines = saved(tmp_path, 2)
+    manifest = store.directory / "local-0002" / "manifest.json"
+    if isinstance(forged, dict):
+        forged = json.dumps({**json.loads(manifest.read_text()), **forged})
+    manifest.write_text(forged)
+    assert store.latest().epoch == 1
+    assert len(lines) == 1 and "local-0002: damaged" in lines[0] and "\n" not in lines[0]
+
+
 def test_state_is_never_unpickled_into_code(tmp_path):
     store, _ = saved(tmp_path, 1)
-    folder = store.directory / "local-0001"
-    torch.save({"optimizer": os.system}, folder / "state.pt")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["state.pt"] = checkpoint._fingerprint(folder / "state.pt")  # as one who forges it would
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    forge_state(store.directory / "local-0001", {"optimizer": os.system})
     with pytest.raises(UserError, match="state.pt"):
         store.load("local", 1, nn.Linear(2, 2))
 

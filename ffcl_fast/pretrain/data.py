@@ -10,9 +10,11 @@ import io
 import os
 import random
 import re
+import tarfile
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +27,16 @@ from ..train.batches import derive_seed
 from ..train.config import Config as TrainConfig
 from ..train.data import Split, prepare
 from ..train.errors import UserError
-from ..train.folder import FOLDER_SIZE, FORMATS
+from ..train.folder import FOLDER_SIZE, FORMATS, BoundedHeaders
 from .config import Config
 
 CAPTION = 64  # bytes of a caption that the text encoder reads
-_IMAGES = ";".join(suffix[1:] for suffix in FORMATS)
+LARGEST_SAMPLE = 256 << 20  # bytes that the files of a shard's sample may unpack to before it is refused
+_IMAGES = tuple(suffix[1:] for suffix in FORMATS)
+_META = re.compile(r"__[^/]*__($|/)")  # WebDataset's files about a shard
+_READ = {*_IMAGES, "cls", "txt"}
 _SHUFFLED = 1000  # samples of a shard that are mixed
+_SHUFFLED_PIXELS = 256 << 20  # of them all, at most
 
 
 @dataclass(frozen=True)
@@ -150,9 +156,12 @@ class Shards(Source):
         seed = derive_seed(self.config.seed, "shards", number, rank)
         pipeline = wds.DataPipeline(
             wds.ResampledShards(self.urls, seed=seed, deterministic=True),
-            wds.tarfile_to_samples(handler=self._unreadable),
-            wds.shuffle(_SHUFFLED, rng=random.Random(seed)),
-            wds.map(lambda sample: self._decoded(sample, seed)),
+            lambda urls: wds.tariterators.url_opener(urls, handler=self._unreadable),
+            self._members,
+            lambda members: wds.tariterators.group_by_keys(members, handler=self._unreadable),
+            wds.map(self._decoded),  # before they are mixed: as pixels, their size is known
+            wds.shuffle(max(2, min(_SHUFFLED, _SHUFFLED_PIXELS // self.image_size**2)), rng=random.Random(seed)),
+            wds.map(lambda sample: self._viewed(sample, seed)),
         )
         loader = DataLoader(
             pipeline, batch_size=self.config.batch_size, num_workers=self.config.workers, collate_fn=collate
@@ -167,11 +176,52 @@ class Shards(Source):
         where = next((str(part) for part in reversed(error.args) if str(part) in self.urls), self.config.data)
         raise UserError(f"data {where}: not a readable shard ({error.args[0] if error.args else error})") from None
 
-    def _decoded(self, sample: dict, seed: int) -> tuple[Tensor, Tensor, int]:
+    def _members(self, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The files in ``shards`` for webdataset's group_by_keys, {} at the end of each shard.
+
+        webdataset's own iterator reads every file whole, of whatever size, and draws for ever where none is a sample.
+        """
+        barren: set[str] | None = set()  # shards without a sample; None once one had some
+        for shard in shards:
+            url = shard["url"]
+            try:
+                for file in self._files(shard["stream"], url):
+                    barren = None
+                    yield file
+            except UserError:
+                raise
+            except Exception as error:  # tarfile's and each packer's own
+                raise UserError(f"data {url}: not a readable shard ({error})") from None
+            yield {}
+            if barren is not None:
+                barren.add(url)
+                if len(barren) == len(set(self.urls)):
+                    raise UserError(f"data {self.config.data}: no shard has a sample (files named as KEY.{_IMAGES[0]})")
+
+    def _files(self, stream: Any, url: str) -> Iterator[dict[str, Any]]:
+        """Those of one shard; only the kinds that are used are read."""
+        from webdataset.tariterators import base_plus_ext
+
+        last, held = None, 0
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=BoundedHeaders) as archive:
+            for member in archive:
+                archive.members = []  # else they pile up
+                key, kind = base_plus_ext(member.name)
+                if not member.isreg() or key is None or _META.match(member.name):
+                    continue
+                read = kind.lower() in _READ
+                held = (held if key == last else 0) + 1024 + (member.size if read else 0)
+                last = key
+                if held > LARGEST_SAMPLE:
+                    raise UserError(f"data {url}: {member.name!r} unpacks to over {LARGEST_SAMPLE >> 20} MiB")
+                content = archive.extractfile(member) if read else None
+                yield {"fname": member.name, "data": content.read() if content else b"", "__url__": url}
+
+    def _decoded(self, sample: dict) -> tuple[Tensor, int, str, str]:
         key = sample.get("__key__", "?")
-        kind = next((suffix for suffix in _IMAGES.split(";") if suffix in sample), None)
+        kind = next((suffix for suffix in _IMAGES if suffix in sample), None)
         if kind is None:
-            raise UserError(f"data {self.config.data}: sample {key!r} has no image ({_IMAGES.replace(';', ', ')})")
+            raise UserError(f"data {self.config.data}: sample {key!r} has no image ({', '.join(_IMAGES)})")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -179,13 +229,20 @@ class Shards(Source):
                     size = (self.image_size, self.image_size)
                     pixels = np.asarray(image.convert("L").resize(size, Image.Resampling.BILINEAR))
             label = int(sample["cls"]) if "cls" in sample else -1
-            caption = sample["txt"].decode() if "txt" in sample else ""
-        except Exception as error:  # Pillow's decoders raise anything on hostile bytes
-            raise UserError(f"data {self.config.data}: sample {key!r} cannot be decoded ({error})") from None
+            if not -(2**63) <= label < 2**63:
+                raise ValueError("its label has over 64 bits")
+            caption = sample["txt"].decode()[:CAPTION] if "txt" in sample else ""
+        except Exception as error:  # Pillow's decoders raise anything on hostile bytes, and may quote all of them
+            reason = str(error)[:200]
+            raise UserError(f"data {self.config.data}: sample {key!r} cannot be decoded ({reason})") from None
         needed = {"supcon": ("cls", label < 0), "clip": ("txt", not caption)}.get(self.config.method)
         if needed and needed[1]:
             raise UserError(f"data {self.config.data}: sample {key!r} has no .{needed[0]}, for {self.config.method}")
-        return self.item(torch.from_numpy(pixels.copy())[None], label, caption, derive_seed(seed, key))
+        return torch.from_numpy(pixels.copy())[None], label, caption, key
+
+    def _viewed(self, decoded: tuple[Tensor, int, str, str], seed: int) -> tuple[Tensor, Tensor, int]:
+        image, label, caption, key = decoded
+        return self.item(image, label, caption, derive_seed(seed, key))
 
 
 # What curl, which webdataset starts through a shell, may be asked for.

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import distributed as processes
 from ..distributed.exchange import LostRank, of_backend
 from ..train import report
-from ..train.checkpoint import save_weights, write_atomically, write_text
+from ..train.checkpoint import load_state, save_state, save_weights, write_atomically, write_text
 from ..train.errors import UserError
 from ..train.parallel import join, restarts
 from .config import Config
@@ -108,10 +108,8 @@ def _prepared(folder: Path, config: Config, resume: bool) -> dict[str, Any] | No
         raise UserError(f"run {folder}: exists already; choose another --name, or go on with it: --resume")
     if not (folder / LAST).exists():
         return None
-    try:
-        state = torch.load(folder / LAST, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes the unpickler say
-        raise UserError(f"checkpoint {folder / LAST}: not readable ({str(error).partition(chr(10))[0]})") from None
+    parts = {"config": dict, "model": dict, "optimizer": dict, "schedule": dict, "history": list}
+    state = load_state(folder / LAST, parts)
     changed = [k for k, v in config.as_dict().items() if k not in _MOVABLE and state["config"].get(k) != v]
     if changed:
         raise UserError(f"{changed[0]}: a resumed run keeps its own, {state['config'].get(changed[0])!r}")
@@ -205,10 +203,16 @@ class _Training:
 
     def _load(self, state: dict[str, Any]) -> None:
         wrapped = {name.replace(".module.", ".", 1): name for name in self.model.state_dict()}
-        self.model.load_state_dict({wrapped[name]: value for name, value in state["model"].items()})
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.history = state["history"]
+        try:
+            self.model.load_state_dict({wrapped[name]: value for name, value in state["model"].items()})
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.history = [{name: float(value) for name, value in record.items()} for record in state["history"]]
+            if not all({"epoch", "loss", "samples_per_second", "peak_mib"} <= set(record) for record in self.history):
+                raise ValueError("its history lacks what every epoch has")
+        except Exception as error:  # whatever PyTorch says to a forged file
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise UserError(f"checkpoint {self.folder / LAST}: does not fit this run ({reason})") from None
 
     def _save(self) -> None:
         if self.rank:
@@ -220,7 +224,7 @@ class _Training:
             "schedule": self.schedule.state_dict(),
             "history": self.history,
         }
-        write_atomically(self.folder / LAST, lambda path: torch.save(state, path))
+        save_state(self.folder / LAST, state)
         self._metrics("running")
 
     def _metrics(self, status: str) -> None:

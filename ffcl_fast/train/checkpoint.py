@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from torch import nn
 from .errors import UserError
 
 _WEIGHTS, _STATE, _MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
+_FOLDER = re.compile(r"([a-z]+)-([0-9]+)(?:-([0-9]+))?")
 
 
 @dataclass
@@ -81,6 +83,27 @@ def save_weights(path: Path, network: nn.Module) -> None:
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """``state`` for :func:`torch.load`, atomically."""
     write_atomically(path, lambda scratch: _told(path, torch.save, state, scratch))
+
+
+def load_state(path: Path, parts: dict[str, type]) -> dict[str, Any]:
+    """:func:`save_state`'s ``state``, loaded without executing code; ``parts``: what it must hold.
+
+    Raises UserError where it is damaged or not such a state.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a forged file makes the restricted unpickler say
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"checkpoint {path}: not readable ({reason})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {path}: holds a {type(state).__name__}, not a training's state")
+    for name, kind in parts.items():
+        if not isinstance(state.get(name), kind):
+            raise UserError(f"checkpoint {path}: holds no {name} of a training")
+    optimizer = state.get("optimizer")
+    if isinstance(optimizer, dict) and not {"state", "param_groups"} <= set(optimizer):
+        raise UserError(f"checkpoint {path}: its optimizer is not PyTorch's")
+    return state
 
 
 def _told(path: Path, write: Callable[..., Any], *arguments: Any) -> None:
@@ -153,11 +176,7 @@ class Checkpoints:
         if problem is not None:
             raise UserError(f"checkpoint {folder}: damaged ({problem})")
         load_weights(folder / _WEIGHTS, network)
-        try:
-            return torch.load(folder / _STATE, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a forged file makes the restricted unpickler say
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"checkpoint {folder / _STATE}: not readable ({reason})") from None
+        return load_state(folder / _STATE, {"optimizer": dict, "schedule": dict})
 
     def clear(self) -> None:
         """Delete all: the run is finished, and :meth:`finish_stage` has stored each stage's weights."""
@@ -173,10 +192,15 @@ class Checkpoints:
         save_weights(self.stage_weights(stage), network)
 
     def _all(self) -> list[Path]:
+        """Oldest first, by numbers: as text, epoch 10000 would come before 9999."""
         from .config import STAGES
 
-        folders = [p for p in self.directory.glob("*-*") if p.is_dir() and p.name.partition("-")[0] in STAGES]
-        return sorted(folders, key=lambda p: (STAGES.index(p.name.partition("-")[0]), p.name))
+        found = {}
+        for folder in self.directory.glob("*-*"):
+            name = _FOLDER.fullmatch(folder.name)
+            if name and name[1] in STAGES and folder.is_dir():
+                found[STAGES.index(name[1]), int(name[2]), int(name[3] or 0)] = folder
+        return [found[moment] for moment in sorted(found)]
 
     def _prune(self, progress: Progress) -> None:
         # each of the newest two needs its own stage's best: that is what its stage hands on
@@ -200,7 +224,28 @@ def _fingerprint(path: Path) -> dict[str, int]:
 def _read_manifest(folder: Path) -> tuple[Progress, dict[str, dict[str, int]]]:
     values = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     files = values.pop("files")
-    return Progress(**values), files
+    progress = Progress(**values)
+    _check(progress)
+    return progress, files
+
+
+def _check(progress: Progress) -> None:
+    """ValueError for values that no run stores: right checksums do not tell who wrote the manifest."""
+    if not all(type(number) is int and number >= 0 for number in (progress.epoch, progress.step)):
+        raise ValueError("epoch and step are not whole numbers")
+    history, best, partial = progress.history, progress.best, progress.partial
+    if not all(isinstance(part, dict) for part in (history, best, partial)):
+        raise ValueError("history, best or partial is not a mapping")
+    if not all(isinstance(r, list) and all(isinstance(record, dict) for record in r) for r in history.values()):
+        raise ValueError("history is not a list of epochs for each stage")
+    for stage, epoch in best.items():
+        if type(epoch) is not int or not 1 <= epoch <= len(history.get(stage, ())):
+            raise ValueError(f"the best epoch of {stage} is none that was trained")
+    means = [partial[name] for name in ("total", "window") if name in partial]
+    if not all(isinstance(m, dict) and isinstance(m.get("sums"), dict) and type(m.get("count")) is int for m in means):
+        raise ValueError("partial holds no sums of an epoch")
+    if not isinstance(partial.get("trace", []), list):
+        raise ValueError("partial holds no trace of an epoch")
 
 
 def _damage(folder: Path) -> str | None:
@@ -212,6 +257,6 @@ def _damage(folder: Path) -> str | None:
         for name in (_WEIGHTS, _STATE):
             if _fingerprint(folder / name) != files[name]:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None

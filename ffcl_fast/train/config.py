@@ -176,7 +176,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     name, (kind, optional), limits = field.name, base_type(field.name), field.metadata
     if value is None and optional:
         return None
-    wrong = UserError(f"{name}: expected {_wanted(kind, limits)}, got {value!r}")
+    wrong = UserError(f"{name}: expected {_wanted(kind, limits)}, got {_shown(value)}")
     if kind is tuple:
         value = value.split(",") if isinstance(value, str) else value
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
@@ -201,11 +201,20 @@ def _number(value: Any, kind: type) -> int | float | None:
         return None
     try:
         number = float(value) if kind is float or isinstance(value, float) else int(value)
-    except ValueError:
+        if not math.isfinite(number) or (kind is int and number != int(number)):
+            return None
+        return kind(number)
+    except (ValueError, OverflowError):  # the second of a whole number that no float can hold
         return None
-    if not math.isfinite(number) or (kind is int and number != int(number)):
-        return None
-    return kind(number)
+
+
+def _shown(value: Any) -> str:
+    """``value`` for a message, whatever a file held."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write whole numbers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else text[:200] + " ..."
 
 
 def _inside(number: float, limits: Mapping[str, Any]) -> bool:
@@ -236,7 +245,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise UserError(f"config {path}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # the second of dates and numbers that cannot be
         raise UserError(f"config {path}: not YAML: {error}") from None
     if values is None:
         return {}
@@ -250,7 +261,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     values = read_yaml(path)
     unknown = [key for key in values if key not in FIELDS]
     if unknown:
-        raise UserError(f"config {path}: unknown setting {unknown[0]!r}; settings are {', '.join(FIELDS)}")
+        raise UserError(f"config {path}: unknown setting {_shown(unknown[0])}; settings are {', '.join(FIELDS)}")
     return values
 
 
@@ -258,6 +269,6 @@ def load_config(flags: Mapping[str, Any], file: str | Path | None = None) -> Con
     """Flags over file over preset over defaults; ``flags`` holds only what the user typed."""
     given = {**(read_file(file) if file is not None else {}), **flags}
     preset = given.get("preset", Config.preset)
-    if preset not in PRESETS:
-        raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {_shown(preset)}")
     return Config(**{**PRESETS[preset], **given})

@@ -7,6 +7,7 @@ opened, with a limit on their pixels, and archives are unpacked by tarfile's ``d
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +42,8 @@ FORMATS = {
 FOLDER_SIZE = 64  # pixels a side where --image-size is not given
 MEMORY_LIMIT = 1 << 30  # bytes of decoded images a split holds in memory; a temporary file beyond
 LARGEST_TAR = 64 << 30  # bytes a .tar may unpack to before it is refused
+LARGEST_HEADER = 1 << 20  # bytes of one member's headers in a .tar; a name takes hundreds
+LARGEST_INDEX = 1 << 30  # bytes of memory that the list of a .tar's members may take, of some 1 KiB each
 
 # Kermany's X-rays: person123_bacteria_45, IM-0115-0001, NORMAL2-IM-1440-0001-0002; the first part is the patient
 _PATIENT = re.compile(r"(person\d+|(?:NORMAL\d*-)?IM-\d+)(?=[_-])")
@@ -176,10 +180,47 @@ def _decode(
     return Split(torch.from_numpy(images), torch.tensor([label for _, label in files], dtype=torch.int64))
 
 
+class BoundedHeaders(tarfile.TarInfo):
+    """For ``tarfile.open(..., tarinfo=BoundedHeaders)``: tarfile reads long names, pax headers and maps of sparse files
+    whole, of whatever size they say they are, which a few packed MB can be hundreds of times over."""
+
+    @classmethod
+    def fromtarfile(cls, packed: Any) -> BoundedHeaders:
+        source = packed.fileobj
+        if isinstance(source, _Header):  # the header that another one, as a long name, belongs to
+            return super().fromtarfile(packed)
+        packed.fileobj = _Header(source)
+        try:
+            member = super().fromtarfile(packed)
+        except (ValueError, OverflowError, RecursionError) as error:  # of forged numbers and of headers of headers
+            raise tarfile.ReadError(f"bad header: {error}") from None
+        finally:
+            packed.fileobj = source
+        if member.size < 0 or len(packed.pax_headers) > 1000:
+            raise tarfile.ReadError("bad header")
+        return member
+
+
+class _Header:
+    """The file that a header is read from, for so many bytes."""
+
+    def __init__(self, source: Any) -> None:
+        self.source, self.left = source, LARGEST_HEADER
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise tarfile.ReadError(f"a header of over {LARGEST_HEADER >> 10} KiB")
+        return self.source.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+
 def _unpacked(path: Path) -> Path:
     """The folder a .tar was unpacked to, in the cache; unpacked now where it was not yet."""
     try:
-        with tarfile.open(path) as packed:
+        with tarfile.open(path, tarinfo=BoundedHeaders) as packed:
             stamp = path.stat()
             key = hashlib.sha256(f"{path.resolve()}:{stamp.st_size}:{stamp.st_mtime_ns}".encode()).hexdigest()[:16]
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ffcl_fast"
@@ -187,16 +228,24 @@ def _unpacked(path: Path) -> Path:
             if target.is_dir():
                 return target
             cache.mkdir(parents=True, exist_ok=True)
-            room, size, members = min(LARGEST_TAR, shutil.disk_usage(cache).free), 0, []
+            room, size, index, members = min(LARGEST_TAR, shutil.disk_usage(cache).free), 0, 0, []
             for member in packed:  # the sum so far, so that a bomb is never read to its end
-                size += member.size
+                size = max(size, member.offset_data) + member.size  # headers too: empty files cost a disk as well
                 if size > room:
                     raise UserError(f"data {path}: unpacks to over {room >> 20} MiB, more than {cache} has room for")
+                index += 1024 + len(member.name)
+                if index > LARGEST_INDEX:
+                    raise UserError(f"data {path}: the list of its members takes over {LARGEST_INDEX >> 20} MiB")
+                member.pax_headers = {}  # has done its work
                 if member.isdir() or (member.isfile() and Path(member.name).suffix.lower() in FORMATS):
                     members.append(member)
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
                 packed.extractall(Path(scratch) / "data", members=members, filter="data")
-                os.replace(Path(scratch) / "data", target)
+                try:
+                    os.replace(Path(scratch) / "data", target)
+                except OSError:
+                    if not target.is_dir():  # where it is, another run has unpacked the same in the meantime
+                        raise
             return target
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"data {path}: expected a folder or a readable .tar file ({error})") from None

@@ -204,7 +204,7 @@ def is_finished(directory: Path) -> bool:
     """Whether ``metrics.json`` there says so."""
     try:
         return json.loads((directory / METRICS).read_text(encoding="utf-8"))["status"] == "finished"
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False
 
 
