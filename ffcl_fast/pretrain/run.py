@@ -169,7 +169,7 @@ class _Training:
 
     def _epoch(self, number: int) -> dict[str, float]:
         self.model.train()
-        total = torch.zeros(3, dtype=torch.float64)  # loss, samples, steps
+        losses, counted = torch.zeros((), dtype=torch.float64, device=self.device), [0, 0]  # samples, steps
         began = time.perf_counter()
         for batch in self.source.epoch(number, self.rank, self.world):
             batch = Batch(*(x.to(self.device, non_blocking=True) for x in (batch.first, batch.second, batch.labels)))
@@ -179,7 +179,9 @@ class _Training:
             self.optimizer.step()
             self.schedule.step()
             self.model.clamp_()
-            total += torch.tensor([loss.double().item(), len(batch.labels), 1.0])
+            losses += loss.detach()  # read once an epoch: a step must not wait for the device
+            counted = [counted[0] + len(batch.labels), counted[1] + 1]
+        total = torch.tensor([losses.item(), *counted], dtype=torch.float64)
         seconds = time.perf_counter() - began
         peak = torch.tensor([_peak_mib(self.device)], dtype=torch.float64)
         if self.world > 1:
