@@ -239,7 +239,8 @@ def _check(progress: Progress) -> None:
     if not all(isinstance(r, list) and all(isinstance(record, dict) for record in r) for r in history.values()):
         raise ValueError("history is not a list of epochs for each stage")
     for stage, epoch in best.items():
-        if type(epoch) is not int or not 1 <= epoch <= len(history.get(stage, ())):
+        trained = len(history[stage]) if stage in history else progress.epoch
+        if type(epoch) is not int or not 1 <= epoch <= trained:
             raise ValueError(f"the best epoch of {stage} is none that was trained")
     means = [partial[name] for name in ("total", "window") if name in partial]
     if not all(isinstance(m, dict) and isinstance(m.get("sums"), dict) and type(m.get("count")) is int for m in means):
