@@ -77,7 +77,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         number = kind(value)
         if kind is not str and not math.isfinite(number) or kind is int and number != float(value):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         name = {int: "a whole number", float: "a number", str: "text"}[kind]
         raise UserError(f"{field.name}: expected {name}, got {value!r}") from None
     if "choices" in limits and number not in limits["choices"]:

@@ -83,7 +83,7 @@ def finished(directory: Path) -> dict[str, Any]:
         status = metrics["status"]
     except FileNotFoundError:
         raise UserError(f"run {directory}: has no {METRICS}, so it is not a run of ffcl train") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"run {directory}: {METRICS} is damaged ({error})") from None
     if status != "finished":
         raise UserError(f"run {directory}: not finished; go on with: ffcl train --resume {directory}")
