@@ -22,6 +22,7 @@ help:
 	@echo "make train [DATA=digits|pneumoniamnist|FOLDER] [ARGS='--seed 1']   the three FFCL stages"
 	@echo "make test  [ARGS='-k similarity']                                  the tests; the targets below have more"
 	@echo "make test-triton [ARGS='-k pool']                                  the Triton kernels under its interpreter"
+	@echo "make test-cuda | test-processes                                    CUDA kernels on an emulator | real processes, faults"
 	@echo "make sanitize | mutate                                             native code under sanitizers | broken on purpose"
 	@echo "make fuzz [SECONDS=60] | test-long                                 arguments of any kind | what takes minutes"
 	@echo "make bench [ARGS='-k ntxent']                                      the measurements, benchmarks/results/"

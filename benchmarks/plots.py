@@ -34,14 +34,14 @@ _SPEEDUPS = (
     # workload, rival, label
     ("nt_xent-8192x128", "lightly", "NT-Xent, 8192 × 128, lightly"),
     ("nt_xent-8192x512", "lightly", "NT-Xent, 8192 × 512, lightly"),
-    ("sup_con-8192x128", "SupContrast", "SupCon, 8192 × 128, SupContrast"),
-    ("sup_con-8192x512", "SupContrast", "SupCon, 8192 × 512, SupContrast"),
+    ("sup_con-8192x128", "SupContrast", "SupCon, 8192 × 128, SupContrast's formula"),
+    ("sup_con-8192x512", "SupContrast", "SupCon, 8192 × 512, SupContrast's formula"),
     ("clip-8192x128", "open_clip", "CLIP, 8192 × 128, open_clip"),
     ("clip-8192x512", "open_clip", "CLIP, 8192 × 512, open_clip"),
     ("info_nce-8192x128", "info-nce-pytorch", "InfoNCE, 8192 × 128, info-nce-pytorch"),
     ("siglip-8192x512", "open_clip", "SigLIP, 8192 × 512, open_clip"),
     ("nt_xent-512x512", "lightly", "NT-Xent, 512 × 512, lightly"),
-    ("sup_con-512x512", "SupContrast", "SupCon, 512 × 512, SupContrast"),
+    ("sup_con-512x512", "SupContrast", "SupCon, 512 × 512, SupContrast's formula"),
     ("clip-512x512", "open_clip", "CLIP, 512 × 512, open_clip"),
     ("pair_cosine-64x64x56x56", "CosineEmbeddingLoss", "Pair cosine, 64 × 64 × 56², torch.nn"),
     ("goodness_normalize-4096x2048", "eager, shared", "ReLU + goodness + normalise, eager"),
@@ -108,7 +108,10 @@ def _speedups(results: Results):
     for y, (value, above) in enumerate(zip(values, spread[1], strict=True)):
         axes.annotate(f"{value:.1f} ×", (value + above, y), xytext=(5, 0), textcoords="offset points", va="center")
     axes.axvline(1, color="#444444", linewidth=1, linestyle=":")
-    axes.set_title(f"times faster, forward + backward, {results['device']['threads']} CPU threads", loc="left")
+    axes.set_title(
+        f"times faster than the library named, forward + backward, {results['device']['threads']} CPU threads",
+        loc="left",
+    )
     axes.set_xlim(0, 1.12 * max((v + a for v, a in zip(values, spread[1], strict=True))))
     axes.tick_params(axis="y", length=0)
     return figure
