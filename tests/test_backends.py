@@ -95,7 +95,8 @@ def test_the_cpu_backend_without_its_compiled_part(monkeypatch):
 def test_a_sample_too_long_for_32_bit_places_is_refused(name):
     module = backends.load(name)
     longest = torch.zeros(()).expand(2, 2**31)  # one element of memory
-    problem = "a sample may have at most 2^31 - 1 elements, these have 2147483648"
+    most = {"cuda": 2**30 - 1, "triton": 2**31 - 1}[name]
+    problem = f"a sample may have at most {most} elements, these have 2147483648"
     assert module.unavailable("goodness_forward", longest) == problem
     assert module.unavailable("pool_goodness_forward", longest.unflatten(1, (2, 2**30))) == problem
-    assert module.unavailable("goodness_forward", longest[:, 1:]) != problem
+    assert "elements" not in (module.unavailable("goodness_forward", longest[:, :most]) or "")

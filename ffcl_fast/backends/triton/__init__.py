@@ -41,8 +41,8 @@ def unavailable(op: str, x: Tensor) -> str | None:
         return "not written as a Triton kernel"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return "its kernels take float32, float16 and bfloat16"
-    if op not in _SIMILARITY and x[0].numel() > MAX_ELEMENTS:
-        return f"a sample may have at most 2^31 - 1 elements, these have {x[0].numel()}"
+    if op not in _SIMILARITY and x.shape[1:].numel() > MAX_ELEMENTS:
+        return f"a sample may have at most {MAX_ELEMENTS} elements, these have {x.shape[1:].numel()}"
     if x.device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
