@@ -9,7 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from ffcl_fast.backends.triton import config, launch  # noqa: E402
+from ffcl_fast.backends import aligned  # noqa: E402
+from ffcl_fast.backends.triton import config  # noqa: E402
 from ffcl_fast.backends.triton.config import Tile, candidates, pick  # noqa: E402
 
 CHOICES = candidates("forward", "sm90", "half", 512)
@@ -133,7 +134,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(operands, monkeypatch, 
 def test_what_is_off_16_bytes_is_copied_to_where_it_is_not():
     x = torch.randn(64, 72).bfloat16()
     for fine in (x, x[::2], x[:, 8:40], torch.zeros(0, 72)):
-        assert launch.is_aligned(fine) and launch.aligned_rows(fine) is fine
+        assert aligned.is_aligned(fine) and aligned.aligned_rows(fine) is fine
     for odd in (
         x[:, 1:65],  # its base is off 16 bytes
         x[:, :9],  # its rows end off them
@@ -143,8 +144,8 @@ def test_what_is_off_16_bytes_is_copied_to_where_it_is_not():
         x.T,
         x[:, 3:4],
     ):
-        copy = launch.aligned_rows(odd)
-        assert not launch.is_aligned(odd) and launch.is_aligned(copy)
+        copy = aligned.aligned_rows(odd)
+        assert not aligned.is_aligned(odd) and aligned.is_aligned(copy)
         assert torch.equal(copy[:, : odd.shape[1]], odd) and not bool(copy[:, odd.shape[1] :].any())
         assert copy.shape[1] - odd.shape[1] < 8
 

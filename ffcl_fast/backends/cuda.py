@@ -56,6 +56,11 @@ def runs_on(capability: int, archs: Sequence[str]) -> bool:
     return False
 
 
+@functools.cache  # asked at every call of an operator
+def _built_for(capability: int) -> bool:
+    return runs_on(capability, native.module.build_info()["cuda_archs"])
+
+
 def unavailable(op: str, x: Tensor) -> str | None:
     """Why ``op`` cannot run for tensors like ``x``, or None."""
     if op not in _OPERATORS:
@@ -72,7 +77,7 @@ def unavailable(op: str, x: Tensor) -> str | None:
         return "this PyTorch is not built for CUDA"
     if chip(x.device).capability < 80:
         return "its kernels need compute capability 8.0 or later"
-    if x.is_cuda and not runs_on(chip(x.device).capability, native.module.build_info()["cuda_archs"]):
+    if x.is_cuda and not _built_for(chip(x.device).capability):
         return f"ffcl_fast was built for other chips (FFCL_CUDA_ARCHS) than capability {chip(x.device).capability / 10}"
     if op in _SIMILARITY:
         if x.dtype not in HALVES:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import cuda, native
+from .aligned import aligned_rows
 
 PANEL_SIDE = 4096  # 32 MiB of 16-bit numbers, which stay in the L2 cache of a Hopper chip
 LOG2E = 1.4426950408889634
@@ -48,21 +49,8 @@ class _Problem(NamedTuple):
 def _problem(q, k, scale, row_ids, col_ids, exclude) -> _Problem:
     ids = cuda.dense(row_ids)
     other = ids if k is None or col_ids is None else cuda.dense(col_ids)
-    left = aligned(q)
-    return _Problem(left, left if k is None else aligned(k), scale.float(), ids, other, exclude, k is None)
-
-
-def aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy padded with zeros to a multiple of 8 columns where its rows are not at 16-byte addresses, or
-    overlap, which TMA cannot be told."""
-    rows, width = x.shape
-    step = x.stride(0)
-    if x.stride(1) == 1 and width % 8 == 0 and width <= step < 1 << 39 and step % 8 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    padded = x.new_empty(rows, -(-width // 8) * 8)
-    padded[:, width:] = 0
-    padded[:, :width] = x
-    return padded
+    left = aligned_rows(q)
+    return _Problem(left, left if k is None else aligned_rows(k), scale.float(), ids, other, exclude, k is None)
 
 
 def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +83,11 @@ def _check_single(backbone: nn.Module, what: str, image_size: int, setting: str)
 
 def check_backbone(config: Config) -> None:
     """UserError for a backbone that no library has or weights that are not there, before anything is built."""
+    from . import weights
+
     _library(config)
-    if config.init not in ("random", "imagenet") and not Path(config.init).is_file():
-        raise UserError(f"init {config.init}: no such file (expected random, imagenet or a weight file)")
+    if config.init not in ("random", "imagenet"):
+        weights.require(config.init)
 
 
 def _library(config: Config) -> str:

@@ -14,14 +14,19 @@ from .errors import UserError
 _log = logging.getLogger("ffcl_fast.train")
 
 
+def require(path: str | Path) -> None:
+    """UserError where there is no such file."""
+    if not Path(path).is_file():
+        raise UserError(f"init {path}: no such file (expected random, imagenet or a weight file)")
+
+
 def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors in a .safetensors file, or in a PyTorch file that holds nothing but tensors.
 
     Raises UserError for a file that is missing, damaged or would need unpickling of code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"init {path}: no such file (expected random, imagenet or a weight file)")
+    require(path)
     state: Any
     try:
         if path.suffix == ".safetensors":

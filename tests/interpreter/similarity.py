@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from guards import guarded, inside_nan  # noqa: F401
 
 from ffcl_fast import backends, functional, ops, reference
+from ffcl_fast.backends.aligned import aligned_rows, is_aligned
 from ffcl_fast.backends.triton import config, launch
 from ffcl_fast.backends.triton.config import Tile
-from ffcl_fast.backends.triton.launch import aligned_rows, is_aligned
 from helpers import assert_close_to_reference
 
 forward_module = importlib.import_module("ffcl_fast.backends.triton.similarity_forward")

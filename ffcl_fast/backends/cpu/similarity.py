@@ -56,10 +56,16 @@ def siglip(q, k, scale, bias, positives, need_grad):
     dq = q.new_empty(q.shape if need_grad else (0, q.shape[1]), dtype=torch.float32)
     dk = q.new_empty(k.shape if need_grad else (0, q.shape[1]), dtype=torch.float32)
     problem = Problem(q, k, scale, None, None, 0)
-    status = native.module.siglip(
-        problem.arguments, float(bias), positives, sums.data_ptr(), sums.data_ptr() + 8, address(dq), address(dk)
+    native.call(
+        "siglip",
+        problem.arguments,
+        float(bias),
+        positives,
+        sums.data_ptr(),
+        sums.data_ptr() + 8,
+        address(dq),
+        address(dk),
     )
-    native.check(status, "siglip")
     loss, dbias = sums.to(torch.float32)
     return loss.clone(), dq.to(q.dtype), dk.to(k.dtype), dbias.clone()
 
@@ -99,10 +105,9 @@ class Problem:
         row_lse = self._new(self.rows)
         col_lse = self._new(self.cols if both and self.k is not None else 0)
         cache = self._new(contrast_cache_size(self.rows, self.k) if save else 0)
-        status = native.module.similarity_forward(
-            self.arguments, row_lse.data_ptr(), address(col_lse), address(cache), cache.numel()
+        native.call(
+            "similarity_forward", self.arguments, row_lse.data_ptr(), address(col_lse), address(cache), cache.numel()
         )
-        native.check(status, "similarity_forward")
         return row_lse, col_lse, cache
 
     def backward(self, row_lse, col_lse, row_grad, col_grad, cache, need_q: bool, need_k: bool):
@@ -111,7 +116,8 @@ class Problem:
         if not need_q and not need_k:
             return dq, dk
         row_grad, col_grad = (g.to(torch.float32).contiguous() for g in (row_grad, col_grad))
-        status = native.module.similarity_backward(
+        native.call(
+            "similarity_backward",
             self.arguments,
             row_lse.data_ptr(),
             address(col_lse),
@@ -122,7 +128,6 @@ class Problem:
             address(dq),
             address(dk),
         )
-        native.check(status, "similarity_backward")
         return dq, dk
 
     def _new(self, *shape) -> Tensor:

@@ -21,29 +21,6 @@ def rows_of(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, (x.stride(0), 1)) if x.shape[1] == 1 else x.contiguous()
 
 
-def is_aligned(x: Tensor) -> bool:
-    """Whether every row of x begins and ends at a multiple of 16 bytes, and the copy engine (TMA) can read them: rows
-    that do not overlap and lie within 2^40."""
-    step = x.stride(0) * x.element_size()
-    whole = x.data_ptr() % 16 == 0 and step % 16 == 0 and x.shape[1] % unit(x) == 0
-    return whole and x.stride(1) == 1 and x.shape[1] <= x.stride(0) and step < 1 << 40
-
-
-def aligned_rows(x: Tensor) -> Tensor:
-    """x itself where :func:`is_aligned`, else a copy that is: its rows end in zeros, which change no product.
-
-    So every product of tiles runs the kernel that was compiled and checked. Narrow loads need so many registers for
-    their addresses that a tile spills, and the copy engine takes no other strides. The copy is O(N D) beside O(N M D).
-    """
-    if is_aligned(x):
-        return x
-    width, wide = x.shape[1], unit(x)
-    copy = x.new_empty(x.shape[0], triton.cdiv(width, wide) * wide)
-    copy[:, :width] = x
-    copy[:, width:] = 0.0
-    return copy
-
-
 def ids_of(ids: Tensor | None) -> Tensor | None:
     return ids if ids is None else ids.contiguous()
 
@@ -51,11 +28,6 @@ def ids_of(ids: Tensor | None) -> Tensor | None:
 def on(x: Tensor) -> AbstractContextManager:
     """Make x's device the current one: Triton launches there."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def unit(x: Tensor) -> int:
-    """Elements in 16 bytes: what :func:`aligned_rows` are multiples of, as kernels get their strides."""
-    return 16 // x.element_size()
 
 
 def operand(x: Tensor, rows: int, tile: Tile) -> Tensor | TensorDescriptor:

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..aligned import aligned_rows, unit
 from . import config
 from .config import Tile
-from .launch import aligned_rows, on, operand, tile_constants, unit
+from .launch import on, operand, tile_constants
 from .rows import add_parts, floats
 from .tiles import grouped, product
 

@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..aligned import aligned_rows, unit
 from . import config
 from .config import Tile
 from .gradient_panels import walk
-from .launch import aligned_rows, measure, on, operand, output, tile_constants, unit
+from .launch import measure, on, operand, output, tile_constants
 from .tiles import LOG2E, NO_PAIRS, grouped, kept, narrow, needs_mask, product, store_tile, touches_diagonal
 
 

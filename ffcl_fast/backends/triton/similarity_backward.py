@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import ops
+from ..aligned import aligned_rows, unit
 from . import config
 from .config import Tile
 from .gradient_panels import combine, walk
-from .launch import aligned_rows, ids_of, measure, on, operand, output, processors, tile_constants, unit
+from .launch import ids_of, measure, on, operand, output, processors, tile_constants
 from .tiles import LOG2E, dot, exponent, grouped, kept, load_tile, narrow, needs_mask, product, store_tile
 
 # Which side's normaliser a pair's gradient has: x's (the rows of the tile), y's (the columns), or both.

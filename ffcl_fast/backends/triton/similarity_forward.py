@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import ops
+from ..aligned import aligned_rows, unit
 from . import config
 from .config import Tile
-from .launch import aligned_rows, ids_of, measure, on, operand, processors, tile_constants, unit
+from .launch import ids_of, measure, on, operand, processors, tile_constants
 from .tiles import (
     BOUND_LIMIT,
     dot,
