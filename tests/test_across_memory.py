@@ -3,6 +3,7 @@ no copy of a queue or bank. ``tools/rank_memory.py`` is what measures."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from processes import run
 
 import ffcl_fast as ff
-from tools.rank_memory import MIB, Step, expected, peak_of, peaks
+from tools.rank_memory import MIB, Step, expected, peak_of, peaks, tensor_peak_of
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler tells of each start on stderr
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -20,22 +23,25 @@ BLOCK = ROWS * WIDE * 4 / MIB
 WORKSPACE = 64  # MiB that a kernel may take at any size
 
 
-def _measured(world: int, steps: list[Step]) -> dict[Step, float]:
+def _measured(world: int, steps: list[Step], measured=peak_of) -> dict[Step, float]:
     """MiB at the process that took most."""
-    return {s: max(p) / MIB for s, p in zip(steps, zip(*run(world, peaks, steps), strict=True), strict=True)}
+    return {s: max(p) / MIB for s, p in zip(steps, zip(*run(world, peaks, steps, measured), strict=True), strict=True)}
 
 
 def test_ring_is_flat_in_processes():
-    """Eight processes against six, from where on no block more is under way. A gather grows by three blocks each."""
-    steps = [Step(loss, "ring", ROWS, WIDE) for loss in LOSSES] + [Step("clip", "gather", ROWS, WIDE)]
-    six, eight = (_measured(world, steps) for world in (6, 8))
+    """Tensors of eight processes against six, from where on no block more is under way; a gather grows by each.
+
+    Tensors, because resident pages are counted too roughly to see half a block.
+    """
+    steps = [Step(loss, way, ROWS, WIDE) for loss in LOSSES for way in ("ring", "gather")]
+    six, eight = (_measured(world, steps, tensor_peak_of) for world in (6, 8))
     for step in steps:
         paper = expected(step, 8) / MIB
-        print(f"{step}: {six[step]:.1f} MiB on 6 processes, {eight[step]:.1f} on 8; {paper:.1f} and workspace on paper")
+        print(f"{step}: {six[step]:.2f} MiB on 6 processes, {eight[step]:.2f} on 8; {paper:.2f} on paper")
         if step.strategy == "ring":
-            assert eight[step] - six[step] < BLOCK, step
+            assert eight[step] - six[step] < BLOCK / 2, step
         else:
-            assert eight[step] - six[step] > 2 * BLOCK  # which shows that this would be seen
+            assert eight[step] - six[step] > 4 * BLOCK, step  # which shows that this would be seen
 
 
 def test_memory_grows_with_rows_and_not_with_pairs():

@@ -4,8 +4,10 @@
     python -m tools.rank_memory --worlds 2 4 --wide 512 512 --rows --losses clip
 
 A step is forward and backward of a loss on processes of this machine (gloo). Its peak is what a process had resident at
-most beyond what it had before the step: all tensors of the loss, and the gradients that it leaves. Every larger
-allocation is a mapping of its own here, so what is freed is gone and a peak repeats to some pages. Linux with glibc.
+most beyond what it had before the step: all tensors of the loss, workspace of kernels and transport, and the gradients
+that it leaves. Every larger allocation is a mapping of its own here, so what is freed is gone. Linux with glibc. The
+system keeps its count of resident pages per CPU and sums it up roughly: a peak repeats within a few MiB, more where
+there are many CPUs. ``tensor_peak_of`` counts what PyTorch allocates instead, which repeats to some KiB.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.profiler import profile
 from torch.nn.functional import normalize
 
 import ffcl_fast as ff
@@ -85,6 +89,16 @@ def peak_of(step: Callable[[], object]) -> int:
     return max(0, _status("VmHWM") - before)
 
 
+def tensor_peak_of(step: Callable[[], object]) -> int:
+    """Bytes in tensors at most during ``step()`` beyond those before it; workspace inside kernels is not among them."""
+    gc.collect()
+    with profile(profile_memory=True) as profiler:
+        step()
+    changes = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0))
+
+
 def _status(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
@@ -92,7 +106,7 @@ def _status(name: str) -> int:
     raise RuntimeError(f"this system's /proc/self/status has no {name}")
 
 
-def peaks(rank: int, world: int, steps: list[Step]) -> list[int]:
+def peaks(rank: int, world: int, steps: list[Step], measured: Callable = peak_of) -> list[int]:
     """Bytes of each step on this process; run in each of ``world`` processes of a group."""
     found = []
     for step in steps:
@@ -100,7 +114,7 @@ def peaks(rank: int, world: int, steps: list[Step]) -> list[int]:
         for _ in range(2):  # once for what stays: libraries, buffers of the backend, thread pools
             x, y = (normalize(torch.randn(step.rows, step.dim), dim=1).requires_grad_() for _ in range(2))
             dist.barrier()
-            peak = peak_of(lambda loss=loss, x=x, y=y: loss(x, y).backward())
+            peak = measured(lambda loss=loss, x=x, y=y: loss(x, y).backward())
         found.append(peak)
     return found
 
