@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -152,9 +153,9 @@ def test_a_process_killed_at_a_random_moment_resumes_to_the_same_bits(whole, tmp
     folder = tmp_path / "k"
     # The moment is counted in what the run has written, so that it does not depend on the machine's speed.
     written = random.randint(0, 25)
-    seen: set[tuple[str, int]] = set()
+    seen: set[tuple[Path, int]] = set()
     while len(seen) < written and process.is_alive():
-        seen |= {(path.name, path.stat().st_ino) for path in _there(folder)}
+        seen |= _there(folder).items()
         time.sleep(0.001)
     time.sleep(random.uniform(0, 0.1))
     process.kill()
@@ -170,9 +171,11 @@ def test_a_process_killed_at_a_random_moment_resumes_to_the_same_bits(whole, tmp
     assert outcome(folder) == whole
 
 
-def _there(folder: Path) -> list[Path]:
-    """The files that are there; a file that goes while they are listed is none."""
-    found = []
+def _there(folder: Path) -> dict[Path, int]:
+    """The files that are there, and their inodes; a file that goes while they are listed is none."""
+    found = {}
     for parent, _, names in os.walk(folder):
-        found += [Path(parent) / name for name in names]
-    return [path for path in found if path.exists()]
+        for path in (Path(parent) / name for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                found[path] = path.stat().st_ino
+    return found

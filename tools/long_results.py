@@ -9,6 +9,8 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from .files import write_text
+
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "long.json"
 
 
@@ -23,7 +25,7 @@ def main(words: list[str]) -> int:
     runs = [summary(Path(word)) for word in words]
     stored = {"date": time.strftime("%Y-%m-%d"), "machine": platform.processor() or platform.machine(), "runs": runs}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    write_text(RESULTS, json.dumps(stored, indent=1) + "\n")
     print("\n".join(f"{r['run']}: {r['tests']} tests, {r['failures']} failed, {r['seconds']} s" for r in runs))
     return int(any(r["failures"] or r["errors"] for r in runs))
 
