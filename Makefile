@@ -96,14 +96,16 @@ sanitize: $(VENV)/.test
 fuzz: $(VENV)/.fuzz
 	@$(PY) tests/fuzz/run.py --seconds $(SECONDS) $(ARGS)
 
-# What is too long for every run: many draws of every property, twenty kills of a training, whole learning curves.
+# What is too long for every run: many draws of every property, ten thousand calls of every function, twenty kills of
+# a training, whole learning curves.
 test-long: $(VENV)/.test
 	@FFCL_EXAMPLES=100 OMP_NUM_THREADS=2 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-draws.xml \
 		tests/test_properties.py tests/test_hard_numbers.py
+	@FFCL_LONG=1 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-calls.xml tests/test_contracts.py -k ten_thousand
 	@FFCL_KILLS=20 OMP_NUM_THREADS=2 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-kills.xml \
 		tests/test_train_resume.py -k killed
 	@$(PY) tests/convergence.py
-	@$(PY) -m tools.long_results build/long-draws.xml build/long-kills.xml
+	@$(PY) -m tools.long_results build/long-draws.xml build/long-calls.xml build/long-kills.xml
 
 # Every mutant of tools/mutants.py that has not been run on these sources; results in docs/results/mutants.json.
 mutate: $(VENV)/.test

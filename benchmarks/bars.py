@@ -1,4 +1,4 @@
-"""The bars of the design (shared/design/peers.md) and whether stored measurements meet them."""
+"""What is asked of this library against its rivals, and whether stored measurements meet them."""
 
 from __future__ import annotations
 

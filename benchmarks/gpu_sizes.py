@@ -1,4 +1,4 @@
-"""The sizes of the design (shared/design/peers.md) that a GPU measures: (family, shape, options) by question."""
+"""The sizes that a GPU measures, those of the bars: (family, shape, options) by question."""
 
 from __future__ import annotations
 

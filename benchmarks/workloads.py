@@ -95,12 +95,12 @@ SIMILARITY = [
 # What the design measures on a GPU, at sizes for two cores.
 _WIDE = dict(leave_out=("panels",), rounds=3)
 WIDE = [
-    *_list("clip", (2048, 768), (2048, 1024), **_WIDE),
-    *_list("info_nce_queue", (512, 16384, 768), **_WIDE),
-    *_list("siglip", (2048, 768), **_WIDE),
-    *_list("sup_con_1000", (4096, 128), **_WIDE),
-    *_list("sup_con_n", (4096, 128), **_WIDE),
-    *_list("sup_con_lonely", (4096, 128), **_WIDE),
+    *_list("clip", (2048, 768), (2048, 1024), **_WIDE, brief=False),
+    *_list("info_nce_queue", (512, 16384, 768), **_WIDE, brief=False),
+    *_list("siglip", (2048, 768), **_WIDE, brief=False),
+    *_list("sup_con_1000", (4096, 128), **_WIDE, brief=False),
+    *_list("sup_con_n", (4096, 128), **_WIDE, brief=False),
+    *_list("sup_con_lonely", (4096, 128), **_WIDE, brief=False),
 ]
 RAGGED = [
     *_list("clip", (3001, 96), (3001, 200), (3001, 384), (1501, 1152), **_WIDE),
@@ -144,14 +144,18 @@ _OTHERS = ("product", "panels")  # a process takes seconds: NT-Xent shows what t
 _NT_XENT = ("pytorch-metric-learning", "product")
 MEMORY = [
     *_list("nt_xent", (2048, 128), (4096, 128), leave_out=_NT_XENT, brief=False),
-    *_list("nt_xent", (8192, 128), (16384, 128), leave_out=_NT_XENT),
+    *_list("nt_xent", (8192, 128), leave_out=_NT_XENT),
+    *_list("nt_xent", (16384, 128), chosen=("panels",), brief=False),
     *_list("clip", (2048, 128), (4096, 128), (8192, 128), leave_out=_OTHERS, brief=False),
-    *_list("clip", (16384, 128), leave_out=_OTHERS),
+    *(w for f in ("sup_con", "info_nce", "siglip") for w in _list(f, (8192, 128), leave_out=_OTHERS, brief=False)),
+    # Of the rivals a process takes half a minute here.
     *(
         w
-        for family in ("sup_con", "info_nce", "siglip")
-        for n in (8192, 16384)
-        for w in _list(family, (n, 128), leave_out=_OTHERS, brief=n == 16384)
+        for family in ("nt_xent", "clip", "sup_con", "info_nce", "siglip")
+        for w in (
+            *_list(family, (16384, 128), chosen=("cpu",)),
+            *_list(family, (16384, 128), leave_out=("cpu", *_OTHERS, *_NT_XENT), brief=False),
+        )
     ),
     *_list("nt_xent", (16384, 512), chosen=("cpu",)),
     *_list("clip", (16384, 512), chosen=("cpu",)),

@@ -24,8 +24,8 @@ from . import __version__, backends, functional
 _ROWS, _WIDTH = 261, 96  # no multiple of any block
 _REPEATS = 3
 _SETTINGS = (  # environment variables that change what runs, or how fast
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "FFCL_ISA", "FFCL_TUNE", "FFCL_CACHE", "FFCL_DATA", "TRITON_INTERPRET",
-    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "FFCL_ISA", "FFCL_TUNE", "FFCL_CACHE", "FFCL_DATA", "FFCL_GATHER_LIMIT",
+    "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF",
 )  # fmt: skip
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
 BAD = ("WRONG", "FAILED")
@@ -47,6 +47,10 @@ def _check_siglip(x: dict[str, Tensor], backend: str) -> Tensor:
 
 def _check_goodness(x: dict[str, Tensor], backend: str) -> Tensor:
     return functional.goodness(x["q"], "mean_squares", relu=True, backend=backend).sum()
+
+
+def _check_normalize(x: dict[str, Tensor], backend: str) -> Tensor:
+    return (functional.goodness_normalize(x["q"], relu=True, backend=backend) * x["k"].detach()).sum()
 
 
 def _check_pair_cosine(x: dict[str, Tensor], backend: str) -> Tensor:
@@ -73,6 +77,7 @@ _CHECKS: dict[str, tuple[str, Callable[[dict[str, Tensor], str], Tensor]]] = {
     "nt_xent (triangle)": ("similarity_forward", _check_triangle),
     "siglip": ("siglip", _check_siglip),
     "goodness": ("goodness_forward", _check_goodness),
+    "goodness_normalize": ("goodness_forward", _check_normalize),
     "pair_cosine": ("pair_cosine_forward", _check_pair_cosine),
     "pool_goodness": ("pool_goodness_forward", _check_pool),
     "goodness_many": ("goodness_many", _check_many),

@@ -185,23 +185,23 @@ define(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # SigLIP (Zhai et al. 2023): x_ij = scale <q_i, k_j> + bias, z_ij = 1 on the diagonal (where `positives`), -1 elsewhere.
-#   siglip -> loss () = sum_ij softplus(-z_ij x_ij), and its gradients dq (N, D), dk (M, D), dbias () from the same
-#             pass where `need_grad`, else empty. The gradient of the scale is <q, dq> / scale.
+#   siglip -> loss () = sum_ij softplus(-z_ij x_ij), and its gradients dq (N, D), dk (M, D) from the same pass, empty
+#             where not needed; dbias () where either is, else 0. The gradient of the scale is <q, dq> / scale.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _siglip(q, k, scale, bias, positives, need_grad, backend):
+def _siglip(q, k, scale, bias, positives, need_q, need_k, backend):
     acc = accumulator_dtype(q)
     return (
         q.new_empty((), dtype=acc),
-        q.new_empty(q.shape if need_grad else (0, q.shape[1])),
-        q.new_empty(k.shape if need_grad else (0, q.shape[1])),
+        q.new_empty(q.shape if need_q else (0, q.shape[1])),
+        q.new_empty(k.shape if need_k else (0, q.shape[1])),
         q.new_empty((), dtype=acc),
     )
 
 
 define(
-    "siglip(Tensor q, Tensor k, Tensor scale, Tensor bias, bool positives, bool need_grad, str backend)"
+    "siglip(Tensor q, Tensor k, Tensor scale, Tensor bias, bool positives, bool need_q, bool need_k, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _siglip,
 )

@@ -193,18 +193,23 @@ def _contrast_loss(x: Tensor, count: Tensor, kind: int) -> tuple[Tensor, Tensor]
     return softplus, slope
 
 
-def siglip(q, k, scale, bias, positives, need_grad):
+def siglip(q, k, scale, bias, positives, need_q, need_k):
     acc = ops.accumulator_dtype(q)
     x = similarity_matrix(q, k, scale) + bias.to(acc)
     z = -torch.ones_like(x)
     if positives:
         z.diagonal().fill_(1.0)
     loss = F.softplus(-z * x).sum()
-    if not need_grad:
-        return loss, q.new_empty(0, q.shape[1]), q.new_empty(0, q.shape[1]), loss.new_zeros(())
+    dq = dk = q.new_empty(0, q.shape[1])
+    if not (need_q or need_k):
+        return loss, dq, dk.clone(), loss.new_zeros(())
     g = -z * torch.sigmoid(-z * x)
     gs = g * scale.to(acc)
-    return loss, (gs @ k.to(acc)).to(q.dtype), (gs.T @ q.to(acc)).to(k.dtype), g.sum()
+    if need_q:
+        dq = (gs @ k.to(acc)).to(q.dtype)
+    if need_k:
+        dk = (gs.T @ q.to(acc)).to(k.dtype)
+    return loss, dq, dk, g.sum()
 
 
 # --- goodness --------------------------------------------------------------------------------------------------------

@@ -53,9 +53,9 @@ def check_similarity(q, k, scale, row_ids=None, col_ids=None, exclude=0, both=Tr
 
 def check_siglip(q, k, positives):
     scale, bias = torch.tensor(10.0, device=DEVICE), torch.tensor(-10.0, device=DEVICE)
-    ours = OPS.siglip(q, k, scale, bias, positives, True, "triton")
-    truth = reference.siglip(q.double(), k.double(), scale.double(), bias.double(), positives, True)
-    eager = reference.siglip(q, k, scale, bias, positives, True)
+    ours = OPS.siglip(q, k, scale, bias, positives, True, True, "triton")
+    truth = reference.siglip(q.double(), k.double(), scale.double(), bias.double(), positives, True, True)
+    eager = reference.siglip(q, k, scale, bias, positives, True, True)
     for name, x, y, z in zip(("loss", "dq", "dk", "dbias"), ours, eager, truth, strict=True):
         assert_close_to_reference(x, y, z, factor=2.0 if name == "loss" else 3.0, name=name)
 

@@ -34,7 +34,9 @@ def check_similarity(n: int, m: int | None, d: int, scale: float, dtype: torch.d
 def check_siglip(n: int, d: int) -> None:
     args = unit(n, d), unit(n, d), torch.tensor(10.0), torch.tensor(-8.0)
     exact = [x.double() for x in args]
-    for x, y in zip(similarity.siglip(*args, True, True), reference.siglip(*exact, True, True), strict=True):
+    for x, y in zip(
+        similarity.siglip(*args, True, True, True), reference.siglip(*exact, True, True, True), strict=True
+    ):
         assert (x.double() - y).norm() <= 3e-6 * y.norm(), (n, d)
 
 

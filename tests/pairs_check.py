@@ -97,8 +97,8 @@ def check_contrast(call, n, d):
 def check_siglip(n, m, d, positives):
     q, k = vectors(n, d, BF16), vectors(m, d, BF16)
     scale, bias = torch.tensor(10.0), torch.tensor(-4.0)
-    got = cpu.siglip(q, k, scale, bias, positives, True)
-    want = reference.siglip(*to_float64((q, k, scale, bias)), positives, True)
+    got = cpu.siglip(q, k, scale, bias, positives, True, True)
+    want = reference.siglip(*to_float64((q, k, scale, bias)), positives, True, True)
     a, b, c = (x.clone().requires_grad_() for x in (q, k, bias.to(BF16)))
     labels = -torch.ones(n, m, dtype=BF16)
     if positives:
@@ -106,7 +106,7 @@ def check_siglip(n, m, d, positives):
     plain = -F.logsigmoid(labels * (scale.to(BF16) * (a @ b.T) + c)).sum()
     plain.backward()
     torch.testing.assert_close(got[0], want[0].float(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(cpu.siglip(q, k, scale, bias, positives, False)[0], got[0])
+    torch.testing.assert_close(cpu.siglip(q, k, scale, bias, positives, False, False)[0], got[0])
     assert_close_to_reference(got[1], a.grad, want[1], factor=3, name="dq")
     assert_close_to_reference(got[2], b.grad, want[2], factor=3, name="dk")
     torch.testing.assert_close(got[3], want[3].float(), rtol=1e-5, atol=1e-6)
@@ -128,7 +128,7 @@ def check_threads():
     """The same bits on any number of threads."""
     args = [problem(500, 700, 41, BF16, ops.EXCLUDE_DIAGONAL, symmetric) for symmetric in (False, True)]
     contrast, grad = CALLS["views"](200, 131, BF16), torch.randn(400)
-    sig = (vectors(300, 33, BF16), vectors(300, 33, BF16), torch.tensor(10.0), torch.tensor(-4.0), True, True)
+    sig = (vectors(300, 33, BF16), vectors(300, 33, BF16), torch.tensor(10.0), torch.tensor(-4.0), True, True, True)
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

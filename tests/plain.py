@@ -12,8 +12,10 @@ from torch import Tensor
 from helpers import assert_close_to_reference
 
 
-def info_nce(query, positive, negatives=None, temperature=0.1, ids=None, negative_ids=None, decoupled=False) -> Tensor:
-    """(N,); negatives None, (M, D) or (N, M, D)."""
+def info_nce(
+    query, positive, negatives=None, temperature=0.1, ids=None, negative_ids=None, decoupled=False, unit_negatives=False
+) -> Tensor:
+    """(N,); negatives None, (M, D) or (N, M, D), normalised here unless ``unit_negatives``."""
     q, p = F.normalize(query, dim=1), F.normalize(positive, dim=1)
     logit = (q * p).sum(1) / temperature
     if negatives is None:
@@ -23,7 +25,7 @@ def info_nce(query, positive, negatives=None, temperature=0.1, ids=None, negativ
         s = (q[:, None] * F.normalize(negatives, dim=2)).sum(2) / temperature
         out = None
     else:
-        s = q @ F.normalize(negatives, dim=1).T / temperature
+        s = q @ (negatives if unit_negatives else F.normalize(negatives, dim=1)).T / temperature
         out = None if ids is None else ids[:, None] == negative_ids[None, :]
     if out is not None:
         s = s.masked_fill(out, -torch.inf)
@@ -84,6 +86,12 @@ def goodness(h, mean=False, relu=False) -> Tensor:
     a = (F.relu(h) if relu else h).flatten(1)
     squares = a * a
     return squares.mean(1) if mean else squares.sum(1)
+
+
+def goodness_loss(positive, negative, threshold=2.0) -> Tensor:
+    """Hinton 2022, of the mean squares after ReLU."""
+    high, low = (goodness(h, mean=True, relu=True) for h in (positive, negative))
+    return torch.cat((F.softplus(threshold - high), F.softplus(low - threshold))).mean()
 
 
 def normalize(h, eps=1e-6, relu=False) -> Tensor:

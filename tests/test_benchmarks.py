@@ -83,7 +83,7 @@ def test_a_quick_run_measures_every_family(tmp_path):
 def test_every_size_has_its_own_record():
     timed = (SIMILARITY, WIDE, RAGGED, ACCURACY, SMALL, SCALING, GOODNESS, BF16)
     for question in (*timed, MEMORY):
-        names = [w.name for w in question]
+        names = [(w.name, provider) for w in question for provider in w.providers()]
         assert len(set(names)) == len(names)
     # one record holds one run's times, so no two questions may time the same size
     names = [w.name for question in timed for w in question]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import doctest
+import io
 import re
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import ffcl_fast
 from ffcl_fast import distributed, functional, losses, nn
@@ -33,6 +36,29 @@ def test_examples(page):
     said: list[str] = []
     done = doctest.DocTestRunner(optionflags=OPTIONS).run(test, out=said.append)
     assert done.attempted and not done.failed, "".join(said)
+
+
+def test_code_of_large_batches(tmp_path, monkeypatch):
+    """Its blocks without output, in turn, with the names that they take for given."""
+    text = (ROOT / "docs" / "large_batches.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    x, y = torch.randn(8, 128, requires_grad=True), torch.randn(8, 128)
+    log_scale = torch.tensor(2.0, requires_grad=True)
+    model = torch.nn.Linear(128, 16)
+    pixels = io.BytesIO()
+    Image.new("L", (4, 4)).save(pixels, "JPEG")
+    names = {
+        **{"ffcl_fast": ffcl_fast, "image_features": x, "text_features": y, "logit_scale": log_scale.exp()},
+        **{"model": model, "view0": x.detach(), "view1": y, "images": x.detach(), "texts": y, "query": x, "key": y},
+        **{"image_encoder": model, "text_encoder": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1)},
+        "clip_loss": lambda image, text: ffcl_fast.ClipLoss()(image, text, log_scale.exp()),
+        "samples": [(pixels.getvalue(), 1, "a chest")] * 3,
+    }
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    for block in blocks:
+        exec(compile(block, "large_batches.md", "exec"), names)
+    assert len(blocks) == 4 and [path.name for path in (tmp_path / "shards").iterdir()] == ["images-0000.tar"]
 
 
 @pytest.mark.parametrize("module", (ffcl_fast, distributed, functional, losses, nn), ids=lambda module: module.__name__)

@@ -60,7 +60,13 @@ def medmnist(tmp_path):
 def test_an_npz_that_unpacks_to_too_much(tmp_path, random, monkeypatch):
     path = write_medmnist(tmp_path / "pneumoniamnist.npz", random)
     monkeypatch.setattr(sources, "LARGEST_ARRAY", 10_000)
-    refused(medmnist(tmp_path), str(path), "unpacks to more than")
+    refused(medmnist(tmp_path), str(path), "unpacks to ", "GiB")
+
+
+def test_an_npz_that_unpacks_to_more_than_the_machine_holds(tmp_path, random, monkeypatch):
+    path = write_medmnist(tmp_path / "pneumoniamnist.npz", random)
+    monkeypatch.setattr(sources, "_memory", lambda: 10_000)
+    refused(medmnist(tmp_path), str(path), "unpacks to ", "memory")
 
 
 def test_an_array_whose_header_promises_more_than_there_is(tmp_path, random):

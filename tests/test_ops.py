@@ -171,11 +171,14 @@ def test_siglip(backend, dtype, positives, shape):
     device = device_of(backend)
     q, k = vectors(n, d, dtype, device=device), vectors(m, d, dtype, device=device)
     scale, bias = torch.tensor(10.0, device=device), torch.tensor(-4.0, device=device)
-    loss, dq, dk, dbias = _ops.siglip(q, k, scale, bias, positives, True, backend)
-    truth = reference.siglip(*to_float64((q, k, scale, bias)), positives, True)
-    alone = _ops.siglip(q, k, scale, bias, positives, False, backend)
+    loss, dq, dk, dbias = _ops.siglip(q, k, scale, bias, positives, True, True, backend)
+    truth = reference.siglip(*to_float64((q, k, scale, bias)), positives, True, True)
+    alone = _ops.siglip(q, k, scale, bias, positives, False, False, backend)
     torch.testing.assert_close(alone[0], loss)
     assert alone[1].shape == alone[2].shape == (0, d) and alone[3].shape == ()
+    for need in ((True, False), (False, True)):
+        part = _ops.siglip(q, k, scale, bias, positives, *need, backend)
+        assert all(map(torch.equal, part, (loss, dq if need[0] else dq[:0], dk if need[1] else dk[:0], dbias)))
 
     a, b = q.clone().requires_grad_(), k.clone().requires_grad_()
     bias.requires_grad_()
@@ -207,10 +210,10 @@ def test_opcheck_similarity(backend, symmetric, mode, save):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("need_grad", (False, True))
-def test_opcheck_siglip(backend, need_grad):
+@pytest.mark.parametrize("need", ((False, False), (True, False), (False, True), (True, True)), ids=str)
+def test_opcheck_siglip(backend, need):
     q, k, scale, *_ = problem(12, 12, 5, torch.float32, ops.EXCLUDE_NONE, False, device=device_of(backend))
-    torch.library.opcheck(_ops.siglip.default, (q, k, scale, scale.neg(), True, need_grad, backend))
+    torch.library.opcheck(_ops.siglip.default, (q, k, scale, scale.neg(), True, *need, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

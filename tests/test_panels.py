@@ -64,7 +64,7 @@ def test_no_buffer_larger_than_a_tile(exclude, symmetric):
         row, col, cache = panels.similarity_forward(*arguments, True, True)
         panels.similarity_backward(*arguments, row, col, row, col, cache, True, True)
         if not symmetric:
-            panels.siglip(q, k, torch.tensor(5.0), torch.tensor(-5.0), True, True)
+            panels.siglip(q, k, torch.tensor(5.0), torch.tensor(-5.0), True, True, True)
     assert largest.elements <= max(TILE_ELEMENTS, n * d)
 
 

@@ -123,6 +123,12 @@ def test_a_forged_state_is_one_line(tmp_path, finished, forged, capsys):
     assert err.count("\n") == 1 and str(tmp_path / "p" / LAST) in err, err
 
 
+def test_resuming_a_run_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="resume: there is no run .*other"):
+        pretrain(config(tmp_path, name="other"), resume=True, log=lambda line: None)
+    assert not (tmp_path / "other").exists()
+
+
 def test_image_folder_and_captions(tmp_path, seed):
     root = write_image_folder(tmp_path / "images", np.random.default_rng(seed), patients=12)
     folder = pretrain(config(tmp_path, data=str(root), method="clip", image_size=16), log=lambda line: None)

@@ -139,6 +139,29 @@ def test_nt_xent(data, n, d, dtype, scale, with_ids, decoupled, reduction):
     plain.agree(ours, written_out, inputs, scale * (2 * n if reduction == "sum" else 1), terms)
 
 
+@given(st.data(), sizes, sizes, widths, dtypes, scales, st.sampled_from(("mean", "sum", "none")))
+@drawn
+def test_nt_xent_with_a_bank(data, n, m, d, dtype, scale, reduction):
+    """The function with constant negatives, and the module, whose bank takes the second view in after the loss."""
+    inputs = data.draw(tensors((n, d), (n, d), dtype=dtype))
+    bank = F.normalize(torch.randn(m, d, dtype=torch.float64), dim=1).to(dtype)
+    module = ffcl_fast.NTXentLoss(1 / scale, memory_bank_size=(m, d))
+
+    def ours(x, y):
+        if reduction != "mean":
+            return fn.nt_xent(x, y, 1 / scale, bank, reduction=reduction)
+        with torch.no_grad():
+            module.memory_bank.bank.copy_(bank)
+        return module(x, y)
+
+    def written_out(x, y):
+        rows = plain.info_nce(x, y, bank.to(x.dtype), 1 / scale, unit_negatives=True)
+        return {"mean": rows.mean, "sum": rows.sum, "none": lambda: rows}[reduction]()
+
+    terms = terms_of(inputs, scale, 1 / n if reduction == "mean" else 1.0)
+    plain.agree(ours, written_out, inputs, scale * (n if reduction == "sum" else 1), terms)
+
+
 @given(st.data(), sizes, st.integers(1, 3), widths, dtypes, scales, st.integers(1, 6), st.booleans())
 @drawn
 def test_sup_con(data, n, views, d, dtype, scale, classes, one):
@@ -214,6 +237,45 @@ def test_pair_cosine(data, shape, dtype, relu, margin, reduction):
     )  # fmt: skip
     terms = terms_of([x.flatten(1) for x in inputs], 1.0, 1 / n if reduction == "mean" else 1.0)
     plain.agree(ours, written_out, inputs, float(n if reduction == "sum" else 1), terms)
+
+
+@given(st.data(), st.lists(st.tuples(sizes, widths), min_size=1, max_size=4), dtypes, st.booleans(), st.booleans())
+@drawn
+def test_goodness_of_many_layers(data, shapes, dtype, mean, relu):
+    inputs = data.draw(tensors(*shapes, dtype=dtype))
+    kind = "mean_squares" if mean else "sum_squares"
+    ours = lambda *h: torch.cat(fn.goodness_many(list(h), kind, relu=relu))  # noqa: E731
+    written_out = lambda *h: torch.cat([plain.goodness(x, mean, relu) for x in h])  # noqa: E731
+    plain.agree(ours, written_out, inputs, 1.0, 1.0)
+
+
+@given(st.data(), sizes, widths, widths, dtypes, st.booleans(), st.booleans(), st.booleans())
+@drawn
+def test_linear_goodness(data, n, k, width, dtype, mean, relu, with_bias):
+    inputs = data.draw(tensors((n, k), (width, k), *[(width,)] * with_bias, dtype=dtype))
+    kind = "mean_squares" if mean else "sum_squares"
+    ours = lambda x, w, b=None: fn.linear_goodness(x, w, b, kind, relu=relu)  # noqa: E731
+    written_out = lambda x, w, b=None: plain.goodness(F.linear(x, w, b), mean, relu)  # noqa: E731
+    plain.agree(ours, written_out, inputs, 1.0, 1.0)
+
+
+@given(st.data(), sizes, st.lists(widths, min_size=1, max_size=4), dtypes, st.floats(0.1, 3.0), st.booleans())
+@drawn
+def test_a_loss_of_every_layer(data, n, layers, dtype, weight, cosine):
+    """Layerwise sums: of goodness losses, which are computed together, and of pair cosines, which fold their weight."""
+    inputs = data.draw(tensors(*[(n, d) for d in layers for _ in range(2)], dtype=dtype))
+    weights = [weight * (i + 1) for i in range(len(layers))]
+    target = torch.ones(n) if cosine else None
+    module = ffcl_fast.PairCosineLoss() if cosine else ffcl_fast.GoodnessLoss("mean_squares", relu=True)
+
+    def one(a, b):
+        if cosine:
+            return plain.pair_cosine(a, b, target.to(a.dtype)).mean()
+        return plain.goodness_loss(a, b)
+
+    ours = lambda *h: fn.layerwise(module, list(h[::2]), list(h[1::2]), target, weights)  # noqa: E731
+    written_out = lambda *h: sum(w * one(a, b) for w, a, b in zip(weights, h[::2], h[1::2], strict=True))  # noqa: E731
+    plain.agree(ours, written_out, inputs, sum(weights), max(weights) * terms_of(inputs, 1.0, 1 / n))
 
 
 # ------------------------------------------------------------------------------------------------------- invariances

@@ -62,7 +62,7 @@ def test_siglip_by_autograd(positives):
     z = (2 * torch.eye(6) if positives else 0) - torch.ones(6, 6)
     expected = -F.logsigmoid(z * (scale * q @ k.T + bias)).sum()
     expected.backward()
-    loss, dq, dk, dbias = reference.siglip(q.detach(), k.detach(), scale.detach(), bias.detach(), positives, True)
+    loss, dq, dk, dbias = reference.siglip(q.detach(), k.detach(), scale.detach(), bias.detach(), positives, True, True)
     for a, b in zip((loss, dq, dk, dbias), (expected.detach(), q.grad, k.grad, bias.grad), strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close((q.detach() * dq).sum() / scale.detach(), scale.grad)

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from torch import nn
+from train_cases import forge_state
 
 from ffcl_fast.train import checkpoint
 from ffcl_fast.train.checkpoint import Checkpoints, Progress, write_atomically, write_text
@@ -100,14 +101,6 @@ def test_newest_is_by_number_not_by_name(tmp_path):
         store.save(Progress("global", 1, history, step=step), nn.Linear(2, 2), state_of(1))
         assert store.latest().step == step
     assert folders(store) == ["global-0001-1000000", "global-0001-1000001"]
-
-
-def forge_state(folder, state) -> None:
-    """Another state.pt, with the checksum that one who forges it would give it."""
-    torch.save(state, folder / "state.pt")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["state.pt"] = checkpoint._fingerprint(folder / "state.pt")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(

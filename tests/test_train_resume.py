@@ -14,11 +14,11 @@ import pytest
 import torch
 from processes import start
 from safetensors.torch import load_file
-from train_cases import TinyNet, tiny
+from train_cases import TinyNet, forge_state, tiny
 
 from ffcl_fast.train import run as run_module
 from ffcl_fast.train import stages, train
-from ffcl_fast.train.errors import Interrupted
+from ffcl_fast.train.errors import Interrupted, UserError
 from ffcl_fast.train.run import Run, resumed_config
 
 
@@ -99,6 +99,35 @@ def test_a_damaged_checkpoint_within_an_epoch_costs_the_steps_since_the_one_befo
     resumed(folder, log=lines.append)
     assert sum("local-0001-000004" in line and "damaged" in line for line in lines) == 1
     assert outcome(folder) == whole
+
+
+def _other_width(state: dict) -> None:
+    first = state["optimizer"]["state"][0]
+    first["exp_avg"] = first["exp_avg"].flatten()[1:]
+
+
+FORGED = {
+    "fewer parameters": lambda state: state["optimizer"]["param_groups"][0].update(params=[0]),
+    "other widths": _other_width,
+    "no averages": lambda state: state["optimizer"].update(state={0: {}}),
+    "no groups": lambda state: state["optimizer"].update(param_groups=3),
+    "an empty schedule": lambda state: state.update(schedule={}),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_state_that_does_not_fit_is_one_line(tmp_path, monkeypatch, name):
+    kill_at(monkeypatch, 4)
+    with pytest.raises(Interrupted):
+        quiet(tiny(tmp_path, name="k", seed=5, **SETTINGS))
+    monkeypatch.undo()
+    folder = max((tmp_path / "k" / "checkpoints").iterdir())
+    state = torch.load(folder / "state.pt")
+    FORGED[name](state)
+    forge_state(folder, state)
+    with pytest.raises(UserError, match=f"checkpoint .*{folder.name}: not the state of this training") as caught:
+        resumed(tmp_path / "k")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_disk_that_is_full_within_an_epoch_leaves_the_last_stored_step(whole, tmp_path, monkeypatch):

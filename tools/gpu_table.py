@@ -1,4 +1,4 @@
-"""Markdown of what ``tools.gpu_measure`` stored: a row a workload, and every GPU bar of peers.md.
+"""Markdown of what ``tools.gpu_measure`` stored: a row a workload, and every GPU bar.
 
 python -m tools.gpu_table FOLDER/gpu.json
 """

@@ -1,6 +1,6 @@
 """What ``tools.gpu_measure`` measures: shapes, our calls, the plain losses, and the work that counts as useful.
 
-The order is that of worth: a run that is cut has measured the bars of peers.md first.
+The order is that of worth: a run that is cut has measured what the bars need first.
 """
 
 from __future__ import annotations

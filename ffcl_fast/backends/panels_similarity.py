@@ -194,23 +194,25 @@ def _side(lse: Tensor, rest: Tensor | None, grad: Tensor, offset: float | None) 
     return lse, (grad * torch.exp(offset - lse)).masked_fill_(nothing, 0.0)
 
 
-def siglip(q, k, scale, bias, positives, need_grad):
+def siglip(q, k, scale, bias, positives, need_q, need_k):
     tiles = _Tiles(q, k, scale)
     loss = q.new_zeros((), dtype=tiles.wide)
     dbias = q.new_zeros((), dtype=tiles.wide)
-    dq = q.new_zeros(q.shape if need_grad else (0, q.shape[1]), dtype=tiles.acc)
-    dk = q.new_zeros(k.shape if need_grad else (0, q.shape[1]), dtype=tiles.acc)
+    dq = q.new_zeros(q.shape if need_q else (0, q.shape[1]), dtype=tiles.acc)
+    dk = q.new_zeros(k.shape if need_k else (0, q.shape[1]), dtype=tiles.acc)
     for rows, cols in tiles:
         x = tiles.logits(rows, cols).add_(bias)
         if positives:
             diagonal_of(x, rows, cols).neg_()  # softplus(-x) there
         loss += F.softplus(x, threshold=50.0).sum()
-        if need_grad:
+        if need_q or need_k:
             g = x.sigmoid_()
             if positives:
                 diagonal_of(g, rows, cols).neg_()
             dbias += g.sum()
             g.mul_(scale)
-            tiles.accumulate(dq[rows], g, k[cols])
-            tiles.accumulate(dk[cols], g.T, q[rows])
+            if need_q:
+                tiles.accumulate(dq[rows], g, k[cols])
+            if need_k:
+                tiles.accumulate(dk[cols], g.T, q[rows])
     return loss.to(tiles.acc), dq.to(q.dtype), dk.to(q.dtype), dbias.to(tiles.acc)

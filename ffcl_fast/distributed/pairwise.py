@@ -26,22 +26,24 @@ class _AcrossSigLip(torch.autograd.Function):
         need_q, need_k, need_scale, need_bias = ctx.needs_input_grad[:4]
         if need_scale:
             scale = away_from_zero(scale)
-        grad = grad_enabled and any(ctx.needs_input_grad[:4])
+        others = grad_enabled and need_k
+        own = grad_enabled and (need_q or need_scale or (need_bias and not need_k))  # the bias's comes with either
         acc = ops.accumulator_dtype(q)
         q, k = q.contiguous(), k.contiguous()
-        loss, dq, dbias = q.new_zeros((), dtype=torch.float64), q.new_zeros(q.shape, dtype=acc), scale.new_zeros(())
+        loss, dbias = q.new_zeros((), dtype=torch.float64), scale.new_zeros(())
+        dq = q.new_zeros(q.shape if own else 0, dtype=acc)
 
-        def pairs(block: Tensor, own: bool) -> Tensor:
-            part, d, dk, db = torch.ops.ffcl_fast.siglip.default(q, block, scale, bias, own, grad, backend)
+        def pairs(block: Tensor, positives: bool) -> Tensor:
+            part, d, dk, db = torch.ops.ffcl_fast.siglip.default(q, block, scale, bias, positives, own, others, backend)
             loss.add_(part)
-            if grad:
+            if own:
                 dq.add_(d)
-                dbias.add_(db)
+            dbias.add_(db)
             return dk.to(acc)
 
         if meeting.strategy == "gather":
             everyone, mine = gather_rows(k, meeting.keys, meeting.group), meeting.own(meeting.keys)
-            total = q.new_empty(everyone.shape, dtype=acc) if grad and need_k else None
+            total = q.new_empty(everyone.shape, dtype=acc) if others else None
             for cols in (slice(0, mine.start), mine, slice(mine.stop, everyone.shape[0])):
                 if cols.stop > cols.start:
                     part = pairs(everyone[cols], cols == mine)
@@ -53,12 +55,12 @@ class _AcrossSigLip(torch.autograd.Function):
 
             def visit(step: int, owner: int, payload: list[Tensor]) -> Tensor | None:
                 part = pairs(payload[0], step == 0)
-                return part if grad and need_k else None
+                return part if others else None
 
             dk = meeting.ring.rotate([k], meeting.keys, meeting.world - 1, visit, Tensor.add_)
-        dscale = row_dot(q, dq).sum() / scale if grad and need_scale else None
+        dscale = row_dot(q, dq).sum() / scale if own and need_scale else None
         ctx.save_for_backward(
-            dq.to(q.dtype) if grad and need_q else None, dk, dscale, dbias if grad and need_bias else None
+            dq.to(q.dtype) if own and need_q else None, dk, dscale, dbias if (own or others) and need_bias else None
         )
         ctx.dtype = k.dtype
         return loss.to(acc)

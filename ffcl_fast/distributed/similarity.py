@@ -1,7 +1,7 @@
 """Normalisers of S = scale q k^T whose rows and columns are spread over processes, and their gradients.
 
 Process r holds anchors q_r and keys k_r and answers for the rows of q_r and the columns of k_r. Two ways to the same
-numbers (shared/design/similarity.md, "Across machines"):
+numbers (docs/large_batches.md, "Losses across processes"):
 
 - gather: every process holds all keys, runs its rows against them in one pass that gives both sums, and combines column
   sums by an all-reduce in (max, sum) form; the gradients of the keys go home by a reduce-scatter.

@@ -1,6 +1,6 @@
 """The primitive under every contrastive loss: normalisers of S = scale q k^T without S, and their gradients.
 
-The mathematics is shared/design/similarity.md's: with u, v the gradients of the row and column normalisers,
+The mathematics (docs/mathematics.md): with u, v the gradients of the row and column normalisers,
 G_ij = u_i exp(S_ij - row_lse_i) + v_j exp(S_ij - col_lse_j), dq = scale G k, dk = scale G^T q and
 dscale = <q, dq> / scale (half of it where k is q).
 Everything else here is O((N + M) D).
@@ -8,7 +8,7 @@ Everything else here is O((N + M) D).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -122,7 +122,9 @@ def raw_lse(q, k, scale, row_ids, col_ids, exclude: int, both: bool, backend: st
 def sigmoid_loss(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor, positives: bool, backend: str) -> Tensor:
     """SigLIP's loss summed over all pairs, () in the accumulator dtype; see ``siglip`` in :mod:`ffcl_fast.ops`."""
     k, bias = apart(k, q), apart(bias, scale)
-    return _SigLip.apply(q, k, scale, bias, positives, grad_wanted(q, k, scale, bias), backend)
+    need_k = grad_wanted(k)
+    need_q = grad_wanted(q, scale) or (grad_wanted(bias) and not need_k)  # the bias's comes with either of them
+    return _SigLip.apply(q, k, scale, bias, positives, need_q, need_k, backend)
 
 
 def grad_wanted(*tensors: Tensor | None) -> bool:
@@ -254,22 +256,42 @@ class _SimilarityLSE(torch.autograd.Function):
 
 
 class _SigLip(torch.autograd.Function):
-    """Loss and gradients come from one pass, so the backward pass only multiplies."""
+    """Loss and gradients come from one pass.
+
+    The first backward pass hands those gradients out, scaled in place by the upstream gradient (nothing else refers to
+    them), so that they exist once; a later one, which needs ``retain_graph``, makes them anew.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, scale, bias, positives, need_grad, backend):
+    def forward(ctx, q, k, scale, bias, positives, need_q, need_k, backend):
         if ctx.needs_input_grad[2]:
             scale = away_from_zero(scale)
-        loss, dq, dk, dbias = torch.ops.ffcl_fast.siglip.default(q, k, scale, bias, positives, need_grad, backend)
+        ctx.options = positives, need_q, need_k, backend
+        loss, *gradients = torch.ops.ffcl_fast.siglip.default(q, k, scale, bias, *ctx.options)
         # A sigmoid of infinity is a number: without this an overflow of the inputs could pass for a loss.
         loss = loss + _nothing(q) + _nothing(k)
-        dscale = row_dot(q, dq).sum() / scale if need_grad and ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(dq, dk, dscale, dbias)
+        ctx.gradients = _with_scale(q, scale, gradients, ctx.needs_input_grad)
+        ctx.save_for_backward(q, k, scale, bias)
         return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad):
-        needs = ctx.needs_input_grad[:4]
-        grads = (d * grad if need else None for d, need in zip(ctx.saved_tensors, needs, strict=True))
-        return (*grads, None, None, None)
+        q, k, scale, bias = ctx.saved_tensors  # also raises, as everywhere, for a second pass without the graph
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, *gradients = torch.ops.ffcl_fast.siglip.default(q, k, scale, bias, *ctx.options)
+            gradients = _with_scale(q, scale, gradients, ctx.needs_input_grad)
+        dq, dk, dscale, dbias = gradients
+        for d in (dq, dk):
+            if d is not None:
+                torch.ops.ffcl_fast.scale_.default(d, grad, ctx.options[-1])
+        return dq, dk, *(None if d is None else d * grad for d in (dscale, dbias)), *(None,) * 4
+
+
+def _with_scale(q: Tensor, scale: Tensor, gradients: list[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of q, k, scale and bias that are ``needed``, from the operator's of q, k and bias."""
+    dq, dk, dbias = gradients
+    need_q, need_k, need_scale, need_bias = needed[:4]
+    dscale = row_dot(q, dq).sum() / scale if need_scale and dq.shape == q.shape else None
+    return [dq if need_q else None, dk if need_k else None, dscale, dbias if need_bias else None]

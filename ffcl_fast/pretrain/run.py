@@ -101,6 +101,8 @@ def _shared(make: Callable[[], Any], rank: int, send: bool = True) -> Any:
 def _prepared(folder: Path, config: Config, resume: bool) -> dict[str, Any] | None:
     """Rank 0's part: a new folder, or the state of the one to go on with."""
     if not folder.exists():
+        if resume and not restarts():
+            raise UserError(f"resume: there is no run {folder}")
         folder.mkdir(parents=True)
         write_text(folder / CONFIG, report.yaml_text(config.as_dict()))
         return None

@@ -126,13 +126,20 @@ def _find_or_download(config: Config, name: str, info: dict) -> Path:
     return root / f"{name}.npz"
 
 
+def _memory() -> int:
+    """Half of this machine's memory, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def _check_archive(path: Path, classes: int) -> None:
     """MedMNIST's md5 says nothing of rebuilt copies, so keys, types, shapes and labels are checked instead."""
     wanted = [f"{split}_{kind}" for split in _SPLITS for kind in ("images", "labels")]
     try:
         with zipfile.ZipFile(path) as packed:
-            if sum(member.file_size for member in packed.infolist()) > LARGEST_ARRAY:
-                raise UserError(f"data {path}: unpacks to more than {LARGEST_ARRAY >> 30} GiB")
+            size = sum(member.file_size for member in packed.infolist())
+            if size > min(LARGEST_ARRAY, _memory()):
+                limit = "half of this machine's memory" if size <= LARGEST_ARRAY else f"{LARGEST_ARRAY >> 30} GiB"
+                raise UserError(f"data {path}: unpacks to {size:,} bytes, more than {limit}")
         with np.load(path, allow_pickle=False) as arrays:
             missing = [key for key in wanted if key not in arrays.files]
             if missing:

@@ -220,8 +220,12 @@ class Trainer:
         state = {"optimizer": optimizer, "schedule": schedule}
         if progress.epoch or progress.step:
             stored = self.checkpoints.load(stage.name, progress.epoch, self.network, progress.step)
-            for name, part in state.items():
-                part.load_state_dict(stored[name])
+            try:
+                _put_back(optimizer, schedule, stored)
+            except Exception as error:  # whatever PyTorch says to a forged file
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                where = self.checkpoints.directory / progress.folder
+                raise UserError(f"checkpoint {where}: not the state of this training ({reason})") from None
 
         def save() -> None:
             if self.fabric.is_global_zero:
@@ -334,6 +338,18 @@ class Trainer:
         if not math.isfinite(scalars["loss"]):
             raise UserError(f"stage {stage.name}, epoch {epoch}: the loss is {scalars['loss']}; try a smaller --lr")
         return scalars
+
+
+def _put_back(optimizer: Adam, schedule: CosineAnnealingWarmRestarts, stored: dict[str, Any]) -> None:
+    """Load both; raises, as PyTorch does where it looks, for a state of another network or schedule."""
+    other = set(stored["schedule"]) ^ set(schedule.state_dict())
+    if other:
+        raise ValueError(f"the schedule's {min(map(str, other))}")
+    optimizer.load_state_dict(stored["optimizer"])
+    schedule.load_state_dict(stored["schedule"])
+    for parameter, state in optimizer.state.items():
+        if any(state[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+            raise ValueError(f"the optimizer's averages of a parameter {tuple(parameter.shape)}")
 
 
 class _Mean:

@@ -49,12 +49,12 @@ def similarity_backward(
     return dq.to(q.dtype), dk.to(q.dtype)
 
 
-def siglip(q, k, scale, bias, positives, need_grad):
+def siglip(q, k, scale, bias, positives, need_q, need_k):
     if not native.usable(q):
-        return panels.siglip(q, k, scale, bias, positives, need_grad)
+        return panels.siglip(q, k, scale, bias, positives, need_q, need_k)
     sums = torch.zeros(2, dtype=torch.float64)
-    dq = q.new_empty(q.shape if need_grad else (0, q.shape[1]), dtype=torch.float32)
-    dk = q.new_empty(k.shape if need_grad else (0, q.shape[1]), dtype=torch.float32)
+    dq = q.new_empty(q.shape if need_q else (0, q.shape[1]), dtype=torch.float32)
+    dk = q.new_empty(k.shape if need_k else (0, q.shape[1]), dtype=torch.float32)
     problem = Problem(q, k, scale, None, None, 0)
     native.call(
         "siglip",

@@ -88,16 +88,16 @@ def siglip_constants(tile: Tile, width: int, element_unit: int, how: str, positi
     }
 
 
-def siglip(q, k, scale, bias, positives, need_grad):
+def siglip(q, k, scale, bias, positives, need_q, need_k):
     width = q.shape[1]
     q, k = aligned_rows(q), aligned_rows(k)
-    arguments = q, k, scale, bias, positives, need_grad
+    arguments = q, k, scale, bias, positives, need_q, need_k
     with on(q):
         loss, dq, dk, dbias = _siglip(*arguments, lambda: measure(lambda: _siglip(*arguments, None)))
     return loss, dq[:, :width].contiguous(), dk[:, :width].contiguous(), dbias
 
 
-def _siglip(q, k, scale, bias, positives, need_grad, timing):
+def _siglip(q, k, scale, bias, positives, need_q, need_k, timing):
     tile = config.pick("siglip", q, k, measure=timing)
     rows, width, cols = q.shape[0], q.shape[1], k.shape[0]
     how, element_unit, gain = config.precision(q), unit(q), config.gain(q.dtype)
@@ -105,18 +105,19 @@ def _siglip(q, k, scale, bias, positives, need_grad, timing):
     slots = triton.cdiv(min(rows, side), tile.rows) * triton.cdiv(min(cols, side), tile.cols)
     totals = q.new_zeros(slots, 2, dtype=torch.float64)
     x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
-    constants = siglip_constants(tile, width, element_unit, how, positives, need_grad, gain)
+    gradient = need_q or need_k
+    constants = siglip_constants(tile, width, element_unit, how, positives, gradient, gain)
 
     def fill(panel: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
         grid = triton.cdiv(r1 - r0, tile.rows) * triton.cdiv(c1 - c0, tile.cols)
-        target = output(panel, tile) if need_grad else None
+        target = output(panel, tile) if gradient else None
         siglip_kernel[(grid,)](
             x, y, scale, bias, target, totals, rows, cols, r0, r1, c0, c1, q.stride(0) // element_unit,
             k.stride(0) // element_unit, panel.stride(0), **constants, **tile.options,
         )  # fmt: skip
 
-    if need_grad:
-        dq, dk = walk(q, k, fill, scale, None, gain, how, True, True)
+    if gradient:
+        dq, dk = walk(q, k, fill, scale, None, gain, how, need_q, need_k)
     else:
         dq = dk = q.new_empty(0, width)
         for r0 in range(0, rows, side):
