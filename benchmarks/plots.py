@@ -168,7 +168,9 @@ def _scaling(results: Results):
 
 
 def _on_curve(record: dict[str, Any], provider: str) -> bool:
-    return record["family"] == "nt_xent" and record["shape"][1] == 128 and record["provider"] == provider
+    rows, *width = record["shape"]
+    doubled = not rows & (rows - 1)  # other sizes are of other questions
+    return record["family"] == "nt_xent" and width == [128] and doubled and record["provider"] == provider
 
 
 def _thousands(n: int) -> str:

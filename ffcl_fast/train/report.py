@@ -192,7 +192,7 @@ def error_bars(path: Path, rows: dict[str, Sequence[float]], description: str | 
             axis.errorbar(shown.mean(), place, xerr=spread, fmt="D", color=_TRAIN, ms=6, capsize=4, lw=1.5)
         axis.set_yticks(range(len(rows)), rows)
         axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.set_xlabel("test accuracy, %: each seed, mean and standard deviation; dotted: mean of the first row")
+        axis.set_xlabel("test accuracy, %: each seed, mean and standard deviation\n(dotted: mean of the first row)")
 
     _draw(path, (7.0, 1.2 + 0.36 * len(rows)), 1, fill, description)
 
