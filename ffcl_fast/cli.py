@@ -239,7 +239,8 @@ def _pretrain(flags: dict[str, Any]) -> int:
         folder = pretrain(config, resume=resume, log=_say)
     except LostRank as error:
         raise UserError(str(error)) from None
-    _say(f"backbone: {folder / 'backbone.safetensors'}")
+    if not int(os.environ.get("RANK", "0")):
+        _say(f"backbone: {folder / 'backbone.safetensors'}")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,24 @@ def _two(rank: int, world: int, out: str) -> str:
     except LostRank as error:
         return str(error)
     raise AssertionError("no error")
+
+
+def test_a_slow_read_is_no_lost_process(tmp_path):
+    """Each process reads its data for longer than a collective of the training may take."""
+    assert run(2, _slow, str(tmp_path), timeout=10) == ["finished", "finished"]
+
+
+def _slow(rank: int, world: int, out: str) -> str:
+    from ffcl_fast.pretrain import run as module
+
+    plain = module.open_source
+
+    def slowly(config):
+        time.sleep(12)
+        return plain(config)
+
+    module.open_source = slowly
+    return metrics(pretrain(config(Path(out), epochs=1, epoch_samples=32), log=lambda line: None))["status"]
 
 
 def test_elastic_restart_goes_on(tmp_path):

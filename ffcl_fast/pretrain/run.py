@@ -33,6 +33,7 @@ from .data import Batch, Source, open_source
 from .model import Pretraining
 
 LAST, WEIGHTS, METRICS, CONFIG, CURVES = "last.pt", "backbone.safetensors", "metrics.json", "config.yaml", "curves.png"
+_PREPARATION = datetime.timedelta(hours=2)  # that processes wait while one reads the data; a dead one shows at once
 _MOVABLE = ("workers", "data_dir", "device", "out", "name", "timeout", "distributed")
 
 
@@ -46,10 +47,12 @@ def pretrain(config: Config, *, resume: bool = False, log: Callable[[str], None]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     ours = join(backend, datetime.timedelta(seconds=config.timeout))
     rank, world = processes.rank(), processes.world_size()
+    resume = resume or restarts() > 0
+    folder = Path(config.out) / config.run_name
     try:
-        source = _opened(config, rank)
-        folder = Path(config.out) / config.run_name
-        state = _shared(lambda: _prepared(folder, config, resume or restarts() > 0), rank)
+        patient = dist.new_group(timeout=_PREPARATION, backend="gloo") if world > 1 else None
+        source = _opened(folder, config, resume, rank, patient)
+        state = _shared(lambda: _prepared(folder, config, resume), rank, patient)
         training = _Training(config, source, device, rank, world, folder, log if rank == 0 else lambda line: None)
         training.run(state)
         return folder
@@ -75,14 +78,19 @@ def _device(config: Config) -> torch.device:
     return torch.device("cuda", local)
 
 
-def _opened(config: Config, rank: int) -> Source:
+def _opened(folder: Path, config: Config, resume: bool, rank: int, group: Any) -> Source:
     """Rank 0 first: it unpacks or downloads what the others then find."""
-    source = _shared(lambda: open_source(config), rank, send=False)
+
+    def first() -> Source:
+        _check_name(folder, resume)  # before minutes of reading
+        return open_source(config)
+
+    source = _shared(first, rank, group, send=False)
     return source if rank == 0 else open_source(config)
 
 
-def _shared(make: Callable[[], Any], rank: int, send: bool = True) -> Any:
-    """What ``make`` returns on rank 0, sent to all if ``send``; its UserError is raised on all."""
+def _shared(make: Callable[[], Any], rank: int, group: Any, send: bool = True) -> Any:
+    """What ``make`` returns on rank 0, sent to all of ``group`` if ``send``; its UserError is raised on all."""
     result, problem = None, None
     if rank == 0:
         try:
@@ -91,24 +99,26 @@ def _shared(make: Callable[[], Any], rank: int, send: bool = True) -> Any:
             problem = str(error)
     if processes.world_size() > 1:
         box = [(result if send else None, problem)]
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=group)
         result, problem = (box[0][0] if rank and send else result), box[0][1]
     if problem is not None:
         raise UserError(problem)
     return result
 
 
+def _check_name(folder: Path, resume: bool) -> None:
+    if resume and not folder.exists() and not restarts():
+        raise UserError(f"resume: there is no run {folder}")
+    if folder.exists() and not resume:
+        raise UserError(f"run {folder}: exists already; choose another --name, or go on with it: --resume")
+
+
 def _prepared(folder: Path, config: Config, resume: bool) -> dict[str, Any] | None:
     """Rank 0's part: a new folder, or the state of the one to go on with."""
-    if not folder.exists():
-        if resume and not restarts():
-            raise UserError(f"resume: there is no run {folder}")
-        folder.mkdir(parents=True)
-        write_text(folder / CONFIG, report.yaml_text(config.as_dict()))
-        return None
-    if not resume:
-        raise UserError(f"run {folder}: exists already; choose another --name, or go on with it: --resume")
+    _check_name(folder, resume)
     if not (folder / LAST).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, report.yaml_text(config.as_dict()))
         return None
     parts = {"config": dict, "model": dict, "optimizer": dict, "schedule": dict, "history": list}
     state = load_state(folder / LAST, parts)
@@ -133,7 +143,12 @@ class _Training:
                     setattr(self.model, name, DistributedDataParallel(module))
         together = config.batch_size * world
         self.lr = config.lr * (together / 256) ** 0.5
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr, weight_decay=config.weight_decay)
+        # Matrices and filters decay; biases, BatchNorm's parameters and CLIP's scale do not.
+        groups = [
+            {"params": [p for p in self.model.parameters() if p.dim() > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.lr)
         self.steps = source.steps(world)
         total = self.steps * config.epochs
 
@@ -165,7 +180,8 @@ class _Training:
             board.close()
             save_weights(self.folder / WEIGHTS, self.backbone)
             self._metrics("finished")
-            curves(self.folder / CURVES, self.history, f"{self.config.method} on {self.config.data}")
+            title = f"{self.config.method} on {self.config.data}"
+            curves(self.folder / CURVES, self.history, title, self.device.type == "cpu")
         if self.world > 1:
             dist.barrier()
 
@@ -272,27 +288,29 @@ class _Board:
         self.writer.close()
 
 
-def curves(path: Path, history: list[dict[str, float]], title: str) -> None:
-    """Loss, throughput and memory against epochs, as PNG."""
+def curves(path: Path, history: list[dict[str, float]], title: str, cpu: bool = True) -> None:
+    """Loss, throughput and memory against epochs, as PNG; on a CPU memory is all that a process had resident."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     shown = (
         ("loss", "loss"),
         ("samples_per_second", "samples a second, all processes"),
-        ("peak_mib", "peak MiB a process"),
+        ("peak_mib", "peak MiB a process, all of its life" if cpu else "peak MiB a GPU"),
     )
     figure, axes = plt.subplots(1, len(shown), figsize=(10, 3), layout="constrained", dpi=150)
     try:
         for axis, (name, label) in zip(axes, shown, strict=True):
             axis.plot([r["epoch"] for r in history], [r[name] for r in history], marker="o", ms=3)
             axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.set_title(label, fontsize=9)
             axis.grid(alpha=0.3)
             if name != "loss":
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(0, 1.1 * max(r[name] for r in history))
         figure.suptitle(title)
         write_atomically(path, lambda scratch: figure.savefig(scratch))
     finally:
