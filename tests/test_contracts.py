@@ -16,9 +16,11 @@ import every_loss
 import pytest
 import torch
 from every_loss import LOSSES
+from torch._dynamo import compiled_autograd as _compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ffcl_fast.functional as fn
 from ffcl_fast import backends, ops
 from ffcl_fast.backends import native
 
@@ -97,11 +99,41 @@ def test_deterministic_algorithms_are_honoured():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_only_requested_gradients_are_given(name):
+    wanted = iter(every_loss.run(name, _leaves())[1:])
     for i in range(5):
         results = _alone(name, i)
         assert results[0].isfinite() and len(results) == 1 + (i in every_loss.LEAVES[name])
+        if len(results) == 2:
+            torch.testing.assert_close(results[1], next(wanted), rtol=1e-5, atol=1e-6)
     nothing = LOSSES[name](*(x.detach() for x in _leaves()))
     assert not nothing.requires_grad
+
+
+RETAINED = {
+    "siglip": lambda x, y: fn.siglip(x, y, 3.0, -1.0),
+    "pair_cosine": lambda x, y: fn.pair_cosine(x, y, torch.ones(len(x))) * 5,
+    "clip": lambda x, y: fn.clip(x, y, 3.0),
+}
+
+
+@pytest.mark.parametrize("name", RETAINED)
+def test_passes_over_one_graph_are_alike(name):
+    """Those of a traced backward pass too, which runs again on what the first one had."""
+    weight, x = torch.randn(8, 8, requires_grad=True), torch.randn(20, 8)
+
+    def passes(count: int) -> list[torch.Tensor]:
+        z = torch.nn.functional.normalize(x @ weight, dim=1)
+        value = RETAINED[name](z, z.flip(0))
+        return [torch.autograd.grad(value, weight, retain_graph=True)[0] for _ in range(count)]
+
+    true = passes(1)[0]
+    with _compiled_autograd._enable(torch.compile(backend="eager")):
+        traced = passes(3)
+    z = torch.nn.functional.normalize(x @ weight, dim=1)
+    value = RETAINED[name](z, z.flip(0))
+    batched = torch.autograd.grad(value, weight, torch.tensor([1.0, 2.0]), is_grads_batched=True)[0]
+    for found in (*passes(3), *traced, batched[0], batched[1] / 2):
+        torch.testing.assert_close(found, true)
 
 
 class _Gradients(TorchDispatchMode):

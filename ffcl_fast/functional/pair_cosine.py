@@ -12,7 +12,7 @@ from ..backends import native
 from ..backends.cpu import goodness as cpu_goodness
 from . import _checks
 from .goodness import channels_last, check_activation, check_number, flatten
-from .similarity import differentiable_once
+from .similarity import differentiable_once, handed_out
 
 _ops = torch.ops.ffcl_fast
 
@@ -175,10 +175,7 @@ class _ReducedPairCosine(Function):
         relu, scale, backend = ctx.options
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:
-            for d in gradients:
-                if d is not None:
-                    _ops.scale_(d, grad, backend)
-            return *gradients, None, None, None, None, None
+            return *handed_out(gradients, grad, backend), None, None, None, None, None
         need_1, need_2 = ctx.needs_input_grad[:2]
         grad = (grad * scale).to(coefficients.dtype).expand(h1.shape[0]).contiguous()
         d1, d2 = _ops.pair_cosine_backward(h1, h2, coefficients, grad, relu, need_1, need_2, backend)

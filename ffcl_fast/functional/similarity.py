@@ -271,7 +271,7 @@ class _SigLip(torch.autograd.Function):
         # A sigmoid of infinity is a number: without this an overflow of the inputs could pass for a loss.
         loss = loss + _nothing(q) + _nothing(k)
         ctx.gradients = _with_scale(q, scale, gradients, ctx.needs_input_grad)
-        ctx.save_for_backward(q, k, scale, bias)
+        ctx.save_for_backward(q, k, scale, bias.clone())  # plain PyTorch needs no bias, so it may be changed in place
         return loss
 
     @staticmethod
@@ -283,10 +283,26 @@ class _SigLip(torch.autograd.Function):
             _, *gradients = torch.ops.ffcl_fast.siglip.default(q, k, scale, bias, *ctx.options)
             gradients = _with_scale(q, scale, gradients, ctx.needs_input_grad)
         dq, dk, dscale, dbias = gradients
-        for d in (dq, dk):
-            if d is not None:
-                torch.ops.ffcl_fast.scale_.default(d, grad, ctx.options[-1])
+        dq, dk = handed_out((dq, dk), grad, ctx.options[-1])
         return dq, dk, *(None if d is None else d * grad for d in (dscale, dbias)), *(None,) * 4
+
+
+def handed_out(gradients: Sequence[Tensor | None], factor: Tensor, backend: str) -> list[Tensor | None]:
+    """``gradients`` times ``factor`` (), in place where nothing else can see them.
+
+    A traced backward pass may run again on the same buffers, and a batched factor makes several gradients of one.
+    """
+    if torch.compiler.is_compiling() or _batched(factor):
+        return [None if d is None else d * factor for d in gradients]
+    for d in gradients:
+        if d is not None:
+            torch.ops.ffcl_fast.scale_.default(d, factor, backend)
+    return list(gradients)
+
+
+def _batched(x: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
 def _with_scale(q: Tensor, scale: Tensor, gradients: list[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:

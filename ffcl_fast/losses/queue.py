@@ -76,6 +76,7 @@ class Queue(nn.Module):
             if not isinstance(keys, Tensor) or keys.dtype not in _checks.FLOATING:
                 kind = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
                 raise TypeError(f"keys must be a tensor of float16, bfloat16, float32 or float64, got {kind}")
+            _checks.dense("keys", keys)
             if keys.dim() != 2 or keys.shape[1] != self.dim:
                 raise ValueError(f"keys must have shape (n, {self.dim}), got {tuple(keys.shape)}")
             return normalized(keys.detach(), self.bank.dtype)
