@@ -136,6 +136,23 @@ def test_passes_over_one_graph_are_alike(name):
         torch.testing.assert_close(found, true)
 
 
+@pytest.mark.parametrize("name", RETAINED)
+def test_a_whole_step_can_be_compiled(name):
+    weight, x = torch.randn(8, 8, requires_grad=True), torch.randn(20, 8)
+
+    def step() -> None:
+        z = torch.nn.functional.normalize(x @ weight, dim=1)
+        value = RETAINED[name](z, z.flip(0))
+        value.backward(retain_graph=True)
+        value.backward()
+
+    step()
+    true, weight.grad = weight.grad, None
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(step, backend="aot_eager")()
+    torch.testing.assert_close(weight.grad, true)
+
+
 class _Gradients(TorchDispatchMode):
     """Counts the elements of gradients that our operators make."""
 

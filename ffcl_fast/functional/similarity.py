@@ -278,13 +278,21 @@ class _SigLip(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, grad):
         q, k, scale, bias = ctx.saved_tensors  # also raises, as everywhere, for a second pass without the graph
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients, ctx.gradients = kept(ctx.gradients), None
         if gradients is None:
             _, *gradients = torch.ops.ffcl_fast.siglip.default(q, k, scale, bias, *ctx.options)
             gradients = _with_scale(q, scale, gradients, ctx.needs_input_grad)
         dq, dk, dscale, dbias = gradients
         dq, dk = handed_out((dq, dk), grad, ctx.options[-1])
         return dq, dk, *(None if d is None else d * grad for d in (dscale, dbias)), *(None,) * 4
+
+
+def kept(gradients: list[Tensor | None] | None) -> list[Tensor | None] | None:
+    """``gradients`` that a forward pass has left for the backward pass; where that is traced, copies, as autograd under
+    ``torch._dynamo.config.compiled_autograd`` loses what is only passed through."""
+    if gradients is None or not torch.compiler.is_compiling():
+        return gradients
+    return [None if d is None else d.clone() for d in gradients]
 
 
 def handed_out(gradients: Sequence[Tensor | None], factor: Tensor, backend: str) -> list[Tensor | None]:
