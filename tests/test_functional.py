@@ -326,6 +326,7 @@ X = torch.randn(4, 3)
         (ValueError, "negative_keys", lambda: fn.info_nce(X, X, torch.randn(5, 4))),
         (ValueError, "negative_keys", lambda: fn.info_nce(X, X, torch.randn(0, 3))),
         (ValueError, "negative_keys", lambda: fn.info_nce(X, X, X, negative_mode="paired")),
+        (RuntimeError, "backend='cuda'", lambda: fn.info_nce(X, X, X[:, None], 0.1, "mean", "paired", backend="cuda")),
         (ValueError, "reduction", lambda: fn.info_nce(X, X, reduction="max")),
         (ValueError, "negative_mode", lambda: fn.info_nce(X, X, negative_mode="x")),
         (ValueError, "temperature", lambda: fn.info_nce(X, X, temperature=0.0)),

@@ -52,7 +52,7 @@ def info_nce(
         negative_keys: None: the positive keys of the other rows; (M, D) for all rows with ``"unpaired"``;
             (N, M, D), M for each row, with ``"paired"``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        negative_mode: ``"unpaired"`` or ``"paired"``.
+        negative_mode: ``"unpaired"`` or ``"paired"``, which is plain PyTorch on every device.
         ids: (N,) integers. A negative with the id of its row is left out as a false negative.
         negative_ids: (M,) the ids of unpaired ``negative_keys``.
         decoupled: leave the positive out of the normaliser (DCL, Yeh et al. 2022). A row without negatives has 0.
@@ -73,6 +73,8 @@ def info_nce(
         _checks.embeddings("negative_keys", negative_keys, 3 if paired else 2)
         _checks.alike("negative_keys", negative_keys, "query", query, rows=paired)
     if paired:
+        if backend in ("triton", "cuda"):
+            raise RuntimeError(f"backend={backend!r} cannot run info_nce with paired negative_keys: it has no kernel")
         if ids is not None or negative_ids is not None:
             raise ValueError("ids and negative_ids must be None with paired negative_keys: leave them out yourself")
         loss = _paired(query, positive_key, negative_keys, scale, decoupled)
