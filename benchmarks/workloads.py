@@ -94,13 +94,14 @@ SIMILARITY = [
 ]
 # What the design measures on a GPU, at sizes for two cores.
 _WIDE = dict(leave_out=("panels",), rounds=3)
+_LONG = dict(**_WIDE, brief=False)
 WIDE = [
-    *_list("clip", (2048, 768), (2048, 1024), **_WIDE, brief=False),
-    *_list("info_nce_queue", (512, 16384, 768), **_WIDE, brief=False),
-    *_list("siglip", (2048, 768), **_WIDE, brief=False),
-    *_list("sup_con_1000", (4096, 128), **_WIDE, brief=False),
-    *_list("sup_con_n", (4096, 128), **_WIDE, brief=False),
-    *_list("sup_con_lonely", (4096, 128), **_WIDE, brief=False),
+    *_list("clip", (2048, 768), (2048, 1024), **_LONG),
+    *_list("info_nce_queue", (512, 16384, 768), **_LONG),
+    *_list("siglip", (2048, 768), **_LONG),
+    *_list("sup_con_1000", (4096, 128), **_LONG),
+    *_list("sup_con_n", (4096, 128), **_LONG),
+    *_list("sup_con_lonely", (4096, 128), **_LONG),
 ]
 RAGGED = [
     *_list("clip", (3001, 96), (3001, 200), (3001, 384), (1501, 1152), **_WIDE),

@@ -200,9 +200,9 @@ def siglip(q, k, scale, bias, positives, need_q, need_k):
     if positives:
         z.diagonal().fill_(1.0)
     loss = F.softplus(-z * x).sum()
-    dq = dk = q.new_empty(0, q.shape[1])
+    dq, dk = (q.new_empty(0, q.shape[1]) for _ in range(2))
     if not (need_q or need_k):
-        return loss, dq, dk.clone(), loss.new_zeros(())
+        return loss, dq, dk, loss.new_zeros(())
     g = -z * torch.sigmoid(-z * x)
     gs = g * scale.to(acc)
     if need_q:

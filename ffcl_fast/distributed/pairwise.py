@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..functional.similarity import away_from_zero, row_dot
+from ..functional.similarity import away_from_zero, row_dot, siglip_needs
 from .exchange import all_reduce, gather_rows, reduce_scatter_rows
 from .meeting import Meeting
 
@@ -26,8 +26,7 @@ class _AcrossSigLip(torch.autograd.Function):
         need_q, need_k, need_scale, need_bias = ctx.needs_input_grad[:4]
         if need_scale:
             scale = away_from_zero(scale)
-        others = grad_enabled and need_k
-        own = grad_enabled and (need_q or need_scale or (need_bias and not need_k))  # the bias's comes with either
+        own, others = siglip_needs(*(grad_enabled and need for need in ctx.needs_input_grad[:4]))
         acc = ops.accumulator_dtype(q)
         q, k = q.contiguous(), k.contiguous()
         loss, dbias = q.new_zeros((), dtype=torch.float64), scale.new_zeros(())

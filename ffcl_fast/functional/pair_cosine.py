@@ -12,7 +12,7 @@ from ..backends import native
 from ..backends.cpu import goodness as cpu_goodness
 from . import _checks
 from .goodness import channels_last, check_activation, check_number, flatten
-from .similarity import differentiable_once, handed_out, kept
+from .similarity import differentiable_once, handed_out
 
 _ops = torch.ops.ffcl_fast
 
@@ -173,7 +173,7 @@ class _ReducedPairCosine(Function):
     def backward(ctx, grad):
         h1, h2, coefficients = ctx.saved_tensors  # also raises, as everywhere, for a second pass without the graph
         relu, scale, backend = ctx.options
-        gradients, ctx.gradients = kept(ctx.gradients), None
+        gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:
             return *handed_out(gradients, grad, backend), None, None, None, None, None
         need_1, need_2 = ctx.needs_input_grad[:2]

@@ -122,9 +122,14 @@ def raw_lse(q, k, scale, row_ids, col_ids, exclude: int, both: bool, backend: st
 def sigmoid_loss(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor, positives: bool, backend: str) -> Tensor:
     """SigLIP's loss summed over all pairs, () in the accumulator dtype; see ``siglip`` in :mod:`ffcl_fast.ops`."""
     k, bias = apart(k, q), apart(bias, scale)
-    need_k = grad_wanted(k)
-    need_q = grad_wanted(q, scale) or (grad_wanted(bias) and not need_k)  # the bias's comes with either of them
+    need_q, need_k = siglip_needs(*(grad_wanted(x) for x in (q, k, scale, bias)))
     return _SigLip.apply(q, k, scale, bias, positives, need_q, need_k, backend)
+
+
+def siglip_needs(q: bool, k: bool, scale: bool, bias: bool) -> tuple[bool, bool]:
+    """need_q and need_k of the operator for the gradients that are wanted: the scale's is made of dq, the bias's comes
+    with either."""
+    return q or scale or (bias and not k), k
 
 
 def grad_wanted(*tensors: Tensor | None) -> bool:
@@ -278,30 +283,21 @@ class _SigLip(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, grad):
         q, k, scale, bias = ctx.saved_tensors  # also raises, as everywhere, for a second pass without the graph
-        gradients, ctx.gradients = kept(ctx.gradients), None
+        gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             _, *gradients = torch.ops.ffcl_fast.siglip.default(q, k, scale, bias, *ctx.options)
             gradients = _with_scale(q, scale, gradients, ctx.needs_input_grad)
-        dq, dk, dscale, dbias = gradients
-        dq, dk = handed_out((dq, dk), grad, ctx.options[-1])
-        return dq, dk, *(None if d is None else d * grad for d in (dscale, dbias)), *(None,) * 4
-
-
-def kept(gradients: list[Tensor | None] | None) -> list[Tensor | None] | None:
-    """``gradients`` that a forward pass has left for the backward pass; where that is traced, copies, as autograd under
-    ``torch._dynamo.config.compiled_autograd`` loses what is only passed through."""
-    if gradients is None or not torch.compiler.is_compiling():
-        return gradients
-    return [None if d is None else d.clone() for d in gradients]
+        return *handed_out(gradients, grad, ctx.options[-1]), *(None,) * 4
 
 
 def handed_out(gradients: Sequence[Tensor | None], factor: Tensor, backend: str) -> list[Tensor | None]:
-    """``gradients`` times ``factor`` (), in place where nothing else can see them.
+    """``gradients`` that a forward pass has left, times ``factor`` (), in place where nothing else can see them.
 
-    A traced backward pass may run again on the same buffers, and a batched factor makes several gradients of one.
+    A traced backward pass may run again on the same buffers, and a batched factor makes several gradients of one. The
+    clone is for ``torch._dynamo.config.compiled_autograd``, which loses what comes straight from the forward pass.
     """
     if torch.compiler.is_compiling() or _batched(factor):
-        return [None if d is None else d * factor for d in gradients]
+        return [None if d is None else d.clone() * factor for d in gradients]
     for d in gradients:
         if d is not None:
             torch.ops.ffcl_fast.scale_.default(d, factor, backend)

@@ -26,7 +26,7 @@ from .. import distributed as processes
 from ..distributed.exchange import LostRank, of_backend
 from ..train import report
 from ..train.checkpoint import load_state, save_state, save_weights, write_atomically, write_text
-from ..train.errors import UserError
+from ..train.errors import UserError, first_line
 from ..train.parallel import join, restarts
 from .config import Config
 from .data import Batch, Source, open_source
@@ -231,8 +231,7 @@ class _Training:
             if not all({"epoch", "loss", "samples_per_second", "peak_mib"} <= set(record) for record in self.history):
                 raise ValueError("its history lacks what every epoch has")
         except Exception as error:  # whatever PyTorch says to a forged file
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise UserError(f"checkpoint {self.folder / LAST}: does not fit this run ({reason})") from None
+            raise UserError(f"checkpoint {self.folder / LAST}: does not fit this run ({first_line(error)})") from None
 
     def _save(self) -> None:
         if self.rank:

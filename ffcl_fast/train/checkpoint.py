@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 _WEIGHTS, _STATE, _MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
 _FOLDER = re.compile(r"([a-z]+)-([0-9]+)(?:-([0-9]+))?")
@@ -93,8 +93,7 @@ def load_state(path: Path, parts: dict[str, type]) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a forged file makes the restricted unpickler say
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"checkpoint {path}: not readable ({reason})") from None
+        raise UserError(f"checkpoint {path}: not readable ({first_line(error)})") from None
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {path}: holds a {type(state).__name__}, not a training's state")
     for name, kind in parts.items():
@@ -113,8 +112,7 @@ def _told(path: Path, write: Callable[..., Any], *arguments: Any) -> None:
     except Exception as error:
         if isinstance(error, OSError):
             raise
-        reason = str(error).strip().partition("\n")[0]
-        raise OSError(errno.EIO, f"cannot be written ({reason})", str(path)) from error
+        raise OSError(errno.EIO, f"cannot be written ({first_line(error)})", str(path)) from error
 
 
 def load_weights(path: Path, network: nn.Module) -> None:
@@ -124,8 +122,7 @@ def load_weights(path: Path, network: nn.Module) -> None:
     try:
         load_model(network, path)
     except Exception as error:  # safetensors, OS and shape errors alike
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"checkpoint {path}: cannot be read into this network ({reason})") from None
+        raise UserError(f"checkpoint {path}: cannot be read into this network ({first_line(error)})") from None
 
 
 class Checkpoints:

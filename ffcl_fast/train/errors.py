@@ -10,6 +10,11 @@ class UserError(Exception):
         super().__init__(" ".join(str(message).split()))
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in its first line; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a run; ``directory`` is the run's folder, from which it can go on."""
 

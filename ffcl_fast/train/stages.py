@@ -22,7 +22,7 @@ from .batches import EpochSampler, Views, augmentation, derive_seed, loader, sca
 from .checkpoint import Checkpoints, Progress
 from .config import Config
 from .data import Data, Split
-from .errors import UserError
+from .errors import UserError, first_line
 from .local import walk
 from .model import Classifier
 from .objectives import objective
@@ -223,9 +223,8 @@ class Trainer:
             try:
                 _put_back(optimizer, schedule, stored)
             except Exception as error:  # whatever PyTorch says to a forged file
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 where = self.checkpoints.directory / progress.folder
-                raise UserError(f"checkpoint {where}: not the state of this training ({reason})") from None
+                raise UserError(f"checkpoint {where}: not the state of this training ({first_line(error)})") from None
 
         def save() -> None:
             if self.fabric.is_global_zero:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 _log = logging.getLogger("ffcl_fast.train")
 
@@ -36,8 +36,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader raises its own family of errors on damaged bytes
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"init {path}: not a readable weight file ({reason})") from None
+        raise UserError(f"init {path}: not a readable weight file ({first_line(error)})") from None
     for key in ("state_dict", "model"):  # how training scripts commonly wrap them
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
