@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from similarity_cases import parts, to_float64
 
 from ffcl_fast import reference
 from helpers import assert_close_to_reference
@@ -47,8 +48,9 @@ def check_similarity(q, k, scale, row_ids=None, col_ids=None, exclude=0, both=Tr
         q.double(), double(k), scale.double(), row_ids, col_ids, exclude, *arguments(truth, torch.float64)
     )
     plain = reference.similarity_backward(q, k, *head, *arguments(truth, torch.float32))
-    for name, x, y, z in zip(("dq", "dk"), grads, plain, exact, strict=True):
-        assert_close_to_reference(x, y, z, factor=3.0, name=name)
+    terms = parts(to_float64((q, k, *head)), *truth[:2], *(x.double() for x in weights))
+    for name, x, y, z, size in zip(("dq", "dk"), grads, plain, exact, terms, strict=True):
+        assert_close_to_reference(x, y, z, factor=3.0, name=name, terms=size)
 
 
 def check_siglip(q, k, positives):

@@ -85,5 +85,20 @@ def eager(q, k, scale, row_ids, col_ids, exclude, row_grad, col_grad):
     return row.detach(), col.detach(), q.grad.nan_to_num(0.0), dk.nan_to_num(0.0)
 
 
+def parts(args, row_lse, col_lse, row_grad, col_grad) -> tuple[float, float]:
+    """Root mean squares of what dq and dk are the sum of: the larger of the rows' part and the columns' part.
+
+    Of few pairs the two may cancel, and rounding is relative to them. Everything is float64; ``args`` are the
+    operators' first six.
+    """
+    if args[1] is None or not col_grad.numel():
+        return 0.0, 0.0
+    rest = None, True, True
+    rows = reference.similarity_backward(*args, row_lse, col_lse, row_grad, torch.zeros_like(col_grad), *rest)
+    cols = reference.similarity_backward(*args, row_lse, col_lse, torch.zeros_like(row_grad), col_grad, *rest)
+    dq, dk = (max(float(x.square().mean().sqrt()) for x in both) for both in zip(rows, cols, strict=True))
+    return dq, dk
+
+
 def available(name: str, op: str, x: Tensor) -> bool:
     return backends.load(name).unavailable(op, x) is None

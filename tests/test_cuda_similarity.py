@@ -39,8 +39,9 @@ def compare(q, k, scale, row_ids, col_ids, exclude, both=True):
     grads = OPS.similarity_backward(*head, *rest(torch.float32), "cuda")
     plain = reference.similarity_backward(*head, *rest(torch.float32))
     exact = reference.similarity_backward(*to_float64(head), *rest(torch.float64))
-    for name, x, y, z in zip(("dq", "dk"), grads, plain, exact, strict=True):
-        assert_close_to_reference(x, y, z, factor=3.0, name=name)
+    terms = parts(to_float64(head), *lse, *weights)
+    for name, x, y, z, size in zip(("dq", "dk"), grads, plain, exact, terms, strict=True):
+        assert_close_to_reference(x, y, z, factor=3.0, name=name, terms=size)
 
 
 @pytest.mark.parametrize("capability", WAYS.values(), ids=WAYS)
