@@ -24,7 +24,17 @@ _FAMILIES = {
     "pair cosine": "pair_cosine",
 }
 _DESCRIPTION = ("key", "name", "rows", "width")
-_OURS = "triton"
+_OURS = {
+    "triton": "ffcl_fast, Triton kernels",
+    "cuda": "ffcl_fast, CUDA kernels",
+    "panels": "ffcl_fast, plain PyTorch over row panels",
+}
+_TIMES = {
+    "seconds": "both ms",
+    "forward_seconds": "forward ms",
+    "device_seconds": "both device ms",
+    "forward_device_seconds": "forward device ms",
+}
 
 
 def adopt(folder: Path, path: Path) -> Path:
@@ -77,16 +87,15 @@ def _record(row: dict[str, Any], provider: str, values: dict[str, Any], stamp: d
     family = FAMILIES[_FAMILIES[row["name"]]]
     sizes = [int(n) for n in row["key"].rpartition(" ")[2].split("x")]
     shape = [row["rows"], row["width"]] if "width" in row else sizes
-    ours = provider == "ours"
+    provider = "triton" if provider == "ours" else provider  # its name in the first of these files
     time: dict[str, Any] = {**stamp, "run": "gpu_measure"}
     if "problem" in values:
         time["problem"] = values["problem"]
     else:
-        seconds, forward = values["both ms"] / 1e3, values["forward ms"] / 1e3
+        time |= {name: values[column] / 1e3 for name, column in _TIMES.items() if column in values}
+        seconds = time.get("device_seconds", time["seconds"])
         useful = family.useful_bytes(tuple(shape)) / 2 if family.useful_bytes else None  # bfloat16
         time |= {
-            "seconds": seconds,
-            "forward_seconds": forward,
             "tflops": family.units * family.unit_flops(tuple(shape)) / seconds / 1e12 or None,
             "peak_bytes": int(values["MiB"] * 2**20),
             "rel_error": None,
@@ -100,9 +109,9 @@ def _record(row: dict[str, Any], provider: str, values: dict[str, Any], stamp: d
         "workload": f"{family.name}-{'x'.join(map(str, shape))}",
         "family": family.name,
         "shape": shape,
-        "provider": _OURS if ours else provider,
-        "kind": "ours" if ours else "rival",
-        "what": "ffcl_fast, Triton kernels" if ours else f"{provider}, as tools.gpu_measure calls it",
+        "provider": provider,
+        "kind": "ours" if provider in _OURS else "rival",
+        "what": _OURS.get(provider, f"{provider}, as tools.gpu_measure calls it"),
         "dtype": "bfloat16",
         "units": family.units,
         "time": time,

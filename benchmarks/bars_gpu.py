@@ -1,6 +1,8 @@
 """The GPU's bars of the design and whether one GPU's stored measurements meet them.
 
-Ours is the faster of our kernels in that run: a bar is met by what a user can ask for by name.
+Ours is the faster of our kernels in that run: a bar is met by what a user can ask for by name. Fractions of a ceiling
+are of the kernels alone where that was measured (`device_seconds`); what is compared with rivals is a call as a user
+makes it.
 """
 
 from __future__ import annotations
@@ -61,15 +63,17 @@ def within(workload: str, seconds: float, limit_bytes: float | None = None) -> C
     return check
 
 
-def _ratios(results: Results, pairs: list[tuple[str, str, float]]) -> Verdict:
-    """(workload, rival, required): the rival's time over ours; a rival that did not run is left out, with a word."""
+def _ratios(results: Results, pairs: list[tuple[str, tuple[str, ...], float]]) -> Verdict:
+    """(workload, rival by each of its names, required): the rival's time over ours, the fastest under several names; a
+    rival that did not run is left out, with a word."""
     met, shown, missing = [], [], []
-    for workload, rival, required in pairs:
-        ours, theirs = _ours(results, workload), _time(results, workload, rival)
-        if ours is None or theirs is None:
+    for workload, names, required in pairs:
+        ours, rival = _ours(results, workload), names[0]
+        theirs = [time["seconds"] for name in names if (time := _time(results, workload, name))]
+        if ours is None or not theirs:
             missing.append(f"{rival} at {workload}")
             continue
-        ratio = theirs["seconds"] / ours["seconds"]
+        ratio = min(theirs) / ours["seconds"]
         met.append(ratio >= required)
         shown.append(f"{ratio:.2f} x {rival} at {workload}")
     if not met:
@@ -78,8 +82,9 @@ def _ratios(results: Results, pairs: list[tuple[str, str, float]]) -> Verdict:
 
 
 def clip_rivals(results: Results) -> Verdict:
-    small = [(f"clip-{n}x512", "open_clip, compiled", 1.0) for n in (4096, 8192)]
-    return _ratios(results, [("clip-65536x512", "memeff", 1.5), ("clip-32768x512", "open_clip", 2.0), *small])
+    compiled = ("open_clip, compiled", "compiled")  # the second: of tools.gpu_measure, the same loss without a library
+    small = [(f"clip-{n}x512", compiled, 1.0) for n in (4096, 8192)]
+    return _ratios(results, [("clip-65536x512", ("memeff",), 1.5), ("clip-32768x512", ("open_clip",), 2.0), *small])
 
 
 def triangle(results: Results) -> Verdict:

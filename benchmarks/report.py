@@ -89,8 +89,7 @@ def family_table(results: Results, family: str) -> str:
             [
                 bars.size(r),
                 name,
-                _milliseconds(time["forward_seconds"]),
-                _milliseconds(time["seconds"]),
+                *(_called(time, part) for part in ("forward_", "")),
                 _optional(time.get("over_ours"), "{:.2f}"),
                 rate,
                 _optional(time.get("fraction_of_ceiling"), "{:.0%}"),
@@ -100,6 +99,12 @@ def family_table(results: Results, family: str) -> str:
             ]
         )
     return table(head, rows)
+
+
+def _called(time: dict[str, Any], part: str) -> str:
+    """Time as called, and of the kernels alone where that was measured."""
+    device = time.get(f"{part}device_seconds")
+    return _milliseconds(time[f"{part}seconds"]) + (f" ({_milliseconds(device)} on the device)" if device else "")
 
 
 def memory_table(results: Results) -> str:

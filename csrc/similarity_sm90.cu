@@ -22,7 +22,7 @@ struct Ring {
   unsigned char* stages = shared_memory();
   uint64_t* full = reinterpret_cast<uint64_t*>(shared_memory() + STAGES * 2 * OPERAND90);
   uint64_t* empty = full + STAGES;
-  uint64_t* turn = empty + STAGES;  // phase n ends with the product of tile n
+  uint64_t* turn = empty + STAGES;  // phase n ends when all steps of tile n have been waited for
   unsigned char* rest = shared_memory() + STAGES * 2 * OPERAND90 + BARRIERS90;
 
   // All threads of the cluster call it.
@@ -85,6 +85,8 @@ __device__ __forceinline__ void product90(float (&acc)[MF][NF][4], const Ring<ST
       ring.release(count - 1);
     }
   }
+  // Before the products are done, so that the other group's queue up behind them and the tensor cores never idle.
+  if (threadIdx.x % 32 == 0) barrier_arrive(ring.turn, rank);
   products_wait<0>();
 #pragma unroll
   for (int m = 0; m < MF; ++m)
@@ -93,7 +95,6 @@ __device__ __forceinline__ void product90(float (&acc)[MF][NF][4], const Ring<ST
 #pragma unroll
       for (int e = 0; e < 4; ++e) settle(acc[m][n][e]);
   ring.release(first + steps - 1);
-  if (threadIdx.x % 32 == 0) barrier_arrive(ring.turn, rank);
 }
 
 // One exp2 an element feeds both sums: column sums stay in a group's registers down its column of tiles, row sums in

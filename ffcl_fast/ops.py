@@ -184,6 +184,46 @@ define(
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The positives of a contrast whose normalisers leave them out. Row i's positive is row i of `positive`
+# (POSITIVE_GIVEN), or where that is None another row of q: i +- N/2 (POSITIVE_STACKED) or i ^ 1
+# (POSITIVE_INTERLEAVED).
+#
+#   positive_odds  -> with p_i = scale <q_i, positive_i>, x_i = row_lse_i - p_i and y_i = col_lse_i - p_i:
+#                     loss (N,) = softplus(x_i), or x_i where `decoupled` (0 for a row without negatives), plus the
+#                     same of y_i unless col_lse is empty; slope (N,) and col_slope (N,), or empty, its derivatives by
+#                     x_i and y_i; logit (N,) = p_i.
+#   add_positives_ -> with w_i = grad_i (slope_i + col_slope_i), the upstream gradient grad being (N,): dq_i, which
+#                     comes with the normalisers' part, -= scale w_i positive_i (and what q_i gets as the positive of
+#                     another); d_positive_i -= scale w_i q_i. Either may be empty. Returns inner (N,), whose sum is
+#                     scale dloss/dscale: <q_i, dq_i> as it came, half of it in self-similarity, less w_i p_i; empty
+#                     without dq. dq and d_positive are dense and have q's dtype.
+# ---------------------------------------------------------------------------------------------------------------------
+
+POSITIVE_GIVEN = 0
+POSITIVE_STACKED = 1
+POSITIVE_INTERLEAVED = 2
+
+
+def _positive_odds(q, positive, scale, row_lse, col_lse, pairing, decoupled, backend):
+    return tuple(row_lse.new_empty(x.shape) for x in (row_lse, row_lse, col_lse, row_lse))
+
+
+def _add_positives(q, positive, scale, grad, slope, col_slope, logit, dq, d_positive, pairing, backend):
+    return slope.new_empty(dq.shape[0])
+
+
+define(
+    "positive_odds(Tensor q, Tensor? positive, Tensor scale, Tensor row_lse, Tensor col_lse, int pairing,"
+    " bool decoupled, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _positive_odds,
+)
+define(
+    "add_positives_(Tensor q, Tensor? positive, Tensor scale, Tensor grad, Tensor slope, Tensor col_slope,"
+    " Tensor logit, Tensor(a!) dq, Tensor(b!) d_positive, int pairing, str backend) -> Tensor",
+    _add_positives,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
 # SigLIP (Zhai et al. 2023): x_ij = scale <q_i, k_j> + bias, z_ij = 1 on the diagonal (where `positives`), -1 elsewhere.
 #   siglip -> loss () = sum_ij softplus(-z_ij x_ij), and its gradients dq (N, D), dk (M, D) from the same pass, empty
 #             where not needed; dbias () where either is, else 0. The gradient of the scale is <q, dq> / scale.

@@ -17,9 +17,11 @@ NATIVE = pytest.mark.skipif(native.module is None, reason=f"no compiled part: {n
 BACKENDS = ("reference", "panels", pytest.param("cpu", marks=NATIVE))
 
 
-def activations(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    """Random activations with a mean, so that sums and cosines are far from zero."""
-    return (scale * (torch.randn(shape, dtype=torch.float64) + 0.3)).to(dtype)
+def activations(
+    *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Random activations with a mean, so that sums and cosines are far from zero; drawn on their device."""
+    return (scale * (torch.randn(shape, dtype=torch.float64, device=device) + 0.3)).to(dtype)
 
 
 def unchanged(args) -> list[tuple[Tensor, Tensor]]:

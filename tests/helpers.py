@@ -46,7 +46,8 @@ def assert_close_to_reference(
     assert float64_truth.dtype == torch.float64, f"{name}: the truth must be float64, not {float64_truth.dtype}"
     if not ours.numel():
         return
-    x, eager, truth = (t.detach().to("cpu", torch.float64) for t in (ours, eager_same_dtype, float64_truth))
+    device = ours.device if ours.is_cuda else "cpu"  # a GPU's results stay there: copies take longer than the kernels
+    x, eager, truth = (t.detach().to(device, torch.float64) for t in (ours, eager_same_dtype, float64_truth))
     # An overflow of eager's in its own dtype says nothing about the accuracy that can be asked for.
     eager_error = (eager - truth).abs().nan_to_num(nan=0.0, posinf=0.0)
     usual_error = eager_error.square().mean(-1, keepdim=True).sqrt().clamp(min=_rms(eager_error)).expand_as(truth)

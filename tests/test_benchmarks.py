@@ -236,12 +236,15 @@ def test_what_another_machine_measured_is_filed_under_its_own_name(tmp_path, cap
         "name": "clip",
         "rows": 65536,
         "width": 512,
-        "ours": {**both, "same bits": 1},
+        "triton": {**both, "same bits": True, "forward device ms": 2.0, "both device ms": 8.0},
+        "cuda": {**both, "both ms": 17.0, "same bits": True},
+        "panels": {**both, "both ms": 99.0},
     }
     clip |= {"memeff": {**both, "both ms": 32.0}, "inf-cl": {"problem": "not installed"}}
     cosine = {"key": "pair cosine 64x64x56x56", "name": "pair cosine", "ours": {**both, "both fraction": 0.9}}
     queue = {"key": "info_nce 4096x65536x128", "name": "info_nce", "rows": 4096, "width": 128, "ours": both}
-    measured = {"device": "Made up", "torch": "2.14", "product_tflops": 1.0, "copy_gbytes": 1.0}
+    measured = {"device": "Made up", "torch": "2.14", "product_tflops": 1.0, "copy_gbytes": 1.0,
+                "commit": "abc1234", "when": "2026-11-26T05:00Z"}  # fmt: skip
     (tmp_path / "gpu.json").write_text(json.dumps(measured | {"rows": [clip, cosine, queue]}))
 
     for path in (theirs, tmp_path / "gpu.json"):
@@ -251,8 +254,17 @@ def test_what_another_machine_measured_is_filed_under_its_own_name(tmp_path, cap
     found = store.load(own.parent / "gpu-made-up.json")
     assert found["device"]["name"] == "Made up" and found["versions"]["torch"] == "2.14"
     times = {(r["workload"], r["provider"]): r["time"] for r in found["records"]}
-    assert len(times) == 5 and times["clip-64x8", "triton"] == {"seconds": 2.0}
-    assert times["clip-65536x512", "triton"]["seconds"] == 0.016
+    assert len(times) == 7 and times["clip-64x8", "triton"] == {"seconds": 2.0}
+    time = times["clip-65536x512", "triton"]
+    assert (time["seconds"], time["forward_seconds"]) == (0.016, 0.004)
+    assert (time["device_seconds"], time["forward_device_seconds"]) == (0.008, 0.002)
+    assert time["tflops"] == pytest.approx(4 * 2 * 65536**2 * 512 / 0.008 / 1e12)
+    assert (time["commit"], time["when"]) == ("abc1234", "2026-11-26T05:00Z")
+    assert "device_seconds" not in times["clip-65536x512", "cuda"]
+    adopted = [r for r in found["records"] if r["workload"] == "clip-65536x512"]
+    kinds = {r["provider"]: r["kind"] for r in adopted}
+    assert kinds == dict.fromkeys(("triton", "cuda", "panels"), "ours") | dict.fromkeys(("memeff", "inf-cl"), "rival")
+    assert "16.0 ms (8.00 ms on the device)" in report.family_table({"records": adopted}, "clip")
     assert times["clip-65536x512", "inf-cl"]["problem"] == "not installed"
     verdict = {bar.required: bar.check(found) for bar in bars.GPU}
     assert verdict["<= 32 ms"].state == bars.MET and verdict[">= 80 %, >= 70 %"].state == bars.MET

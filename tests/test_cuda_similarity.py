@@ -7,7 +7,7 @@ import test_gpu_cuda
 import torch
 from emulated import emulated, emulated_module, use  # noqa: F401
 from guards import guarded, inside_nan  # noqa: F401
-from similarity_cases import MODES, problem, to_float64, vectors
+from similarity_cases import MODES, parts, problem, to_float64, vectors
 
 from ffcl_fast import functional, ops, reference
 from ffcl_fast.backends import cuda, cuda_similarity

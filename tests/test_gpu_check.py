@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools import gpu_check
 from tools.gpu_check import ROOT, STEPS, Step, run_steps
@@ -119,9 +120,17 @@ def test_the_table_says_met_missed_and_not_measured():
         return {"key": key, "name": name, "rows": rows, "width": width, "triton": found, **others}
 
     rows = [
-        row("clip", 65536, 512, ours(ms=31.0, **{"same bits": True}), cuda=ours(ms=33.0), memeff={"both ms": 60.0}),
+        row(
+            "clip",
+            65536,
+            512,
+            ours(ms=31.0, **{"same bits": True, "both device ms": 30.5}),
+            cuda=ours(ms=33.0),
+            memeff={"both ms": 60.0, "both device ms": 40.0},
+            panels={"both ms": 70.0},
+        ),
         row("clip", 32768, 128, ours(ms=20.0)),
-        row("nt_xent", 32768, 128, ours(), lightly={"problem": "not installed: no | such"}),
+        row("nt_xent", 32768, 128, ours(), panels={"both ms": 11.0}, lightly={"problem": "not installed: no | such"}),
         row("clip", 8192, 512, {"problem": "RuntimeError: x"}),
     ]
     text = markdown({"device": "made up", "torch": "0", "product_tflops": 1, "copy_gbytes": 2, "rows": rows})
@@ -129,7 +138,9 @@ def test_the_table_says_met_missed_and_not_measured():
     lines = {tuple(x.strip() for x in line.split("|")[1:3]): line for line in measured.splitlines() if line[:2] == "| "}
     assert "failed: RuntimeError: x" in lines["clip 8192x8192x512", "triton"]
     assert "not installed" in lines["nt_xent 32768x32768x128", "triton"]
-    assert "| 33.0 |" in lines["clip 65536x65536x512", "cuda"] and ("clip 8192x8192x512", "cuda") not in lines
+    assert "| 31.0 | 30.5 | 0.8 |" in lines["clip 65536x65536x512", "triton"]
+    assert "memeff 60.0 (40.0); panels 70.0 |" in lines["clip 65536x65536x512", "triton"]
+    assert "| 33.0 |  |" in lines["clip 65536x65536x512", "cuda"] and ("clip 8192x8192x512", "cuda") not in lines
 
     def verdicts(table: str) -> dict[str, str]:
         return {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| ")}
@@ -155,7 +166,7 @@ def test_every_step_has_what_a_machine_without_a_gpu_can_check():
 
 def test_the_cuda_kernels_have_steps_of_their_own():
     steps = [s for s in STEPS if "tests/test_gpu_cuda.py" in s.command]
-    assert {s.name for s in steps} == {"cuda-rule", "cuda-large", "cuda-memcheck", "cuda-racecheck"}
+    assert {s.name for s in steps} == {"cuda-rule", "cuda-goodness", "cuda-large", "cuda-memcheck", "cuda-racecheck"}
     for s in steps:
         assert gpu_check.CUDA_BUILT in s.probes and not any("test_gpu.py" in part for part in s.command)
     tools = {s.name: s.command for s in steps if s.command[0] == "compute-sanitizer"}
@@ -191,5 +202,121 @@ def test_the_measurements_cover_both_kinds_of_kernels(monkeypatch):
     for workload in WORKLOADS:
         names = gpu_measure.losses(workload).keys()
         assert "triton" in names and ("cuda" in names) == (workload.name not in ("siglip", "unit rows"))
+        assert ("panels" in names) == (getattr(workload, "rows", 0) <= 32768)
+        assert "compiled" not in names or getattr(workload, "rows", 0) <= 8192
     Native.built = False
     assert "cuda" not in gpu_measure.losses(WORKLOADS[0])
+
+
+def made_up(monkeypatch, device_milliseconds, healthy=lambda: True):
+    """(workload, measure) of one tiny workload on the CPU, whose times are 2 ms as called and given on the device."""
+    from tools import gpu_measure
+    from tools.gpu_workloads import Products
+
+    def loss(q, k, scale):
+        return (scale * (q.float() @ k.float().T)).logsumexp(1).mean()
+
+    def failing(q, k, scale):
+        raise RuntimeError("no such kernel")
+
+    class OnCpu(Products):
+        def inputs(self, device):
+            return super().inputs("cpu")
+
+    workload = OnCpu("clip", 8, 8, 4, (1, 4), loss)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(gpu_measure, "milliseconds", lambda function, *_: function() and None or 2.0)
+    monkeypatch.setattr(gpu_measure, "device_milliseconds", device_milliseconds)
+    monkeypatch.setattr(gpu_measure, "healthy", healthy)
+    providers = {"triton": lambda: loss, "peer": lambda: failing, "plain": lambda: loss}
+    monkeypatch.setattr(gpu_measure, "losses", lambda workload: providers)
+
+    def measure(spoilers: dict[str, str | None]) -> dict:
+        row: dict = {}
+        ceiling = gpu_measure.Ceiling(lambda: None, 2e3, 1e6)
+        gpu_measure.measure(workload, row, list(providers), ceiling, 0.1, spoilers, lambda: None)
+        return row
+
+    return workload, measure
+
+
+def test_times_as_called_and_on_the_device_are_kept_apart(monkeypatch):
+    # Ours: both captured, beside a ceiling that takes 1 ms and 2 ms; plain: the forward pass alone.
+    times = iter(((0.5, 1.0), (1.0, 2.0), (0.25, 2.0), None))
+    workload, measure = made_up(monkeypatch, lambda function, seconds, ceiling: next(times))
+    row = measure({})
+    ours, plain = row["triton"], row["plain"]
+    assert ours["forward ms"] == ours["both ms"] == 2.0 and ours["same bits"] is True
+    assert (ours["forward device ms"], ours["both device ms"]) == (0.5, 1.0)
+    forward, both = workload.useful()
+    assert ours["forward fraction"] == round(forward / 0.5e-3 / 2e6, 3)
+    assert ours["both fraction"] == round(both / 1e-3 / 1e6, 3)
+    assert plain["forward device ms"] == 0.25 and "both device ms" not in plain
+    assert plain["both fraction"] == round(both / 2e-3 / 1e6, 3)
+    assert row["peer"] == {"problem": "RuntimeError: no such kernel"}
+
+
+def test_what_spoils_a_process_is_not_tried_again(monkeypatch):
+    from tools.gpu_timing import Spoiled
+
+    calls = []
+
+    def device_milliseconds(function, seconds, ceiling):
+        calls.append(function)
+        raise Spoiled
+
+    workload, measure = made_up(monkeypatch, device_milliseconds)
+    spoilers: dict[str, str | None] = {}
+    with pytest.raises(Spoiled):
+        measure(spoilers)
+    assert spoilers == {f"{workload.key}: triton": None}
+    with pytest.raises(Spoiled):  # the next: plain, while triton is measured without a capture
+        measure(spoilers)
+    assert spoilers == {f"{workload.key}: {name}": None for name in ("triton", "plain")}
+    row = measure(spoilers)
+    assert len(calls) == 2 and "both device ms" not in row["triton"] and row["triton"]["both ms"] == 2.0
+
+    workload, measure = made_up(monkeypatch, lambda *_: None, healthy=lambda: False)
+    spoilers = {}
+    with pytest.raises(Spoiled):  # the peer's error is one after which CUDA does nothing
+        measure(spoilers)
+    assert spoilers == {f"{workload.key}: peer": "RuntimeError: no such kernel"}
+    assert measure(spoilers)["peer"] == {"problem": "RuntimeError: no such kernel"}
+
+
+def test_workloads_are_chosen_by_parts_of_their_keys_and_begun_within_the_budget(monkeypatch, tmp_path, capsys):
+    from tools import gpu_measure
+
+    monkeypatch.setenv("FFCL_OUT", str(tmp_path))
+    monkeypatch.setenv("FFCL_COMMIT", "abc1234")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "made up")
+    for name in ("product_ceiling", "copy_ceiling"):
+        monkeypatch.setattr(gpu_measure, name, lambda: gpu_measure.Ceiling(lambda: None, 1.0, 1e12))
+    found = {"both ms": 1.0, "forward ms": 1.0, "both fraction": 0.5, "forward fraction": 0.5, "MiB": 1.0}
+
+    def measure(workload, row, names, ceiling, seconds, spoilers, save):
+        for name in names:
+            row[name] = found
+            save()
+
+    monkeypatch.setattr(gpu_measure, "measure", measure)
+
+    def rows() -> dict[str, dict]:
+        return {row["name"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]}
+
+    assert gpu_measure.main(["--only", "million, unit rows", "--providers", "triton,panels"]) == 0
+    assert list(rows()) == ["unit rows", "clip, a million"]
+    assert "panels" in rows()["unit rows"] and "plain" not in rows()["unit rows"]
+    stored = json.loads((tmp_path / "gpu.json").read_text())
+    assert stored["commit"] == "abc1234" and stored["when"].endswith("Z")
+    assert gpu_measure.main(["--only", "million, siglip", "--budget", "-1"]) == 2
+    assert "no time left for siglip 65536x65536x768" in capsys.readouterr().out
+    assert gpu_measure.main(["--only", "siglip, unit rows"]) == 0  # with what the first call left out
+    assert list(rows()) == ["unit rows", "siglip", "clip, a million"] and "plain" in rows()["unit rows"]
+    monkeypatch.setenv("FFCL_COMMIT", "def5678")  # other sources: their results do not mix
+    assert gpu_measure.main(["--only", "siglip"]) == 0
+    assert list(rows()) == ["siglip"]
+    for option in ("--only", "--providers"):
+        with pytest.raises(SystemExit):
+            gpu_measure.main([option, "no such"])
+        assert "'no such' is in none of" in capsys.readouterr().err

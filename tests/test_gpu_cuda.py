@@ -45,7 +45,7 @@ def compare(function, tensors, *options, factor=2.0):
 
 def check_goodness(shape, dtype, padding, mean=True, relu=True):
     rows, width = shape
-    h1, h2 = (activations(rows, width + padding, dtype=dtype).to(DEVICE)[:, :width] for _ in range(2))
+    h1, h2 = (activations(rows, width + padding, dtype=dtype, device=DEVICE)[:, :width] for _ in range(2))
     compare(reference.goodness_forward, (h1,), mean, relu, True, EPS)
     goodness = reference.goodness_forward(h1, mean, relu, False, EPS)[0]
     grads = torch.randn(rows, device=DEVICE), torch.randn(shape, device=DEVICE).to(dtype)
@@ -81,8 +81,8 @@ def test_narrow_rows(dtype):
 @pytest.mark.parametrize("shape", ((64, 64, 3136), (257, 512, 49), (2, 33, 10007), (3000, 5, 7)), ids=str)
 def test_pool(shape, last, dtype):
     n, c, length = shape
-    h = activations(n, length, c, dtype=dtype).transpose(1, 2) if last else activations(*shape, dtype=dtype)
-    h = h.to(DEVICE)
+    h = activations(*((n, length, c) if last else shape), dtype=dtype, device=DEVICE)
+    h = h.transpose(1, 2) if last else h
     compare(reference.pool_goodness_forward, (h,), True, True)
     pooled = reference.pool_goodness_forward(h, True, True)[1]
     grads = torch.randn(n, device=DEVICE), torch.randn(n, c, device=DEVICE)
@@ -91,7 +91,7 @@ def test_pool(shape, last, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_layers(dtype):
-    h = [activations(300 + i, w, dtype=dtype).to(DEVICE) for i, w in enumerate((50176, 25088, 2000, 128, 37))]
+    h = [activations(300 + i, w, dtype=dtype, device=DEVICE) for i, w in enumerate((50176, 25088, 2000, 128, 37))]
     ours = OPS.goodness_many(h, True, True, "cuda")
     truth = reference.goodness_many([x.double() for x in h], True, True)
     assert_close_to_reference(ours, reference.goodness_many(h, True, True), truth, name="goodness")
@@ -225,7 +225,7 @@ def test_small_goodness(dtype):
         check_goodness((5, width), dtype, 8)
     for last in (False, True):
         for c, length in ((136, 49), (11, 133)):
-            h = activations(2, c, length, dtype=dtype).to(DEVICE)
+            h = activations(2, c, length, dtype=dtype, device=DEVICE)
             h = h.transpose(1, 2).contiguous().transpose(1, 2) if last else h
             compare(reference.pool_goodness_forward, (h,), True, True)
 

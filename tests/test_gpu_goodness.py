@@ -21,7 +21,7 @@ SHAPES = ((4099, 96), (517, 1000), (300, 2048), (33, 7001), (301, 16384), (400, 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_goodness(shape, dtype):
     for mean, relu, padding in ((False, False, 0), (True, True, 3), (True, True, 8)):
-        h = activations(shape[0], shape[1] + padding, dtype=dtype).cuda()[:, : shape[1]]
+        h = activations(shape[0], shape[1] + padding, dtype=dtype, device="cuda")[:, : shape[1]]
         assert_right("goodness", three(reference.goodness_forward, (h,), mean, relu, True, EPS))
         goodness = reference.goodness_forward(h, mean, relu, False, EPS)[0]
         grads = torch.randn(shape[0], device="cuda"), torch.randn(shape, device="cuda").to(dtype)
@@ -33,8 +33,8 @@ def test_goodness(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_pair_cosine(shape, dtype):
-    h1, h2 = (activations(*shape, dtype=dtype).cuda() for _ in range(2))
-    target = torch.where(torch.rand(shape[0]) < 0.5, 1.0, -1.0).cuda()
+    h1, h2 = (activations(*shape, dtype=dtype, device="cuda") for _ in range(2))
+    target = torch.where(torch.rand(shape[0], device="cuda") < 0.5, 1.0, -1.0)
     results = three(reference.pair_cosine_forward, (h1, h2, target), 0.1, True, 0.5, True, True)
     assert_right("pair cosine", results, 3.0)
     coefficients = reference.pair_cosine_forward(h1, h2, target, 0.1, True, 1.0, False, False)[1]
@@ -48,7 +48,8 @@ def test_pair_cosine(shape, dtype):
 @pytest.mark.parametrize("shape", ((64, 64, 3136), (257, 512, 49), (2, 33, 10007), (3000, 5, 7)), ids=str)
 def test_pool(shape, last, dtype):
     n, c, length = shape
-    h = (activations(n, length, c, dtype=dtype).transpose(1, 2) if last else activations(*shape, dtype=dtype)).cuda()
+    h = activations(*((n, length, c) if last else shape), dtype=dtype, device="cuda")
+    h = h.transpose(1, 2) if last else h
     assert_right("pool", three(reference.pool_goodness_forward, (h,), True, True))
     pooled = reference.pool_goodness_forward(h, True, True)[1]
     grads = torch.randn(n, device="cuda"), torch.randn(n, c, device="cuda")
@@ -58,7 +59,7 @@ def test_pool(shape, last, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_layers(dtype):
     for rows in (1, 300):
-        h = [activations(rows + i, w, dtype=dtype).cuda() for i, w in enumerate((50176, 25088, 2000, 128, 37))]
+        h = [activations(rows + i, w, dtype=dtype, device="cuda") for i, w in enumerate((50176, 25088, 2000, 128, 37))]
         ours = OPS.goodness_many(h, True, True, "triton")
         truth = reference.goodness_many([x.double() for x in h], True, True)
         assert_close_to_reference(ours, reference.goodness_many(h, True, True), truth, name="goodness")
@@ -73,8 +74,8 @@ def test_many_layers(dtype):
 @pytest.mark.parametrize("shape", ((300, 784, 2000), (1025, 2000, 2000), (33, 100, 70)), ids=str)
 def test_linear_goodness(shape, dtype):
     n, k, h = shape
-    x, weight = activations(n, k, dtype=dtype).cuda(), (activations(h, k) / k**0.5).to(dtype).cuda()
-    for bias in (None, activations(h, dtype=dtype).cuda()):
+    x, weight = activations(n, k, device="cuda").to(dtype), (activations(h, k, device="cuda") / k**0.5).to(dtype)
+    for bias in (None, activations(h, dtype=dtype, device="cuda")):
         ours = OPS.linear_goodness(x, weight, bias, True, True, "triton")
         plain, truth = (
             F.linear(x.to(d), weight.to(d), None if bias is None else bias.to(d)).relu().square().mean(1)
@@ -93,7 +94,7 @@ def test_normalize(shape, dtype):
 
 
 def test_fifty_equal_repeats():
-    h, go = (activations(40, 100352, dtype=torch.bfloat16).cuda() for _ in range(2))
+    h, go = (activations(40, 100352, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     g, maps = torch.randn(40, device="cuda"), h.view(40, 32, 3136)
 
     def once():
@@ -111,7 +112,7 @@ def test_fifty_equal_repeats():
 
 
 def test_graph_capture_and_replay():
-    h = [activations(64, width).cuda().requires_grad_() for width in (2000, 2000, 128)]
+    h = [activations(64, width, device="cuda").requires_grad_() for width in (2000, 2000, 128)]
 
     def step():
         g, out = functional.goodness_and_normalize(h[0], relu=True, backend="triton")
@@ -142,7 +143,8 @@ def losses(h, relu=True):
 
 
 def test_several_streams_at_once():
-    problems = [[activations(n, d).cuda().requires_grad_() for _ in range(2)] for n, d in ((999, 777), (40, 100352))]
+    sizes = ((999, 777), (40, 100352))
+    problems = [[activations(n, d, device="cuda").requires_grad_() for _ in range(2)] for n, d in sizes]
     alone = [torch.autograd.grad(losses(h), h) for h in problems]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in problems]
@@ -159,7 +161,7 @@ def test_several_streams_at_once():
 def test_compile_without_breaks_or_recompiling():
     compiled = torch.compile(losses, fullgraph=True, dynamic=True)
     for n, stance in ((30, "default"), (41, "fail_on_recompile")):
-        h = [activations(n, 333).cuda().requires_grad_() for _ in range(2)]
+        h = [activations(n, 333, device="cuda").requires_grad_() for _ in range(2)]
         with torch.compiler.set_stance(stance):
             value = compiled(h)
             grads = torch.autograd.grad(value, h)
@@ -169,7 +171,7 @@ def test_compile_without_breaks_or_recompiling():
 
 
 def test_autocast_keeps_what_it_is_given():
-    h = [activations(65, 200).cuda().requires_grad_() for _ in range(2)]
+    h = [activations(65, 200, device="cuda").requires_grad_() for _ in range(2)]
     expected = torch.autograd.grad(losses(h), h)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         value = losses(h)

@@ -21,6 +21,7 @@ from gpu_cases import (
     three,
     unit,
 )
+from positives_cases import check_positives
 
 from ffcl_fast import ops, reference
 from helpers import assert_close_to_reference
@@ -82,7 +83,7 @@ def test_siglip(dtype):
 @pytest.mark.parametrize("shape", [(33, 96), (5, 31), (3, 7001), (2, 30000)], ids=str)
 def test_goodness(shape):
     for dtype in (FP32, BF16):
-        h = activations(*shape, dtype=dtype).to(DEVICE)
+        h = activations(*shape, dtype=dtype, device=DEVICE)
         assert_right("goodness", three(reference.goodness_forward, (h,), True, True, True, 1e-4))
         goodness = reference.goodness_forward(h, True, True, False, 1e-4)[0]
         grads = torch.randn(shape[0], device=DEVICE), torch.randn(shape, device=DEVICE).to(dtype)
@@ -91,8 +92,8 @@ def test_goodness(shape):
 
 @pytest.mark.parametrize("shape", [(33, 96), (5, 31), (3, 7001), (2, 30000)], ids=str)
 def test_pair_cosine(shape):
-    h1, h2 = (activations(*shape, dtype=BF16).to(DEVICE) for _ in range(2))
-    target = torch.where(torch.rand(shape[0]) < 0.5, 1.0, -1.0).to(DEVICE)
+    h1, h2 = (activations(*shape, dtype=BF16, device=DEVICE) for _ in range(2))
+    target = torch.where(torch.rand(shape[0], device=DEVICE) < 0.5, 1.0, -1.0)
     options = 0.1, True, 0.5, True, True
     loss, coefficients, d1, d2 = OPS.pair_cosine_forward(h1, h2, target, *options, "triton")
     truth = reference.pair_cosine_forward(h1.double(), h2.double(), target.double(), *options)
@@ -111,7 +112,8 @@ def test_pair_cosine(shape):
 @pytest.mark.parametrize("shape", [(2, 33, 107), (40, 5, 7)], ids=str)
 def test_pool(shape, last):
     n, c, length = shape
-    h = (activations(n, length, c, dtype=BF16).transpose(1, 2) if last else activations(*shape, dtype=BF16)).to(DEVICE)
+    h = activations(*((n, length, c) if last else shape), dtype=BF16, device=DEVICE)
+    h = h.transpose(1, 2) if last else h
     assert_right("pool", three(reference.pool_goodness_forward, (h,), True, True))
     pooled = reference.pool_goodness_forward(h, True, True)[1]
     grads = torch.randn(n, device=DEVICE), torch.randn(n, c, device=DEVICE)
@@ -119,7 +121,7 @@ def test_pool(shape, last):
 
 
 def test_many_layers():
-    h = [activations(5 + i, w, dtype=BF16).to(DEVICE) for i, w in enumerate((700, 128, 37))]
+    h = [activations(5 + i, w, dtype=BF16, device=DEVICE) for i, w in enumerate((700, 128, 37))]
     ours = OPS.goodness_many(h, True, True, "triton")
     truth = reference.goodness_many([x.double() for x in h], True, True)
     assert_close_to_reference(ours, reference.goodness_many(h, True, True), truth, name="goodness")
@@ -139,7 +141,17 @@ def test_normalize(shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_goodness(dtype):
     n, k, h = 33, 100, 70
-    x, weight, bias = (t.to(dtype).to(DEVICE) for t in (activations(n, k), activations(h, k) / 10, activations(h)))
+    x, weight, bias = (activations(*size, device=DEVICE) for size in ((n, k), (h, k), (h,)))
+    x, weight, bias = (t.to(dtype) for t in (x, weight / 10, bias))
     ours = OPS.linear_goodness(x, weight, bias, True, True, "triton")
     plain, truth = (F.linear(x.to(d), weight.to(d), bias.to(d)).relu().square().mean(1) for d in (dtype, torch.float64))
     assert_close_to_reference(ours, plain, truth, name="goodness")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(34, 96), (6, 31), (4, 4096), (3000, 512)], ids=str)
+def test_positives(shape, dtype):
+    for pairing in (ops.POSITIVE_GIVEN, ops.POSITIVE_STACKED, ops.POSITIVE_INTERLEAVED):
+        positive = None if pairing else unit(*shape, dtype)
+        check_positives(unit(*shape, dtype), positive, pairing, both=not pairing, decoupled=shape[0] == 6)
+    check_positives(shifted(unit(*shape, dtype)), unit(*shape, dtype), ops.POSITIVE_GIVEN, False, False)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ffcl_fast.backends.triton import rows
+from ffcl_fast.backends.triton import positives, rows
 from ffcl_fast.backends.triton.goodness import (
     backward_kernel,
     constants,
@@ -144,6 +144,24 @@ def _unit_kernels(chip: str) -> Iterator[Compilation]:
         yield _item("unit rows backward", unit_backward_kernel, c, backward, dtype, width, types)
 
 
+def _positive_kernels(chip: str) -> Iterator[Compilation]:
+    """The positives of a contrast: each pairing, decoupled or not, one column side or two, narrow and widest rows."""
+    for width, dtype in ((128, "bf16"), (512, "bf16"), (512, "fp32"), (1001, "bf16"), (4096, "bf16"), (4096, "fp32")):
+        unit = math.gcd(16 // BYTES[dtype], width)
+        odds, add = (positives.whole_rows(65536, width, tensors, chip) for tensors in (2, 4))
+        types = {name: f"*{dtype}" for name in ("q", "positive", "dq", "d_positive")} | {
+            name: "*fp32"
+            for name in ("scale", "row_lse", "col_lse", "loss", "slope", "col_slope", "logits", "grad", "inner")
+        }
+        for pairing in range(3) if width == 512 else (0,):
+            without = ("col_lse", "col_slope", "d_positive") if pairing else ()
+            c = positives.constants(odds, unit, pairing) | {"DECOUPLED": pairing == 1}
+            present = {name: kind for name, kind in types.items() if name not in without}
+            yield _item("odds", positives.odds_kernel, c, odds, dtype, width, present, without)
+            c = positives.constants(add, unit, pairing) | {"PRECISION": "hardware"}
+            yield _item("add positives", positives.add_kernel, c, add, dtype, width, present, without)
+
+
 def _linear_kernels(chip: str) -> Iterator[Compilation]:
     for operands, dtype, how in (("half", "bf16", "ieee"), ("tf32", "fp32", "tf32"), ("float", "fp32", "ieee")):
         for tile, width, _ in tiles("linear", chip, operands, False, (784,)):
@@ -170,6 +188,7 @@ def compilations(chip: str) -> Iterator[Compilation]:
         c = {"BLOCK": SCALE_BLOCK, "PRECISION": "hardware"}
         yield _item("scale", scale_kernel, c, None, dtype, 0, {"x": f"*{dtype}", "size": "i64"})
     yield from _unit_kernels(chip)
+    yield from _positive_kernels(chip)
     yield from _linear_kernels(chip)
     yield _item("add parts", add_parts_kernel, {"ROWS": 16, "SLOTS": 64}, None, "fp32", 0,
                 {"out": "*fp32", "row_stride": "i64", "slot_stride": "i64", "factor": "fp32"})  # fmt: skip

@@ -1,25 +1,31 @@
 """Measure our kernels on this GPU beside its own product and copy, plain losses and peers; raw results, a table.
 
-    python -m tools.gpu_measure [--seconds S] [--dry-run]
+    python -m tools.gpu_measure [--seconds S] [--only NAME,...] [--providers NAME,...] [--budget SECONDS] [--dry-run]
 
-Medians over CUDA events, in milliseconds, on inputs drawn anew for each workload. `fraction` is the counted useful work
-(similarity.md: 1 U = 2 N M D; forward 1 U, both passes 4 U, halved where k = q, SigLIP 3 U) over the rate of an
-8192-cubed bf16 torch.matmul in the same run, or for memory-bound work the counted bytes over those of a device copy.
-"triton" and "cuda" are our kernels; the latter only where they were built.
-FFCL_OUT (default: the current folder) gets gpu.json after each workload, so that a cut run keeps what it measured and
-the next goes on there, and gpu.md, its table.
+Medians over CUDA events, in milliseconds, on inputs drawn anew for each workload: as called, and as `device ms` of the
+same kernels replayed from a CUDA graph, without the time in which the host prepares and launches them (absent where a
+call cannot be captured). `fraction` is the counted useful work (similarity.md: 1 U = 2 N M D; forward 1 U, both passes
+4 U, halved where k = q, SigLIP 3 U) over device time, else over time as called, as a part of the rate of an 8192-cubed
+bf16 torch.matmul timed in turn with the replays, or for memory-bound work the counted bytes over those of a copy.
+"triton" and "cuda" are our kernels, the latter only where they were built; "panels" is our plain PyTorch.
+FFCL_OUT (default: the current folder) gets gpu.json after each measurement, so that a cut run keeps what it measured
+and the next, with other --providers as well, goes on there, and gpu.md, its table, after each workload. FFCL_COMMIT
+names the sources where git cannot.
+Exit status 1 where one of our kernels failed, 2 where the budget left workloads out.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
-import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,25 +35,8 @@ from ffcl_fast.backends import native
 from .files import write_text
 from .gpu_peers import PEERS, problem_of
 from .gpu_table import OURS, markdown
-from .gpu_workloads import PLAIN_LIMIT, WORKLOADS, Products, Workload, by_cuda
-
-
-def milliseconds(function: Callable[[], object], seconds: float = 1.0, once: bool = False) -> float:
-    """Median over calls that fill about `seconds`, after two calls that nothing counts (`once`: of one call)."""
-    if not once:
-        function()
-        function()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    end = time.monotonic() + seconds
-    while len(times) < (1 if once else 3) or (not once and time.monotonic() < end and len(times) < 50):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+from .gpu_timing import Spoiled, device_milliseconds, healthy, milliseconds
+from .gpu_workloads import COMPILED_LIMIT, PLAIN_LIMIT, WORKLOADS, Products, Workload, by_cuda, by_panels
 
 
 def passes(loss: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> tuple[Callable, Callable]:
@@ -56,22 +45,42 @@ def passes(loss: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> tuple[
             loss(*arguments)
 
     def both() -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(loss(*arguments), arguments, allow_unused=True)
+        out = loss(*arguments)
+        # What a next layer would hand back, at no traffic of its own: outputs that are no loss are their own gradients.
+        seeds = None if isinstance(out, Tensor) and not out.dim() else out
+        return torch.autograd.grad(out, arguments, seeds, allow_unused=True)
 
     return forward, both
 
 
-def product_rate() -> float:
-    """Operations a second of torch's 8192-cubed bf16 product on random data."""
+class Ceiling(NamedTuple):
+    """What a fraction is of: a call, its work (operations or bytes), and its rate at the beginning of the run."""
+
+    call: Callable[[], object]
+    work: float
+    rate: float
+
+
+def product_ceiling() -> Ceiling:
+    """torch's 8192-cubed bf16 product of random data."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / (1e-3 * milliseconds(lambda: a @ b))
+    c = torch.empty_like(a)
+
+    def call() -> object:
+        return torch.mm(a, b, out=c)
+
+    return Ceiling(call, 2.0 * 8192**3, 2 * 8192**3 / (1e-3 * milliseconds(call)))
 
 
-def copy_rate() -> float:
-    """Bytes a second, read and written, of a copy of a gigabyte."""
+def copy_ceiling() -> Ceiling:
+    """A copy of a gigabyte, bytes read and written."""
     a = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
     b = torch.empty_like(a)
-    return 2 * a.numel() * 2 / (1e-3 * milliseconds(lambda: b.copy_(a)))
+
+    def call() -> object:
+        return b.copy_(a)
+
+    return Ceiling(call, 4.0 * a.numel(), 4 * a.numel() / (1e-3 * milliseconds(call)))
 
 
 def losses(workload: Workload) -> dict[str, Callable[[], Callable[..., Tensor]]]:
@@ -79,33 +88,73 @@ def losses(workload: Workload) -> dict[str, Callable[[], Callable[..., Tensor]]]
     found: dict[str, Callable[[], Callable[..., Tensor]]] = {"triton": lambda: workload.ours}
     if (cuda := by_cuda(workload)) and native.module is not None and native.module.cuda_built():
         found["cuda"] = lambda: cuda
-    fits = True
+    if panels := by_panels(workload):
+        found["panels"] = lambda: panels
+    fits = compiles = True
     if isinstance(workload, Products):
         fits = workload.rows <= PLAIN_LIMIT and workload.cols <= 4 * PLAIN_LIMIT
+        compiles = workload.name == "clip" and workload.rows <= COMPILED_LIMIT
         for peer in PEERS:
             if peer.family == workload.name and peer.fits(workload.rows, workload.width):
                 found[peer.name] = peer.build
     plain = workload.plain
     if plain and fits:
-        found |= {"plain": lambda: plain, "compiled": lambda: torch.compile(plain)}
+        found["plain"] = lambda: plain
+        if compiles:
+            found["compiled"] = lambda: torch.compile(plain)
     return found
 
 
-def measure(workload: Workload, ceiling: float, seconds: float) -> dict:
-    row: dict = {"key": workload.key, "name": workload.name}
-    row |= {"rows": workload.rows, "width": workload.width} if isinstance(workload, Products) else {}
+def described(workload: Workload) -> dict:
+    """A row of results before anything is measured."""
+    sizes = {"rows": workload.rows, "width": workload.width} if isinstance(workload, Products) else {}
+    return {"key": workload.key, "name": workload.name, **sizes}
+
+
+def measure(
+    workload: Workload,
+    row: dict,
+    names: list[str],
+    ceiling: Ceiling,
+    seconds: float,
+    spoilers: dict[str, str | None],
+    save: Callable[[], None],
+) -> None:
+    """Add what is called `names` to a row, and `save` each time. `spoilers`: what an earlier process could not go on
+    after, by `label`: the problem, which is not tried again, or None for what is not captured again. Raises Spoiled,
+    after noting it there."""
     arguments = workload.inputs("cuda")
-    for name, build in losses(workload).items():
+    builders = losses(workload)
+    for name in names:
+        build, label = builders[name], f"{workload.key}: {name}"
+        if problem := spoilers.get(label):
+            row[name] = {"problem": problem}
+            save()
+            continue
+        capture = not workload.once and label not in spoilers
         try:
-            row[name] = _one(build(), name in OURS, arguments, workload, ceiling, seconds)
+            found = _one(build(), name in OURS, arguments, workload, ceiling, seconds, capture)
+        except Spoiled:
+            spoilers[label] = None
+            raise
         except Exception as error:  # a peer's failure costs its own column only; ours fails the run at its end
-            row[name] = {"problem": problem_of(error)}
+            found = {"problem": problem_of(error)}
+        if "problem" in found and not healthy():  # an error of CUDA that ends with its process
+            spoilers[label] = found["problem"]
+            raise Spoiled
+        row[name] = found
+        save()
         torch.cuda.empty_cache()
-    return row
 
 
 def _one(
-    loss: Callable[..., Tensor], ours: bool, arguments, workload: Workload, ceiling: float, seconds: float
+    loss: Callable[..., Tensor],
+    ours: bool,
+    arguments: tuple[Tensor, ...],
+    workload: Workload,
+    ceiling: Ceiling,
+    seconds: float,
+    capture: bool,
 ) -> dict:
     forward, both = passes(loss, arguments)
     found: dict = {}
@@ -118,13 +167,21 @@ def _one(
     if workload.once:  # its kernels, on fewer rows, so that nothing is compiled inside the one call
         fewer = tuple(x[:16384].detach().requires_grad_() if x.dim() else x for x in arguments)
         passes(loss, fewer)[1]()
-    for which, function, work in zip(("forward", "both"), (forward, both), workload.useful(), strict=True):
+    each = tuple(zip(("forward", "both"), (forward, both), workload.useful(), strict=True))
+    for which, function, _ in each:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        ms = milliseconds(function, seconds, workload.once)
-        found[f"{which} ms"] = round(ms, 4)
-        found[f"{which} fraction"] = round(work / (1e-3 * ms) / ceiling, 3)
+        found[f"{which} ms"] = round(milliseconds(function, seconds, workload.once), 4)
         found["MiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    rates = {}
+    for which, function, _ in each if capture else ():
+        if (times := device_milliseconds(function, seconds, ceiling.call)) is None:
+            break
+        found[f"{which} device ms"] = round(times[0], 4)
+        rates[which] = ceiling.work / (1e-3 * times[1])
+    for which, _, work in each:
+        ms = found.get(f"{which} device ms", found[f"{which} ms"])
+        found[f"{which} fraction"] = round(work / (1e-3 * ms) / rates.get(which, ceiling.rate), 3)
     return found
 
 
@@ -134,10 +191,10 @@ def check_arguments() -> list[str]:
     for workload in WORKLOADS:
         small = workload.small()
         arguments = tuple(x.detach().float().requires_grad_() for x in small.inputs("cpu"))
-        for loss in filter(None, (small.plain, small.ours)):
+        for loss in filter(None, (small.plain, small.ours, by_panels(small))):
             if loss is small.ours and os.environ.get("TRITON_INTERPRET") != "1":
                 continue  # without the interpreter its backend needs a GPU
-            torch.autograd.grad(loss(*arguments), arguments, allow_unused=True)
+            passes(loss, arguments)[1]()
     lines = []
     for peer in PEERS:
         try:
@@ -149,47 +206,117 @@ def check_arguments() -> list[str]:
     return lines
 
 
-def stored(path: Path) -> dict:
-    """What an earlier, cut run has measured on this GPU."""
+def commit() -> str | None:
+    """The sources' commit: FFCL_COMMIT where a copy of the tree has no repository."""
+    if named := os.environ.get("FFCL_COMMIT"):
+        return named
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def stored(path: Path, sources: str | None) -> dict:
+    """What an earlier, cut run of the same sources has measured on this GPU."""
     try:
         found = json.loads(path.read_text())
-        return found if found["device"] == torch.cuda.get_device_name() else {}
+        same = found["device"] == torch.cuda.get_device_name() and found.get("commit") == sources
+        return found if same else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
+def restart(arguments: list[str], budget: float) -> NoReturn:
+    """Go on as a new process, which takes nothing over from this one's use of the GPU."""
+    print("this process cannot measure any more: going on in a new one", flush=True)
+    sys.stderr.flush()
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        if descriptor > 2:
+            try:
+                os.set_inheritable(descriptor, False)
+            except OSError:
+                pass  # the listing's own
+    os.execv(sys.executable, [sys.executable, "-m", "tools.gpu_measure", *arguments, "--budget", f"{budget:.1f}"])
+
+
+PROVIDERS = (*OURS, "panels", "plain", "compiled", *(peer.name for peer in PEERS))
+
+
+def chosen(parts: str, names: Iterable[str]) -> set[str]:
+    """The names that have one of the comma-separated parts in them; all for no part. Raises ValueError naming the parts
+    that are in none."""
+    names, wanted = list(names), [part for part in map(str.strip, parts.split(",")) if part]
+    if unknown := [part for part in wanted if not any(part in name for name in names)]:
+        raise ValueError(f"{', '.join(map(repr, unknown))} is in none of {'; '.join(names)}")
+    return {name for name in names if not wanted or any(part in name for part in wanted)}
+
+
 def main(arguments: list[str] | None = None) -> int:
+    started = time.monotonic()
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_measure", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.4, help="per measured function (default %(default)s)")
+    parser.add_argument("--only", default="", metavar="NAME,...", help="workloads with one of these in their key")
+    parser.add_argument("--providers", default="", metavar="NAME,...", help="with one of these in their name")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no workload is begun")
     parser.add_argument("--dry-run", action="store_true", help="check every workload's call on a CPU, measure nothing")
     options = parser.parse_args(arguments)
+    try:
+        keys = chosen(options.only, (workload.key for workload in WORKLOADS))
+        providers = chosen(options.providers, PROVIDERS)
+    except ValueError as error:
+        parser.error(str(error))
     if options.dry_run:
         print("\n".join(check_arguments()))
         print(f"{len(WORKLOADS)} workloads callable, {len(PEERS)} peers tried")
         return 0
     folder = Path(os.environ.get("FFCL_OUT", "."))
     path = folder / "gpu.json"
-    product, copy = product_rate(), copy_rate()
+    product, copy = product_ceiling(), copy_ceiling()
+    sources = commit()
+    before = stored(path, sources)
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "product_tflops": round(product / 1e12, 1),
-        "copy_gbytes": round(copy / 1e9, 1),
-        "rows": stored(path).get("rows", []),
+        "product_tflops": round(product.rate / 1e12, 1),
+        "copy_gbytes": round(copy.rate / 1e9, 1),
+        **({"commit": sources} if sources else {}),
+        "when": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "rows": before.get("rows", []),
+        "spoilers": before.get("spoilers", {}),
     }
     print(f"{result['device']}: bf16 product {result['product_tflops']} TFLOP/s, copy {result['copy_gbytes']} GB/s")
-    before = {row["key"] for row in result["rows"]}
-    for workload in WORKLOADS:
-        if workload.key in before:
-            continue
-        row = measure(workload, product if isinstance(workload, Products) else copy, options.seconds)
-        result["rows"].append(row)
+    rows = {row["key"]: row for row in result["rows"]}
+    late = []
+
+    def save() -> None:
+        result["rows"] = [rows[workload.key] for workload in WORKLOADS if workload.key in rows]
         write_text(path, json.dumps(result, indent=1))
+
+    for workload in WORKLOADS:
+        row = rows.get(workload.key, described(workload))
+        names = [name for name in losses(workload) if name in providers and name not in row]
+        if workload.key not in keys or not names:
+            continue
+        if time.monotonic() - started > options.budget:
+            late.append(workload.key)
+            continue
+        ceiling = product if isinstance(workload, Products) else copy
+        rows[workload.key] = row
+        try:
+            measure(workload, row, names, ceiling, options.seconds, result["spoilers"], save)
+        except Spoiled:
+            save()
+            restart(arguments, options.budget - (time.monotonic() - started))
         write_text(folder / "gpu.md", markdown(result))
         print(json.dumps(row), flush=True)
     failed = [f"{row['key']} ({name})" for row in result["rows"] for name in OURS if "problem" in row.get(name, {})]
     print(f"{len(result['rows'])} workloads measured" + (f"; ours failed on {', '.join(failed)}" if failed else ""))
-    return 1 if failed else 0
+    if late:
+        print(f"no time left for {', '.join(late)}")
+    return 1 if failed else 2 if late else 0
 
 
 if __name__ == "__main__":

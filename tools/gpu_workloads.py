@@ -19,7 +19,9 @@ from ffcl_fast.functional.similarity import normalized
 
 from .gpu_peers import SCALE
 
-PLAIN_LIMIT = 16384  # rows up to which the plain losses, which store N x M, are run beside ours
+PLAIN_LIMIT = 32768  # rows up to which the plain losses, which store N x M, are run beside ours
+COMPILED_LIMIT = 8192  # and up to which torch.compile of them is tried: beyond, compiling takes minutes and gigabytes
+PANELS_LIMIT = 32768
 MILLION = 1 << 20
 
 
@@ -94,6 +96,13 @@ def by_cuda(workload: Workload) -> Callable[..., Tensor] | None:
     return None if workload.name in WITHOUT_CUDA else functools.partial(workload.ours, backend="cuda")
 
 
+def by_panels(workload: Workload) -> Callable[..., Tensor] | None:
+    """The workload by our plain PyTorch, what `auto` takes where no kernel is confirmed; None where it takes long."""
+    if isinstance(workload, Products) and workload.rows > PANELS_LIMIT:
+        return None
+    return functools.partial(workload.ours, backend="panels")
+
+
 def clip(q: Tensor, k: Tensor, scale: Tensor, backend: str = "triton") -> Tensor:
     return functional.clip(q, k, scale, backend=backend)
 
@@ -115,41 +124,39 @@ def nt_xent(q: Tensor, k: Tensor, scale: Tensor, backend: str = "triton") -> Ten
     return functional.nt_xent(*q.chunk(2), 1 / scale, backend=backend)
 
 
+def plain_nt_xent(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+    z, n = F.normalize(q, dim=1), q.shape[0]
+    s = (scale * (z @ z.T).float()).masked_fill(torch.eye(n, dtype=torch.bool, device=q.device), -torch.inf)
+    return F.cross_entropy(s, torch.arange(n, device=q.device).roll(n // 2))
+
+
 def sup_con(q: Tensor, k: Tensor, scale: Tensor, backend: str = "triton") -> Tensor:
     labels = torch.arange(q.shape[0] // 2, device=q.device) % 10
     return functional.sup_con(q.unflatten(0, (-1, 2)), labels, backend=backend)
+
+
+def plain_sup_con(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+    """As Khosla et al. write it, with a matrix of which pairs are positive."""
+    labels = (torch.arange(q.shape[0] // 2, device=q.device) % 10).repeat_interleave(2)
+    itself = torch.eye(q.shape[0], dtype=torch.bool, device=q.device)
+    s = (q @ q.T).float() / 0.07
+    log_probability = s - s.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
+    positive = ((labels[:, None] == labels) & ~itself).float()
+    return -((positive * log_probability).sum(1) / positive.sum(1)).mean()
 
 
 def siglip(q: Tensor, k: Tensor, scale: Tensor, backend: str = "triton") -> Tensor:
     return functional.siglip(q, k, scale, -10.0, backend=backend)
 
 
-def goodness(h: Tensor, backend: str = "triton") -> Tensor:
-    g, out = functional.goodness_and_normalize(h, relu=True, backend=backend)
-    return torch.dot(g, g.detach()) + _seed(out)
+def goodness(h: Tensor, backend: str = "triton") -> tuple[Tensor, Tensor]:
+    return functional.goodness_and_normalize(h, relu=True, backend=backend)
 
 
-def plain_goodness(h: Tensor) -> Tensor:
+def plain_goodness(h: Tensor) -> tuple[Tensor, Tensor]:
     a = h.relu()
     g = a.float().square().sum(1)
-    out = (a / ((g / h.shape[1]).sqrt() + 1e-6)[:, None]).to(h.dtype)
-    return torch.dot(g, g.detach()) + _seed(out)
-
-
-class _Seed(torch.autograd.Function):
-    """A scalar whose gradient by x is x: what a next layer would hand back, at no traffic of its own."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.new_zeros((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.saved_tensors[0]
-
-
-_seed = _Seed.apply
+    return g, (a / ((g / h.shape[1]).sqrt() + 1e-6)[:, None]).to(h.dtype)
 
 
 def pair_cosine(h1: Tensor, h2: Tensor, backend: str = "triton") -> Tensor:
@@ -162,20 +169,24 @@ def plain_pair_cosine(h1: Tensor, h2: Tensor) -> Tensor:
 
 
 def unit_rows(x: Tensor, backend: str = "triton") -> Tensor:
-    return _seed(normalized(x, x.dtype, backend=backend))
+    return normalized(x, x.dtype, backend=backend)
 
 
 def plain_unit_rows(x: Tensor) -> Tensor:
-    return _seed(F.normalize(x, dim=1))
+    return F.normalize(x, dim=1)
 
 
-CLIP = [(65536, 512), (32768, 768), (32768, 1024), (4096, 512), (8192, 512), (131072, 512)]
+CLIP = [(65536, 512), (32768, 512), (32768, 768), (32768, 1024), (4096, 512), (8192, 512), (131072, 512)]
 WORKLOADS: tuple[Workload, ...] = (
     *(Products("clip", n, n, d, (1, 4), clip, plain_clip) for n, d in CLIP),
     *(
-        Products(name, 32768, 32768, d, work, ours)
+        Products(name, 32768, 32768, d, work, ours, plain)
         for d in (128, 256)
-        for name, work, ours in (("clip", (1, 4), clip), ("nt_xent", (0.5, 2), nt_xent), ("sup_con", (0.5, 2), sup_con))
+        for name, work, ours, plain in (
+            ("clip", (1, 4), clip, plain_clip),
+            ("nt_xent", (0.5, 2), nt_xent, plain_nt_xent),
+            ("sup_con", (0.5, 2), sup_con, plain_sup_con),
+        )
     ),
     Bytes("goodness + normalise", (65536, 2048), 1, (2, 5), goodness, plain_goodness),
     Bytes("goodness + normalise", (65536, 4096), 1, (2, 5), goodness, plain_goodness),

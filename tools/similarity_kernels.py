@@ -28,6 +28,7 @@ from ffcl_fast.backends.triton.similarity_forward import (
     sums_constants,
     sums_kernel,
 )
+from ffcl_fast.backends.triton.tiles import id_range_kernel
 
 from .kernels import Compilation
 
@@ -56,6 +57,8 @@ def _arguments(kernel, constants: dict, dtype: str, tile=None, types: dict | Non
             signature[name] = f"tensordesc<{dtype}[{rows}, {tile.depth}]>" if whole else f"*{dtype}"
         elif name.endswith("_ids"):
             signature[name] = "*i64" if ids else None
+        elif name.endswith("_ranges"):  # of no use where equal ids are what stays
+            signature[name] = "*i64" if ids and constants["EXCLUDE"] != ops.EXCLUDE_DIFFERENT_ID else None
         elif name in FLOATS:
             signature[name] = "*fp32"
         elif name in ("headroom", "lost_below"):
@@ -99,18 +102,54 @@ def compilations(chip: str) -> Iterator[Compilation]:
                     for tile, width, usual in tiles(op, chip, operands, ids, main)
                     for item in _variants(op, tile, width, dtype, how, ids, usual)
                 )
-    for op in ("forward", "triangle", "panel"):  # what differs from bfloat16 is one instruction's name
-        tile = config.candidates(op, chip, "half", 512)[0]
-        yield from _variants(op, tile, 512, "fp16", "ieee", False, False)
+    yield from _float16(chip)
+    yield from _exclusions(chip)
     yield from _vectors()
 
 
-def _variants(op: str, tile: Tile, width: int, dtype: str, how: str, ids: bool, usual: bool) -> Iterator[Compilation]:
+def _float16(chip: str) -> Iterator[Compilation]:
+    """Every kernel of 16-bit operands once: what differs from bfloat16 is one instruction's name."""
+    for op, width in (("forward", 512), ("triangle", 512), ("panel", 512), ("siglip", 512), ("online", 512),
+                      ("forward", 128), ("triangle", 128), ("rows", 128)):  # fmt: skip
+        for ids in (False, True) if op not in ("siglip", "online") else (False,):
+            tile = config.candidates(op, chip, "half", width, ids)[0]
+            yield from _variants(op, tile, width, "fp16", "ieee", ids, False)
+
+
+def _exclusions(chip: str) -> Iterator[Compilation]:
+    """Every other exclusion of every kernel that masks, and the shorter super-tiles of small problems."""
+    others = {False: (ops.EXCLUDE_DIAGONAL,), True: (ops.EXCLUDE_SAME_ID, ops.EXCLUDE_DIFFERENT_ID)}
+    for op, width in (("forward", 512), ("triangle", 512), ("panel", 512), ("forward", 128), ("triangle", 128),
+                      ("rows", 128)):  # fmt: skip
+        for ids, modes in others.items():
+            tile = config.candidates(op, chip, "half", width, ids)[0]
+            for mode in modes:
+                yield from _variants(op, tile, width, "bf16", "ieee", ids, False, mode)
+        if op in ("forward", "triangle"):
+            tile = config.candidates(op, chip, "half", width)[0]
+            for span in range(1, SPAN):
+                if span & (span - 1) == 0 and span * tile.rows >= tile.cols:
+                    yield from _variants(op, tile, width, "bf16", "ieee", False, False, span=span)
+
+
+def _variants(
+    op: str,
+    tile: Tile,
+    width: int,
+    dtype: str,
+    how: str,
+    ids: bool,
+    usual: bool,
+    mode: int | None = None,
+    span: int = SPAN,
+) -> Iterator[Compilation]:
     """The ways to launch a kernel with this tile; off the usual widths the one that needs the most registers."""
     unit = 4 if dtype == "fp32" else 8
     matrix = how == "ieee" and dtype != "fp32"
-    exclude = IDS if ids else 0
-    note = " ids" if ids else ""
+    exclude = mode if mode is not None else IDS if ids else 0
+    note = (
+        (" ids" if ids else "") + (f" x{mode}" if mode is not None else "") + (f" span {span}" if span < SPAN else "")
+    )
 
     def item(name: str, kernel, constants: dict, types: dict | None = None, with_ids: bool = ids) -> Compilation:
         signature = _arguments(kernel, constants, dtype, tile, types, with_ids)
@@ -121,8 +160,8 @@ def _variants(op: str, tile: Tile, width: int, dtype: str, how: str, ids: bool, 
         ways = [("triangle", exclude or ops.EXCLUDE_DIAGONAL, True, True) if alone else ("both", exclude, True, False)]
         if not alone and usual and not ids and (dtype, width) == ("bf16", 512):
             ways.append(("rows only", ops.EXCLUDE_DIAGONAL, False, False))
-        for name, mode, both, triangle in ways:
-            c = sums_constants(tile, width, unit, how, PARTS, mode, both, triangle, SPAN)
+        for name, left_out, both, triangle in ways:
+            c = sums_constants(tile, width, unit, how, PARTS, left_out, both, triangle, span)
             yield item(f"sums {name}", sums_kernel, c)
     elif op == "panel":
         for sides in (3, 1) if usual and not ids and dtype == "bf16" else (3,):
@@ -150,6 +189,7 @@ def _vectors() -> Iterator[Compilation]:
         ("norms", norm_kernel, norm_constants(512, 8, PARTS), "bf16", None),
         ("range", range_kernel, range_constants(True, PARTS), "fp32", None),
         ("vectors", vector_kernel, vector_constants(1.0, PARTS), "fp32", None),
+        ("id ranges", id_range_kernel, {"GRAIN": 64}, "fp32", {"ids": "*i64", "ranges": "*i64"}),
         ("combine", combine_kernel, combine_constants(1, 1.0, True, "ieee"), "bf16", {"out": "*bf16", "size": "i64"}),
     ):
         yield Compilation(name, kernel, _arguments(kernel, c, dtype, types=types), c, None, dtype,

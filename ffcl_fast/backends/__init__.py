@@ -98,6 +98,19 @@ def normalizes(backend: str, x: Tensor) -> bool:
     return backend == "triton"
 
 
+def positives(backend: str, x: Tensor) -> str | None:
+    """The backend whose kernels serve the positives of rows like ``x`` beside ``backend``'s products, or None.
+
+    The CUDA C++ kernels, which have none, are joined by Triton's where Triton is installed.
+    """
+    if backend == "auto":
+        name, _ = choose("positive_odds", x.device.type, x.dtype, x.shape, _capability(x.device))
+        return None if name in ("cpu", FALLBACK, "reference") else name
+    if backend == "triton" or (backend == "cuda" and load("triton").unavailable("positive_odds", x) is None):
+        return "triton"
+    return None
+
+
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int] | None:
     nvidia = device.type == "cuda" and torch.version.hip is None

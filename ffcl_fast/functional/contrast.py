@@ -15,9 +15,9 @@ from . import _checks
 from .similarity import apart, away_from_zero, differentiable_once, grad_wanted, prepare, row_dot, scale_grad
 
 # Where the positive of row i is.
-KEYS = 0  # k_i
-STACKED = 1  # q holds two views one after the other: rows i and i + N/2 belong together
-INTERLEAVED = 2  # rows 2i and 2i + 1 belong together
+KEYS = ops.POSITIVE_GIVEN  # k_i
+STACKED = ops.POSITIVE_STACKED  # q holds two views one after the other: rows i and i + N/2 belong together
+INTERLEAVED = ops.POSITIVE_INTERLEAVED  # rows 2i and 2i + 1 belong together
 
 _SOFTPLUS_THRESHOLD = 50.0  # beyond it softplus(x) = x to double precision; torch's default of 20 errs by 1e-10
 
@@ -71,6 +71,11 @@ def contrast(
     positive = None if positive is None else prepare(positive, unit_q, backend)
     save = grad_wanted(q, k, positive, scale)
     k, positive, col_ids = apart(k, q), apart(positive, q, k), apart(col_ids, row_ids)
+    # torch.compile fuses what plain PyTorch does with the positives.
+    beside = None if torch.compiler.is_compiling() else backends.positives(backend, q)
+    if beside and (pairing == KEYS) == (k is not None):
+        options = (exclude, pairing, both, decoupled, save, backend, beside)
+        return _ContrastByKernels.apply(q, k, positive, scale, row_ids, col_ids, *options)
     return _Contrast.apply(q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend)
 
 
@@ -157,6 +162,44 @@ class _Contrast(torch.autograd.Function):
             d_first.addcmul_(weight, second)
             d_second.addcmul_(weight, first)
         return (dq if need_q else None, dk if need_k else None, dpositive, dscale, *(None,) * 8)
+
+
+class _ContrastByKernels(torch.autograd.Function):
+    """As :class:`_Contrast`, which is also how it is checked: the positives by the operators of backend ``beside``."""
+
+    @staticmethod
+    def forward(ctx, q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend, beside):
+        if ctx.needs_input_grad[3]:
+            scale = away_from_zero(scale)
+        row_lse, col_lse, cache = torch.ops.ffcl_fast.similarity_forward.default(
+            q, k, scale, row_ids, col_ids, exclude, both, save, backend
+        )
+        loss, slope, col_slope, logit = torch.ops.ffcl_fast.positive_odds.default(
+            q, k if positive is None else positive, scale, row_lse, col_lse, pairing, decoupled, beside
+        )
+        saved = (row_lse, col_lse, cache, slope, col_slope, logit)
+        ctx.save_for_backward(q, k, positive, scale, row_ids, col_ids, *saved)
+        ctx.exclude, ctx.pairing, ctx.backend, ctx.beside = exclude, pairing, backend, beside
+        return loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad):
+        q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, slope, col_slope, logit = ctx.saved_tensors
+        need_q, need_k, need_positive, need_scale = ctx.needs_input_grad[:4]
+        col_grad = grad * col_slope if col_slope.numel() else col_slope
+        dq, dk = torch.ops.ffcl_fast.similarity_backward.default(
+            q, k, scale, row_ids, col_ids, ctx.exclude, row_lse, col_lse, grad * slope, col_grad, cache,
+            need_q or need_scale, need_k, ctx.backend,
+        )  # fmt: skip
+        d_positive = dk if positive is None else q.new_zeros(q.shape if need_positive else (0, q.shape[1]))
+        inner = torch.ops.ffcl_fast.add_positives_.default(
+            q, k if positive is None else positive, scale, grad, slope, col_slope, logit, dq, d_positive, ctx.pairing,
+            ctx.beside,
+        )  # fmt: skip
+        dscale = inner.sum() / scale if need_scale else None
+        dpositive = d_positive if need_positive else None
+        return (dq if need_q else None, dk if need_k else None, dpositive, dscale, *(None,) * 9)
 
 
 def _views(x: Tensor, pairing: int) -> tuple[Tensor, Tensor]:

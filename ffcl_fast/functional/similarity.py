@@ -27,6 +27,7 @@ EXCLUDE = {
 _WITHOUT_IDS = (ops.EXCLUDE_NONE, ops.EXCLUDE_DIAGONAL)
 
 _CHUNK = 1 << 20  # elements of a row-wise product kept at once: 4 MiB of float32
+_DEVICE_CHUNK = 1 << 24  # on a GPU, where each piece costs launches
 _SMALLEST_SCALE = 2.0**-40
 
 
@@ -142,9 +143,10 @@ def row_dot(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     ``a`` is (N, ..., D) and ``b`` broadcasts to it, N aside. The products kept at once are bounded.
     """
     acc = ops.accumulator_dtype(a)
-    if torch.compiler.is_compiling() or a.numel() <= _CHUNK:
+    chunk = _CHUNK if a.device.type == "cpu" else _DEVICE_CHUNK
+    if torch.compiler.is_compiling() or a.numel() <= chunk:
         return (a.to(acc) * b).sum(-1, dtype=dtype)
-    rows = max(1, _CHUNK * a.shape[0] // a.numel())
+    rows = max(1, chunk * a.shape[0] // a.numel())
     return torch.cat([(x.to(acc) * y).sum(-1, dtype=dtype) for x, y in zip(a.split(rows), b.split(rows), strict=True)])
 
 

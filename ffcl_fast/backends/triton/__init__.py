@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -25,12 +26,13 @@ if _MISSING is None:
     from .normalize import normalize_backward, normalize_forward  # noqa: F401
     from .pair_cosine import pair_cosine_backward, pair_cosine_forward, scale_  # noqa: F401
     from .pool_goodness import pool_goodness_backward, pool_goodness_forward  # noqa: F401
+    from .positives import add_positives_, positive_odds  # noqa: F401
     from .siglip import siglip  # noqa: F401
     from .similarity_backward import similarity_backward  # noqa: F401
     from .similarity_forward import similarity_forward  # noqa: F401
 
 MAX_ELEMENTS = 2**31 - 1  # of a sample: places in a row are 32-bit numbers
-_SIMILARITY = ("similarity_forward", "similarity_backward", "siglip")
+_SIMILARITY = ("similarity_forward", "similarity_backward", "siglip", "positive_odds", "add_positives_")
 
 
 def unavailable(op: str, x: Tensor) -> str | None:
@@ -48,11 +50,16 @@ def unavailable(op: str, x: Tensor) -> str | None:
             return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
     elif x.device.type != "cuda":
         return "its kernels run on CUDA and ROCm devices"
-    elif torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+    elif not _new_enough(x.device):
         return "its kernels need compute capability 8.0 or later"
     if op in _SIMILARITY and x.shape[1] > MAX_WIDTH:
         return f"embeddings may be at most {MAX_WIDTH} wide, these are {x.shape[1]}"
     return None
+
+
+@functools.cache
+def _new_enough(device: torch.device) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def cache_size(q: Tensor, k: Tensor | None) -> int:

@@ -46,6 +46,11 @@ class Tile:
     group: int = 8  # blocks of rows that walk the columns together
 
     @property
+    def grain(self) -> int:
+        """Rows whose smallest and largest id are known: no side of a tile is shorter."""
+        return min(64, self.rows, self.cols)
+
+    @property
     def options(self) -> dict:
         limit = {"maxnreg": self.registers} if self.registers else {}
         return {"num_warps": self.warps, "num_stages": self.stages} | limit
@@ -94,7 +99,7 @@ def gain(dtype: torch.dtype) -> float:
     return 2.0**14 if dtype == torch.float16 else 1.0
 
 
-PANEL_SIDE = {2: 4096, 4: 2048}  # by bytes an element: 32 and 16 MiB, which stay in L2 beside the operands
+PANEL_SIDE = {2: 8192, 4: 2048}  # by bytes an element: 128 and 16 MiB
 
 
 def panel_side(x: Tensor) -> int:
@@ -131,7 +136,7 @@ def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
         return [Tile(64, 64, depth, 8 if chip == "sm100" else 4, 2)]
     if op == "rows":
         if chip == "sm90":
-            return [Tile(128, 64, whole, 8, 3, True), Tile(64, 64, whole, 4, 3, True)]
+            return [Tile(64, 64, whole, 4, 3, True), Tile(128, 64, whole, 8, 3, True)]
         if chip == "sm100":
             return [Tile(128, 64, whole, 8, 3, True)]
         return [Tile(64, 64, whole, 4, 1) if chip == "gfx942" else Tile(64, 64, whole, 8, 2)]
@@ -139,13 +144,13 @@ def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
         if stays:
             if ids:
                 return [Tile(128, 64, whole, 4, 2, True, fold=4)]
-            return [Tile(64, 128, whole, 4, 3, True, fold=4), Tile(128, 128, whole, 8, 2, True, fold=8)]
+            return [Tile(128, 128, whole, 4, 2, True, fold=4), Tile(64, 128, whole, 4, 3, True, fold=4)]
         if ids or op == "siglip":
             return [Tile(128, 128, depth, 8, 3, True, fold=8), Tile(128, 64, depth, 4, 3, True, fold=4)]
         if op == "panel":
             return [Tile(128, 128, depth, 4, 3, True), Tile(128, 128, depth, 8, 3, True)]
         # Two small blocks a multiprocessor hide each other's exponentials; one large block loads less for its products.
-        pair, single = Tile(128, 128, depth, 4, 3, True, fold=4), Tile(256, 128, depth, 8, 3, True, fold=8)
+        pair, single = Tile(128, 128, depth, 4, 3, True, fold=4, group=16), Tile(256, 128, depth, 8, 3, True, fold=8)
         if op == "triangle":  # the diagonal's masks leave no registers for the large one
             return [pair]
         return [pair, single] if width < 1024 else [single, pair]

@@ -1,8 +1,10 @@
 """Gradients through panels of G: a kernel writes a panel, the library's matrix product reads it for dq and for dk.
 
-A panel of 16-bit numbers is 32 MiB, which stays in the L2 cache of a Hopper chip (50 to 60 MB) between its one write
-and its two reads. Sums over panels are float32 and run in a fixed order. Workspace: one panel, the float32 gradient of
-one panel's rows and, for 16-bit inputs, the float32 dk (or dq where k = q); nothing grows with N x M.
+A panel of 16-bit numbers is 128 MiB. It does not stay in the L2 cache between its one write and its two reads, and need
+not: a product does D operations on each byte of it, and a Hopper chip 190 on each that its memory moves. Panels that
+fit (4096 a side) are so little work that the GPU waits for the host to launch the next one. Sums over panels are
+float32 and run in a fixed order. Workspace: one panel, the float32 gradient of one panel's rows and, for
+16-bit inputs, the float32 dk (or dq where k = q); nothing grows with N x M.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextlib import AbstractContextManager
 
 import torch
@@ -10,7 +11,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ... import ops
 from .config import Tile
+from .tiles import id_range_kernel
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -23,6 +26,23 @@ def rows_of(x: Tensor) -> Tensor:
 
 def ids_of(ids: Tensor | None) -> Tensor | None:
     return ids if ids is None else ids.contiguous()
+
+
+def id_ranges(
+    row_ids: Tensor | None, col_ids: Tensor | None, exclude: int, tile: Tile
+) -> tuple[Tensor | None, Tensor | None]:
+    """Smallest and largest id of each tile.grain rows and columns, where they tell which tiles need no mask."""
+    if row_ids is None or exclude not in (ops.EXCLUDE_SAME_ID, ops.EXCLUDE_SAME_ID_OFF_DIAGONAL):
+        return None, None
+    rows = _ranges(row_ids, tile.grain)
+    return rows, rows if col_ids is None or col_ids is row_ids else _ranges(col_ids, tile.grain)
+
+
+def _ranges(ids: Tensor, grain: int) -> Tensor:
+    blocks = triton.cdiv(ids.numel(), grain)
+    ranges = ids.new_empty(blocks, 2)
+    id_range_kernel[(blocks,)](ids, ranges, ids.numel(), GRAIN=grain, num_warps=1)
+    return ranges
 
 
 def on(x: Tensor) -> AbstractContextManager:
@@ -45,7 +65,12 @@ def output(panel: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
 
 
 def processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    return _processors(x.device) if x.is_cuda else 2
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tile_constants(width: int, element_unit: int, tile: Tile, how: str) -> dict:

@@ -59,7 +59,7 @@ def siglip_kernel(q, k, scale, bias, panel, totals, rows, cols, row_begin, row_e
         positive = touches_diagonal(row, col, BLOCK_ROWS, BLOCK_COLS)
         if positive:
             y = tl.where(r[:, None] == c[None, :], -y, y)
-    if needs_mask(row, col, rows, cols, NO_PAIRS, BLOCK_ROWS, BLOCK_COLS):
+    if needs_mask(row, col, rows, cols, None, None, NO_PAIRS, BLOCK_ROWS, BLOCK_COLS, 1):
         y = tl.where(kept(row, col, rows, cols, q, k, NO_PAIRS, BLOCK_ROWS, BLOCK_COLS), y, -float("inf"))
     e = tl.exp2(-tl.abs(y) * LOG2E)
     # `y > 0` is false for NaN and exp2 keeps it, so a NaN reaches the loss through log1p.

@@ -19,7 +19,7 @@ from ..aligned import aligned_rows, unit
 from . import config
 from .config import Tile
 from .gradient_panels import combine, walk
-from .launch import ids_of, measure, on, operand, output, processors, tile_constants
+from .launch import id_ranges, ids_of, measure, on, operand, output, processors, tile_constants
 from .tiles import LOG2E, dot, exponent, grouped, kept, load_tile, narrow, needs_mask, product, store_tile
 
 # Which side's normaliser a pair's gradient has: x's (the rows of the tile), y's (the columns), or both.
@@ -168,11 +168,11 @@ def two_exponentials(t, x_vectors, y_vectors, row, col, rows, cols, BLOCK_ROWS: 
 # with the sides swapped, for (k, q). Few rows are split over the columns (SPLIT); the parts are added in order.
 # Bound by: tensor cores (two products) and, at these widths, as much by exp2: 128 / WIDTH of one product's time.
 @triton.jit(do_not_specialize=["rows", "cols", "split_cols"])
-def rows_kernel(x, y, x_vectors, y_vectors, x_ids, y_ids, scale, frame, out, rows, cols, split_cols, x_stride,
-                y_stride, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+def rows_kernel(x, y, x_vectors, y_vectors, x_ids, y_ids, x_ranges, y_ranges, scale, frame, out, rows, cols,
+                split_cols, x_stride, y_stride, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
                 DEPTH: tl.constexpr, UNIT: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
                 EXCLUDE: tl.constexpr, SIDES: tl.constexpr, SPLIT: tl.constexpr, GAIN: tl.constexpr,
-                SPECIALIZE: tl.constexpr):
+                SPECIALIZE: tl.constexpr, GRAIN: tl.constexpr):
     row = tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1)
     scale_value = tl.load(scale).to(tl.float32)
@@ -183,7 +183,7 @@ def rows_kernel(x, y, x_vectors, y_vectors, x_ids, y_ids, scale, frame, out, row
     for col in tl.range(begin, tl.minimum(cols, begin + split_cols), BLOCK_COLS, warp_specialize=SPECIALIZE):
         yt = load_tile(y, col, 0, cols, y_stride, WIDTH, BLOCK_COLS, DEPTH, UNIT, DESCRIPTOR)
         t = dot(xt, yt.T, tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32), PRECISION) * s
-        if needs_mask(row, col, rows, cols, EXCLUDE, BLOCK_ROWS, BLOCK_COLS):
+        if needs_mask(row, col, rows, cols, x_ranges, y_ranges, EXCLUDE, BLOCK_ROWS, BLOCK_COLS, GRAIN):
             t = tl.where(kept(row, col, rows, cols, x_ids, y_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS), t, -float("inf"))
         g = pair_gradient(t, x_vectors, y_vectors, row, col, rows, cols, frame, SIDES, BLOCK_ROWS, BLOCK_COLS)
         acc = dot(narrow(g, yt.dtype, PRECISION), yt, acc, PRECISION)
@@ -201,10 +201,11 @@ def rows_kernel(x, y, x_vectors, y_vectors, x_ids, y_ids, scale, frame, out, row
 # How it works: one tile of S a block, turned into G and written to the panel, in an order that shares operands in L2.
 # Bound by: tensor cores for wide embeddings; the panel's store is 2 bytes an element and stays in L2.
 @triton.jit(do_not_specialize=["rows", "cols", "row_begin", "row_end", "col_begin", "col_end"])
-def panel_kernel(q, k, row_vectors, col_vectors, row_ids, col_ids, scale, frame, panel, rows, cols, row_begin, row_end,
-                 col_begin, col_end, q_stride, k_stride, panel_stride, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-                 BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr, DESCRIPTOR: tl.constexpr,
-                 PRECISION: tl.constexpr, EXCLUDE: tl.constexpr, SIDES: tl.constexpr, GROUP: tl.constexpr):
+def panel_kernel(q, k, row_vectors, col_vectors, row_ids, col_ids, row_ranges, col_ranges, scale, frame, panel, rows,
+                 cols, row_begin, row_end, col_begin, col_end, q_stride, k_stride, panel_stride, WIDTH: tl.constexpr,
+                 BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr,
+                 DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, EXCLUDE: tl.constexpr, SIDES: tl.constexpr,
+                 GROUP: tl.constexpr, GRAIN: tl.constexpr):
     height = tl.cdiv(row_end - row_begin, BLOCK_ROWS)
     width = tl.cdiv(col_end - col_begin, BLOCK_COLS)
     i, j = grouped(tl.program_id(0), height, width, GROUP)
@@ -212,7 +213,7 @@ def panel_kernel(q, k, row_vectors, col_vectors, row_ids, col_ids, scale, frame,
     col = col_begin + j * BLOCK_COLS
     t = product(q, k, row, col, rows, cols, q_stride, k_stride, WIDTH, BLOCK_ROWS, BLOCK_COLS, DEPTH, UNIT, DESCRIPTOR,
                 PRECISION) * (tl.load(scale).to(tl.float32) * LOG2E)
-    if needs_mask(row, col, rows, cols, EXCLUDE, BLOCK_ROWS, BLOCK_COLS):
+    if needs_mask(row, col, rows, cols, row_ranges, col_ranges, EXCLUDE, BLOCK_ROWS, BLOCK_COLS, GRAIN):
         t = tl.where(kept(row, col, rows, cols, row_ids, col_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS), t, -float("inf"))
     g = pair_gradient(t, row_vectors, col_vectors, row, col, rows, cols, frame, SIDES, BLOCK_ROWS, BLOCK_COLS)
     store_tile(panel, narrow(g, panel.dtype if DESCRIPTOR else panel.dtype.element_ty, PRECISION), row - row_begin,
@@ -228,6 +229,7 @@ def rows_constants(tile: Tile, width: int, element_unit: int, how: str, exclude:
         "SPLIT": split,
         "GAIN": gain,
         "SPECIALIZE": tile.specialize,
+        "GRAIN": tile.grain,
     }
 
 
@@ -237,6 +239,7 @@ def panel_constants(tile: Tile, width: int, element_unit: int, how: str, exclude
         "EXCLUDE": exclude,
         "SIDES": sides,
         "GROUP": tile.group,
+        "GRAIN": tile.grain,
     }
 
 
@@ -299,6 +302,8 @@ def _vectors(scale, lse, rests, grads, cols, gain) -> tuple[Tensor, Tensor]:
 
 def _in_registers(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k, timing):
     tile = config.pick("rows", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
+    ranges = id_ranges(side_x[1], side_y[1], exclude, tile)
+    side_x, side_y = (*side_x, ranges[0]), (*side_y, ranges[1])
     none = q.new_empty(0, q.shape[1])
     dq = _side(q, k, scale, side_x, side_y, exclude, OF_BOTH if both else OF_ROWS, frame, tile) if need_q else none
     dk = _side(k, q, scale, side_y, side_x, exclude, OF_BOTH if both else OF_COLS, frame, tile) if need_k else none
@@ -315,8 +320,8 @@ def _side(x, y, scale, side_x, side_y, exclude, sides, frame, tile):
     out = x.new_empty(rows, width)
     sums = out if parts == 1 else x.new_empty(parts, rows, width, dtype=torch.float32)
     rows_kernel[(blocks, parts)](
-        operand(x, tile.rows, tile), operand(y, tile.cols, tile), side_x[0], side_y[0], side_x[1], side_y[1], scale,
-        frame, sums, rows, cols, split_cols, x.stride(0) // element_unit, y.stride(0) // element_unit,
+        operand(x, tile.rows, tile), operand(y, tile.cols, tile), side_x[0], side_y[0], side_x[1], side_y[1], side_x[2],
+        side_y[2], scale, frame, sums, rows, cols, split_cols, x.stride(0) // element_unit, y.stride(0) // element_unit,
         **rows_constants(tile, width, element_unit, how, exclude, int(sides), parts > 1, gain), **tile.options,
     )  # fmt: skip
     if parts > 1:
@@ -329,13 +334,14 @@ def _in_panels(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need
     rows, width, cols = q.shape[0], q.shape[1], k.shape[0]
     how, element_unit, gain = config.precision(q), unit(q), config.gain(q.dtype)
     x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
+    ranges = id_ranges(side_x[1], side_y[1], exclude, tile)
     constants = panel_constants(tile, width, element_unit, how, exclude, int(OF_BOTH if both else OF_ROWS))
 
     def fill(panel: Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
         grid = triton.cdiv(r1 - r0, tile.rows) * triton.cdiv(c1 - c0, tile.cols)
         panel_kernel[(grid,)](
-            x, y, side_x[0], side_y[0], side_x[1], side_y[1], scale, frame, output(panel, tile), rows, cols, r0, r1,
-            c0, c1, q.stride(0) // element_unit, k.stride(0) // element_unit, panel.stride(0),
+            x, y, side_x[0], side_y[0], side_x[1], side_y[1], *ranges, scale, frame, output(panel, tile), rows, cols,
+            r0, r1, c0, c1, q.stride(0) // element_unit, k.stride(0) // element_unit, panel.stride(0),
             **constants, **tile.options,
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ from ... import ops
 from ..aligned import aligned_rows, unit
 from . import config
 from .config import Tile
-from .launch import ids_of, measure, on, operand, processors, tile_constants
+from .launch import id_ranges, ids_of, measure, on, operand, processors, tile_constants
 from .tiles import (
     BOUND_LIMIT,
     dot,
@@ -73,12 +73,12 @@ def largest_norm(x, part, rows, stride, WIDTH: tl.constexpr, DEPTH: tl.constexpr
 # Bound by: tensor cores for D >= 256; below, exp2 (16 a clock and multiprocessor) takes 128 / D of the product's time.
 # Blocks small enough for two on a multiprocessor let one's exponentials run beside the other's products.
 @triton.jit(do_not_specialize=["rows", "cols", "row_begin", "row_end"])
-def sums_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, rows, cols, row_begin, row_end, q_stride,
-                k_stride, col_tiles, supers, headroom, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-                BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr, DESCRIPTOR: tl.constexpr,
-                PRECISION: tl.constexpr, EXCLUDE: tl.constexpr, BOTH: tl.constexpr, TRIANGLE: tl.constexpr,
-                SPAN: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
-                SPECIALIZE: tl.constexpr):
+def sums_kernel(q, k, scale, row_ids, col_ids, row_ranges, col_ranges, norms, row_part, col_part, rows, cols,
+                row_begin, row_end, q_stride, k_stride, col_tiles, supers, headroom, WIDTH: tl.constexpr,
+                BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr,
+                DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, EXCLUDE: tl.constexpr, BOTH: tl.constexpr,
+                TRIANGLE: tl.constexpr, SPAN: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr,
+                PARTS: tl.constexpr, SPECIALIZE: tl.constexpr, GRAIN: tl.constexpr):
     side: tl.constexpr = SPAN * BLOCK_ROWS
     first = row_begin // side
     last = tl.cdiv(row_end, side)
@@ -118,7 +118,7 @@ def sums_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, rows, 
                 acc = product(q, k, r, at, rows, cols, q_stride, k_stride, WIDTH, BLOCK_ROWS, BLOCK_COLS, DEPTH, UNIT,
                               DESCRIPTOR, PRECISION)
             t = acc * s - c
-            masked = needs_mask(r, at, rows, cols, EXCLUDE, BLOCK_ROWS, BLOCK_COLS)
+            masked = needs_mask(r, at, rows, cols, row_ranges, col_ranges, EXCLUDE, BLOCK_ROWS, BLOCK_COLS, GRAIN)
             if TRIANGLE:
                 masked = masked | touches_diagonal(r, at, BLOCK_ROWS, BLOCK_COLS)
             if masked:
@@ -198,7 +198,7 @@ def online(x, y, x_ids, y_ids, row, rows, cols, x_stride, y_stride, s, WIDTH: tl
         else:
             t = product(x, y, row, col, rows, cols, x_stride, y_stride, WIDTH, BLOCK_ROWS, BLOCK_COLS, DEPTH, UNIT,
                         False, PRECISION) * s
-        if needs_mask(row, col, rows, cols, EXCLUDE, BLOCK_ROWS, BLOCK_COLS):
+        if needs_mask(row, col, rows, cols, None, None, EXCLUDE, BLOCK_ROWS, BLOCK_COLS, 1):
             t = tl.where(kept(row, col, rows, cols, x_ids, y_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS), t, -float("inf"))
         raised = tl.maximum(top, tl.max(t, 1))
         shift = tl.where(tl.abs(raised) < float("inf"), raised, 0.0)
@@ -313,6 +313,7 @@ def sums_constants(tile: Tile, width: int, element_unit: int, how: str, parts: i
         "GROUP": tile.group,
         "PARTS": parts,
         "SPECIALIZE": tile.specialize,
+        "GRAIN": tile.grain,
     }
 
 
@@ -392,6 +393,7 @@ def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timi
         q, k, norms, rows, cols, *strides, **norm_constants(width, element_unit, parts)
     )
     x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
+    ranges = id_ranges(row_ids, col_ids, exclude, tile)
     for begin in range(0, rows, chunk):
         end = min(rows, begin + chunk)
         heights = triton.cdiv(end, side) - begin // side
@@ -402,7 +404,7 @@ def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timi
             grid = heights * supers
             blocks = triton.cdiv(end - begin, slow.rows) + triton.cdiv(col_lse.numel(), slow.rows)
         sums_kernel[(grid,)](
-            x, y, scale, row_ids, col_ids, norms, row_part, col_part, rows, cols, begin, end, *strides,
+            x, y, scale, row_ids, col_ids, *ranges, norms, row_part, col_part, rows, cols, begin, end, *strides,
             side // tile.cols, supers, h,
             **sums_constants(tile, width, element_unit, how, parts, exclude, both, triangle, span_tiles),
             **tile.options,

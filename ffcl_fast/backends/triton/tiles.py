@@ -22,6 +22,15 @@ DIFFERENT_ID = tl.constexpr(4)
 BOUND_LIMIT = tl.constexpr(512.0)
 
 
+# How it works: a block a GRAIN of rows. Bound by launch latency: it reads n ids once.
+@triton.jit(do_not_specialize=["n"])
+def id_range_kernel(ids, ranges, n, GRAIN: tl.constexpr):
+    at = tl.program_id(0)
+    value = tl.load(ids + tl.minimum(at.to(tl.int64) * GRAIN + tl.arange(0, GRAIN), n - 1))
+    tl.store(ranges + at * 2, tl.min(value, 0))
+    tl.store(ranges + at * 2 + 1, tl.max(value, 0))
+
+
 @triton.jit
 def elements_apart(stride, UNIT: tl.constexpr):
     """Elements between rows, 64 bits wide: two rows of a narrow slice may lie further apart than 32 bits reach."""
@@ -94,13 +103,34 @@ def touches_diagonal(row, col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexp
 
 
 @triton.jit
-def needs_mask(row, col, rows, cols, EXCLUDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Whether the tile has a pair to leave out: a scalar, so inner tiles skip the masks."""
+def id_range(ranges, start, n, BLOCK: tl.constexpr, GRAIN: tl.constexpr):
+    """Smallest and largest id of the rows from `start`, from the ranges of each GRAIN rows."""
+    last = tl.cdiv(n, GRAIN) - 1
+    first = tl.minimum(start // GRAIN, last)
+    low = tl.load(ranges + first * 2)
+    high = tl.load(ranges + first * 2 + 1)
+    for i in tl.static_range(1, BLOCK // GRAIN):
+        at = tl.minimum(first + i, last)
+        low = tl.minimum(low, tl.load(ranges + at * 2))
+        high = tl.maximum(high, tl.load(ranges + at * 2 + 1))
+    return low, high
+
+
+@triton.jit
+def needs_mask(row, col, rows, cols, x_ranges, y_ranges, EXCLUDE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+               BLOCK_COLS: tl.constexpr, GRAIN: tl.constexpr):
+    """Whether the tile may have a pair to leave out: a scalar, so inner tiles skip the masks. Equal ids need ranges
+    that overlap: with ids that are mostly in order, those of views or samples, few tiles have them."""
     needed = (row + BLOCK_ROWS > rows) | (col + BLOCK_COLS > cols)
     if EXCLUDE == DIAGONAL:
         needed = needed | touches_diagonal(row, col, BLOCK_ROWS, BLOCK_COLS)
     elif EXCLUDE != NO_PAIRS:
-        needed = needed | (row >= 0)
+        if x_ranges is None:
+            needed = needed | (row >= 0)
+        else:
+            x_low, x_high = id_range(x_ranges, row, rows, BLOCK_ROWS, GRAIN)
+            y_low, y_high = id_range(y_ranges, col, cols, BLOCK_COLS, GRAIN)
+            needed = needed | ((x_low <= y_high) & (y_low <= x_high))
     return needed
 
 

@@ -1,0 +1,91 @@
+"""Triton's kernels for the positives of a contrast against float64, under the interpreter: `make test-triton`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from goodness_cases import DTYPES
+from gpu_cases import unit
+from guards import guarded, inside_nan  # noqa: F401
+from positives_cases import check_positives
+
+from ffcl_fast import functional, ops
+
+OPS = torch.ops.ffcl_fast
+pytestmark = pytest.mark.usefixtures("guarded")
+SHAPES = ((2, 1), (6, 3), (34, 96), (8, 200), (4, 1000), (2, 4096))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_positives(shape, dtype):
+    for pairing in (ops.POSITIVE_GIVEN, ops.POSITIVE_STACKED, ops.POSITIVE_INTERLEAVED):
+        q = inside_nan(unit(*shape, dtype), 8)
+        positive = None if pairing else inside_nan(unit(*shape, dtype), 3)
+        check_positives(q, positive, pairing, both=not pairing, decoupled=bool(torch.rand(()) < 0.3))
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_values_that_are_not_finite_stay_in_their_rows(value):
+    q, positive = torch.randn(4, 33), torch.randn(4, 33)
+    q[2, 5] = value
+    head = q, positive, torch.tensor(5.0), torch.randn(4), torch.randn(4)
+    loss, slope, col_slope, logit = OPS.positive_odds(*head, ops.POSITIVE_GIVEN, False, "triton")
+    for x in (loss, slope):
+        assert x[2].isnan() and x[[0, 1, 3]].isfinite().all()
+    assert not logit[2].isfinite()
+
+
+def test_small_losses_keep_their_digits_and_large_ones_do_not_overflow():
+    q = torch.ones(6, 1)
+    row_lse = torch.tensor([-80.0, -30.0, 0.0, 30.0, 1000.0, -torch.inf])
+    expected = torch.nn.functional.softplus(row_lse.double() - 1, threshold=50)
+    head = q, q, torch.tensor(1.0), row_lse, row_lse[:0], ops.POSITIVE_GIVEN
+    loss, slope, _, _ = OPS.positive_odds(*head, False, "triton")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(slope.double(), torch.sigmoid(row_lse.double() - 1), rtol=1e-6, atol=0)
+    loss, slope, _, _ = OPS.positive_odds(*head, True, "triton")
+    assert loss.tolist() == [-81, -31, -1, 29, 999, 0] and slope.tolist() == [1, 1, 1, 1, 1, 0]
+
+
+LOSSES = {
+    "clip": lambda x, y, t, b: functional.clip(x, y, 1 / t, backend=b),
+    "info_nce": lambda x, y, t, b: functional.info_nce(x, y, temperature=t, backend=b),
+    "queue": lambda x, y, t, b: functional.info_nce(x, y, y.flip(0)[:7] + 0.1, temperature=t, backend=b),
+    "nt_xent": lambda x, y, t, b: functional.nt_xent(x, y, t, backend=b),
+    "decoupled": lambda x, y, t, b: functional.nt_xent(x, y, t, decoupled=True, backend=b),
+    "sup_con": lambda x, y, t, b: functional.sup_con(torch.stack((x, y), 1), temperature=t, backend=b),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_those_of_plain_pytorch(name):
+    leaves = [torch.nn.functional.normalize(torch.randn(9, 20), dim=1).requires_grad_() for _ in range(2)]
+    leaves.append(torch.tensor(0.3, requires_grad=True))
+    results = []
+    for backend in ("triton", "panels"):
+        loss = LOSSES[name](*leaves, backend)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", ((0,), (1,), (2,)), ids=str)
+def test_only_what_is_asked_for(wanted):
+    leaves = [torch.nn.functional.normalize(torch.randn(9, 20), dim=1), torch.randn(9, 20), torch.tensor(3.0)]
+    for i in wanted:
+        leaves[i].requires_grad_()
+    for loss in (functional.clip, lambda x, y, s, backend: functional.info_nce(x, y, x + y, 1 / s, backend=backend)):
+        found, truth = (
+            torch.autograd.grad(loss(*leaves, backend=b), [leaves[i] for i in wanted]) for b in ("triton", "panels")
+        )
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_opcheck(monkeypatch):
+    monkeypatch.undo()  # opcheck compares storage offsets, which guards change
+    q, positive, lse = torch.randn(6, 8), torch.randn(6, 8), torch.randn(6)
+    head = q, positive, torch.tensor(2.0)
+    torch.library.opcheck(OPS.positive_odds.default, (*head, lse, lse + 1, ops.POSITIVE_GIVEN, False, "triton"))
+    rest = lse, lse, lse, lse, torch.randn(6, 8), torch.randn(6, 8), ops.POSITIVE_GIVEN, "triton"
+    torch.library.opcheck(OPS.add_positives_.default, (*head, *rest))
