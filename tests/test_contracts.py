@@ -53,7 +53,10 @@ def _arguments() -> dict[str, tuple]:
     target = torch.tensor([1.0, -1.0, 1.0, -1.0])
     coefficients = _ops.pair_cosine_forward(h, out, target, 0.0, False, 1.0, True, True, "cpu")[1]
     z, norm = _ops.normalize_forward(h, 1e-12, torch.bfloat16, "panels")
+    odds = _ops.positive_odds(q[:6], k, scale, row[:6], col, ops.POSITIVE_GIVEN, False, "panels")
     return {
+        "positive_odds": (q[:6], None, scale, row[:6], col[:0], ops.POSITIVE_STACKED, True),
+        "add_positives_": (q[:6], k, scale, row[:6], *odds[1:], q[:6].clone(), k.clone(), ops.POSITIVE_GIVEN),
         "normalize_forward": (h, 1e-12, torch.bfloat16),
         "normalize_backward": (z, norm, z.clone(), 1e-12, torch.float32),
         "similarity_forward": (*head, True, False),
@@ -83,7 +86,8 @@ def test_opcheck_of_every_operator():
     assert set(arguments) <= names and not missing, f"not checked here, nor in another test: {missing}"
     utils = ("test_schema", "test_faketensor")
     for name, values in arguments.items():
-        backend = "panels" if name.startswith("normalize") else "auto"  # on a CPU other operators hold this one
+        # On a CPU other operators hold these.
+        backend = "panels" if name.startswith("normalize") or "positive" in name else "auto"
         torch.library.opcheck(getattr(_ops, name).default, (*values, backend), test_utils=utils)
 
 

@@ -49,12 +49,32 @@ def check_goodness(shape, dtype, padding, mean=True, relu=True):
     compare(reference.goodness_forward, (h1,), mean, relu, True, EPS)
     goodness = reference.goodness_forward(h1, mean, relu, False, EPS)[0]
     grads = torch.randn(rows, device=DEVICE), torch.randn(shape, device=DEVICE).to(dtype)
+    # The gradient through `out` is what of grad_out is orthogonal to h: nothing, where a sample has one element.
+    units = (h1.double().clamp(min=0) if relu else h1.double()).norm(dim=1, keepdim=True) / width**0.5 + EPS
+    terms = float((grads[1] / units).square().mean().sqrt())
     for used in (grads, (grads[0], None), (None, grads[1])):
-        compare(reference.goodness_backward, (h1, goodness, *used), mean, relu, EPS, factor=3.0)
+        results = three(reference.goodness_backward, (h1, goodness, *used), mean, relu, EPS, backend="cuda")
+        assert_right("goodness_backward", results, 3.0, terms if used[1] is not None else 0.0)
     target = torch.where(torch.rand(rows, device=DEVICE) < 0.5, 1.0, -1.0)
-    compare(reference.pair_cosine_forward, (h1, h2, target), 0.1, relu, 0.5, True, True, factor=3.0)
     coefficients = reference.pair_cosine_forward(h1, h2, target, 0.1, relu, 1.0, False, False)[1]
-    compare(reference.pair_cosine_backward, (h1, h2, coefficients, grads[0]), relu, True, True, factor=3.0)
+    for function, tensors, options in (
+        (reference.pair_cosine_forward, (h1, h2, target), (0.1, relu, 0.5, True, True)),
+        (reference.pair_cosine_backward, (h1, h2, coefficients, grads[0]), (relu, True, True)),
+    ):
+        if width > 1:
+            compare(function, tensors, *options, factor=3.0)
+        else:
+            check_cancelled(three(function, tensors, *options, backend="cuda"), h1, h2)
+
+
+def check_cancelled(results, h1, h2):
+    """Of samples of one element, whose cosine is -1, 0 or 1, and the two terms of its gradient cancel: each a number
+    over an element's size."""
+    length = torch.minimum(h1.abs(), h2.abs()).double()
+    *_, (d1, _, exact1), (d2, _, exact2) = results
+    for d, exact in ((d1, exact1), (d2, exact2)):
+        rounding = torch.finfo(d.dtype).eps * exact.abs() + torch.finfo(d.dtype).smallest_normal
+        assert bool(((d - exact).abs() <= 1e-5 / length + rounding).all())
 
 
 def check(q, k, scale, row_ids, col_ids, exclude):

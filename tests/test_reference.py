@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from similarity_cases import MODES, eager, problem
 
-from ffcl_fast import reference
+from ffcl_fast import ops, reference
 
 
 def _left_out(mode, i, j, row_ids, col_ids):
@@ -66,3 +66,34 @@ def test_siglip_by_autograd(positives):
     for a, b in zip((loss, dq, dk, dbias), (expected.detach(), q.grad, k.grad, bias.grad), strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close((q.detach() * dq).sum() / scale.detach(), scale.grad)
+
+
+@pytest.mark.parametrize("decoupled", (False, True))
+@pytest.mark.parametrize("pairing", (ops.POSITIVE_GIVEN, ops.POSITIVE_STACKED, ops.POSITIVE_INTERLEAVED))
+def test_positives(pairing, decoupled):
+    """Against autograd of the definition, for normalisers that are constants."""
+    q, other = (torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    row_lse, col_lse, grad = (torch.randn(6, dtype=torch.float64) for _ in range(3))
+    partner = {0: other, 1: torch.cat((q[3:], q[:3])), 2: q.view(3, 2, 5).flip(1).reshape(6, 5)}[pairing]
+    given = other.detach() if pairing == ops.POSITIVE_GIVEN else None
+    logit = scale * (q * partner).sum(1)
+    activation = (lambda x: x) if decoupled else torch.nn.functional.softplus
+    expected = activation(row_lse - logit) + activation(col_lse - logit)
+    leaves = (q, scale, other) if given is not None else (q, scale)
+    dq, dscale, *rest = torch.autograd.grad((expected * grad).sum(), leaves)
+
+    head = q.detach(), given, scale.detach()
+    loss, slope, col_slope, logits = reference.positive_odds(*head, row_lse, col_lse, pairing, decoupled)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(logits, logit.detach())
+    changed = torch.zeros(6, 5, dtype=torch.float64), torch.zeros(6 if rest else 0, 5, dtype=torch.float64)
+    inner = reference.add_positives_(*head, grad, slope, col_slope, logits, *changed, pairing)
+    torch.testing.assert_close(changed[0], dq)
+    torch.testing.assert_close(inner.sum() / scale.detach(), dscale)
+    if rest:
+        torch.testing.assert_close(changed[1], rest[0])
+    before = torch.randn(6, 5, dtype=torch.float64)  # the normalisers' part, which the scale's gradient is made of
+    again = reference.add_positives_(*head, grad, slope, col_slope, logits, before.clone(), changed[1], pairing)
+    share = (again - inner).sum()
+    torch.testing.assert_close(share, (q.detach() * before).sum() * (1.0 if rest else 0.5))

@@ -136,7 +136,7 @@ def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
         return [Tile(64, 64, depth, 8 if chip == "sm100" else 4, 2)]
     if op == "rows":
         if chip == "sm90":
-            return [Tile(64, 64, whole, 4, 3, True), Tile(128, 64, whole, 8, 3, True)]
+            return [Tile(64, 128, whole, 4, 3, True), Tile(64, 64, whole, 4, 3, True)]
         if chip == "sm100":
             return [Tile(128, 64, whole, 8, 3, True)]
         return [Tile(64, 64, whole, 4, 1) if chip == "gfx942" else Tile(64, 64, whole, 8, 2)]
@@ -144,16 +144,18 @@ def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
         if stays:
             if ids:
                 return [Tile(128, 64, whole, 4, 2, True, fold=4)]
-            return [Tile(128, 128, whole, 4, 2, True, fold=4), Tile(64, 128, whole, 4, 3, True, fold=4)]
+            narrow = Tile(64, 128, whole, 4, 3, True, fold=4)
+            # The triangle's masks leave no registers for the large one.
+            return [narrow] if op == "triangle" else [Tile(128, 128, whole, 4, 2, True, fold=4), narrow]
         if ids or op == "siglip":
             return [Tile(128, 128, depth, 8, 3, True, fold=8), Tile(128, 64, depth, 4, 3, True, fold=4)]
         if op == "panel":
             return [Tile(128, 128, depth, 4, 3, True), Tile(128, 128, depth, 8, 3, True)]
         # Two small blocks a multiprocessor hide each other's exponentials; one large block loads less for its products.
-        pair, single = Tile(128, 128, depth, 4, 3, True, fold=4, group=16), Tile(256, 128, depth, 8, 3, True, fold=8)
+        pair, single = Tile(128, 128, depth, 4, 3, True, fold=4), Tile(256, 128, depth, 8, 3, True, fold=8)
         if op == "triangle":  # the diagonal's masks leave no registers for the large one
             return [pair]
-        return [pair, single] if width < 1024 else [single, pair]
+        return [pair, single]
     if chip == "sm100":
         return [Tile(128, 64, whole if stays and not ids else depth, 8, 3, True)]
     if chip == "gfx942":

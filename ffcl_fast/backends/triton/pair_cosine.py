@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .goodness import constants
-from .launch import on, rows_of
+from .launch import on, processors, rows_of
 from .rows import (
     Cut,
     activation,
@@ -188,15 +188,17 @@ def pair_backward_kernel(h1, h2, coefficients, grad, d1, d2, rows, steps, width,
     store_gradients(d1, d2, (row * elements)[:, None] + col, a1, a2, c0, c1, c2, mask, RELU, PRECISION)
 
 
-# How it works: every program reads the factor, and leaves where it is 1: the gradients were right already.
+# How it works: every program reads the factor, and leaves where it is 1: the gradients were right already. There are
+# only as many as fill the chip, so that leaving takes no longer than a launch.
 # Bound by memory: one read and one write of x, or nothing.
 @triton.jit(do_not_specialize=["size"])
 def scale_kernel(x, factor, size, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     value = tl.load(factor).to(tl.float32)
     if value != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        scaled = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32) * value
-        tl.store(x + at, narrow(scaled, x.dtype.element_ty, PRECISION), mask=at < size)
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0).to(tl.int64) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            scaled = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32) * value
+            tl.store(x + at, narrow(scaled, x.dtype.element_ty, PRECISION), mask=at < size)
 
 
 def pair_cosine_forward(h1, h2, target, margin, relu, scale, need_1, need_2):
@@ -256,7 +258,8 @@ def scale_(x: Tensor, factor: Tensor) -> None:
     dense = x if x.is_contiguous() else x.contiguous()
     if x.numel():
         with on(x):
-            scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](
+            programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), 16 * processors(x))
+            scale_kernel[(programs,)](
                 dense, factor, x.numel(), BLOCK=SCALE_BLOCK, PRECISION=rounding(x), num_warps=4
             )
     if dense is not x:

@@ -31,12 +31,22 @@ def partner_of(row, rows, PAIRING: tl.constexpr):
 
 
 @triton.jit
+def dots(a, b, UNIT: tl.constexpr):
+    """<a_i, b_i> of float32 rows in float64. UNIT neighbours, which one thread holds, are added in float32 first: a
+    conversion to float64 takes as long as eight products."""
+    products = a * b
+    if UNIT > 1:
+        products = tl.sum(tl.reshape(products, (a.shape[0], a.shape[1] // UNIT, UNIT)), 2)
+    return tl.sum(products.to(tl.float64), 1)
+
+
+@triton.jit
 def loss_of(x, DECOUPLED: tl.constexpr):
     """(loss, its derivative) of a float64 x = normaliser - logit. log(1 + y) loses y where it is small; y log(1 + y) /
     ((1 + y) - 1) does not, as both roundings of 1 + y are one and the same."""
     if DECOUPLED:
-        alone = x == -float("inf")
-        return tl.where(alone, 0.0, x), tl.where(alone, 0.0, 1.0)
+        value = tl.where(x == -float("inf"), 0.0, x)
+        return value, tl.where(x == -float("inf"), 0.0, 1.0).to(tl.float64)
     y = tl.exp(-tl.abs(x))
     u = 1.0 + y
     tail = tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
@@ -56,7 +66,7 @@ def odds_kernel(q, positive, scale, row_lse, col_lse, loss, slope, col_slope, lo
     other = partner_of(row, rows, PAIRING)
     a = tl.load(q + (row * elements_apart(q_stride, UNIT))[:, None] + col, mask=whole, other=0.0).to(tl.float32)
     b = tl.load(positive + (other * elements_apart(p_stride, UNIT))[:, None] + col, mask=whole, other=0.0)
-    logit = tl.sum((a * b.to(tl.float32)).to(tl.float64), 1) * tl.load(scale).to(tl.float64)
+    logit = dots(a, b.to(tl.float32), UNIT) * tl.load(scale).to(tl.float64)
     # An infinite logit is an overflow of the inputs: NaN, as in a softmax, and not a loss of 0.
     x = tl.load(row_lse + row, mask=mask, other=0.0).to(tl.float64) - logit + logit * 0.0
     value, derivative = loss_of(x, DECOUPLED)
@@ -97,7 +107,7 @@ def add_kernel(q, positive, scale, grad, slope, col_slope, logits, dq, d_positiv
     dense = (row * width * UNIT)[:, None] + col
     if dq is not None:
         d = tl.load(dq + dense, mask=whole, other=0.0).to(tl.float32)
-        along = tl.sum((a * d).to(tl.float64), 1)
+        along = dots(a, d, UNIT)
         both = weight
         if PAIRING != GIVEN:  # a row is the positive of its positive, and q has the part of both sides of S
             along *= 0.5
@@ -119,7 +129,7 @@ def constants(cut: Cut, element_unit: int, pairing: int) -> dict:
 
 def whole_rows(rows: int, width: int, tensors: int, chip: str) -> Cut:
     """Whole rows of ``tensors`` tensors in a program's registers."""
-    block = triton.next_power_of_2(width)
+    block = max(8, triton.next_power_of_2(width))
     side = max(1, min(TILE // tensors // block, triton.next_power_of_2(rows)))
     return Cut(side, block, warps_for(side * block * tensors, chip), False)
 

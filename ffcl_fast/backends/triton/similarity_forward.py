@@ -35,7 +35,7 @@ from .tiles import (
 )
 
 SPAN = 8  # tiles on a side of a block's super-tile, where that leaves enough super-tiles to fill the chip
-NORM_ROWS = 32
+NORM_ROWS = 64  # 16 KiB of 16-bit numbers a step: fewer in flight would not fill the memory bus
 
 
 # How it works: PARTS blocks a side, each strides over the rows, squares and adds in float32, keeps the largest.

@@ -140,20 +140,23 @@ def kept(row, col, rows, cols, x_ids, y_ids, EXCLUDE: tl.constexpr, BLOCK_ROWS: 
     """(BLOCK_ROWS, BLOCK_COLS) mask of the pairs that count."""
     i = row + tl.arange(0, BLOCK_ROWS)
     j = col + tl.arange(0, BLOCK_COLS)
-    keep = (i < rows)[:, None] & (j < cols)[None, :]
+    # Of equal expressions these are the ones whose masks the compiler keeps in registers.
+    keep = (j < cols)[None, :]
     if EXCLUDE == DIAGONAL:
-        keep = keep & (i[:, None] != j[None, :])
+        keep = (tl.where(i < rows, i, -1)[:, None] != j[None, :]) & keep
     elif EXCLUDE != NO_PAIRS:
         left = tl.load(x_ids + i, mask=i < rows, other=0)
         right = tl.load(y_ids + j, mask=j < cols, other=0)
         same = left[:, None] == right[None, :]
         if EXCLUDE == DIFFERENT_ID:
-            keep = keep & same
+            keep = same & keep
         elif EXCLUDE == SAME_ID:
-            keep = keep & (same == 0)
+            keep = (same == 0) & keep
+        elif BLOCK_ROWS < 128:
+            keep = ((same & (i[:, None] != j[None, :])) == 0) & keep
         else:
-            keep = keep & ((same == 0) | (i[:, None] == j[None, :]))
-    return keep
+            keep = ((same == 0) | ((i - row)[:, None] == (j - row)[None, :])) & keep
+    return keep & (i < rows)[:, None]
 
 
 @triton.jit
