@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from ffcl_fast import backends, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+# Families of the stored records by the operator that they time.
+FAMILIES = {
+    "similarity_forward": {"clip"},
+    "normalize_forward": {"nt_xent"},  # whose rows it normalises
+    "goodness_forward": {"goodness_normalize"},
+    "pair_cosine_forward": {"pair_cosine"},
+}
 
 
 @pytest.mark.parametrize("op", ("similarity_forward", "similarity_backward", "siglip"))
@@ -27,6 +39,7 @@ def test_auto_on_the_cpu():
 
 def test_auto_on_a_gpu_takes_only_what_a_measurement_has_confirmed(monkeypatch):
     bf16, hopper = torch.bfloat16, (9, 0)
+    monkeypatch.setattr(backends, "CONFIRMED", ())
     for op in ("similarity_forward", "goodness_forward"):
         assert backends.choose(op, "cuda", bf16, (512, 64), hopper)[0] == "panels"
     row = backends.Confirmed("triton", ("similarity_forward",), hopper, (bf16,), 1024, "results/some-gpu.json")
@@ -45,16 +58,46 @@ def test_auto_falls_back_where_its_choice_cannot_run(monkeypatch, caplog):
     assert "panels (triton was chosen, confirmed by results/some-gpu.json, but cannot run here: " in caplog.text
 
 
-def test_auto_normalises_by_a_kernel_only_where_one_is_confirmed(monkeypatch):
-    class OnGpu:
-        is_cuda = True
+class OnGpu:
+    """What the choice looks at of a tensor on a Hopper chip."""
 
+    is_cuda, device, dtype, shape = True, torch.device("cuda", 0), torch.bfloat16, torch.Size((3, 64))
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine with a Hopper chip and Triton, as far as the choice can tell."""
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends.load("triton"), "unavailable", lambda op, x: None)
+
+
+def test_auto_normalises_by_a_kernel_only_where_one_is_confirmed(monkeypatch, hopper):
     x = torch.zeros(3, 5)
-    assert backends.normalizes("triton", x) and not backends.normalizes("auto", OnGpu)
+    assert backends.normalizes("triton", x)
     assert not any(backends.normalizes(name, x) for name in ("auto", "cpu", "cuda", "panels", "reference"))
+    monkeypatch.setattr(backends, "CONFIRMED", ())
+    assert not backends.normalizes("auto", OnGpu)
     row = backends.Confirmed("triton", ("normalize_forward",), (9, 0), (torch.bfloat16,), 4096, "results/some-gpu.json")
     monkeypatch.setattr(backends, "CONFIRMED", (row,))
     assert backends.normalizes("auto", OnGpu) and not backends.normalizes("auto", x)
+
+
+def test_kernels_for_the_positives(monkeypatch, hopper):
+    """By their own backend, beside the CUDA kernels, and by "auto" where confirmed; never on a CPU."""
+    assert [backends.positives(name, OnGpu) for name in ("auto", "triton", "cuda", "panels")] == ["triton"] * 3 + [None]
+    assert backends.positives("auto", torch.zeros(3, 5)) is None
+    monkeypatch.setattr(backends, "CONFIRMED", ())
+    assert backends.positives("auto", OnGpu) is None
+
+
+@pytest.mark.parametrize("row", backends.CONFIRMED, ids=lambda row: row.ops[0])
+def test_what_is_confirmed_has_a_record_and_a_kernel(row):
+    """Every operator exists in the backend, and the cited file has a time of it by that backend."""
+    records = json.loads((ROOT / row.evidence).read_text())["records"]
+    measured = {r["family"] for r in records if r["provider"] == row.backend and "seconds" in r.get("time", {})}
+    assert measured & FAMILIES[row.ops[0]], f"{row.evidence} has no time of {row.ops[0]} by {row.backend}"
+    assert all(hasattr(backends.load(row.backend), op) for op in row.ops)
+    assert all(x.itemsize == 2 for x in row.dtypes)  # what was measured
 
 
 def test_auto_tells_its_reason_at_debug_level(caplog):

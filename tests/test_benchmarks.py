@@ -76,7 +76,7 @@ def test_a_quick_run_measures_every_family(tmp_path):
     assert shown.keys() >= {"cpu", "panels", "open_clip", "product"} and min(shown.values()) > 0
 
     text = report.full_report([results])
-    assert "open_clip" in text and "not yet run on a GPU" in text
+    assert "open_clip" in text and "not yet measured on a GPU" in text
     assert "| memeff | needs a CUDA GPU |" in text
 
 
@@ -203,14 +203,14 @@ def test_verdict_on_memory_counts_every_size(peaks, state):
 def test_kernels_count_as_unmeasured_until_a_gpu_has_run_them():
     results = _results(clip=_time(2.0))
     table = report.gpu_table([results])
-    assert table.count("not yet run on a GPU") == 2 * len(bars.GPU_KERNELS) - len(bars.NOT_WRITTEN)
-    assert "| SigLIP | not yet run on a GPU | no such kernel |" in table
+    assert table.count("not yet measured on a GPU") == 2 * len(bars.GPU_KERNELS) - len(bars.NOT_WRITTEN)
+    assert "| SigLIP | not yet measured on a GPU | no such kernel |" in table
     gpu = {
         "device": {"kind": "gpu", "name": "a GPU"},
         "records": [{"workload": "clip", "provider": "triton", "family": "clip", "time": {"seconds": 1.0}}],
     }
     text = report.gpu_table([results, gpu])
-    assert "| similarity, both sums or rows only | a GPU | not yet run on a GPU |" in text
+    assert "| similarity, both sums or rows only | a GPU | not yet measured on a GPU |" in text
 
 
 def test_merging_keeps_what_was_not_measured_anew(tmp_path):

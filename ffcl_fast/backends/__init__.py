@@ -41,12 +41,23 @@ class Confirmed:
     ops: tuple[str, ...]
     capability: tuple[int, int]  # the compute capability of the GPU that was measured
     dtypes: tuple[torch.dtype, ...]
-    widest: int  # largest size of a row, the last dimension, that was measured
+    widest: int  # largest size of a row, the last dimension, that the tests on that GPU found right
     evidence: str  # where the measurement is stored
 
 
-# One row for each family of kernels that `make gpu-check` has confirmed; the first that fits is taken.
-CONFIRMED: tuple[Confirmed, ...] = ()
+_H200 = "benchmarks/results/gpu-nvidia-h200.json"
+_HALVES = (torch.bfloat16, torch.float16)
+# One row for each family of kernels that `make gpu-check` has confirmed; the first that fits is taken. float32, longer
+# rows and the pooling, grouped and scoring kernels are right on that GPU too, but nobody has timed them yet.
+CONFIRMED: tuple[Confirmed, ...] = tuple(
+    Confirmed("triton", ops, (9, 0), _HALVES, widest, _H200)
+    for ops, widest in (
+        (("similarity_forward", "similarity_backward", "positive_odds", "add_positives_", "siglip"), 4096),
+        (("normalize_forward", "normalize_backward"), 4096),
+        (("goodness_forward", "goodness_backward"), 16384),
+        (("pair_cosine_forward", "pair_cosine_backward", "scale_"), 200704),
+    )
+)
 
 
 def get(backend: str, op: str, x: Tensor) -> ModuleType:
@@ -94,7 +105,7 @@ def fuses(backend: str, x: Tensor) -> bool:
 def normalizes(backend: str, x: Tensor) -> bool:
     """Whether ``backend`` has a kernel that L2-normalises rows like ``x``'s: ``"auto"`` where one is confirmed."""
     if backend == "auto":
-        return x.is_cuda and any("normalize_forward" in row.ops for row in CONFIRMED)
+        return _confirmed("normalize_forward", x) == "triton"
     return backend == "triton"
 
 
@@ -104,11 +115,19 @@ def positives(backend: str, x: Tensor) -> str | None:
     The CUDA C++ kernels, which have none, are joined by Triton's where Triton is installed.
     """
     if backend == "auto":
-        name, _ = choose("positive_odds", x.device.type, x.dtype, x.shape, _capability(x.device))
-        return None if name in ("cpu", FALLBACK, "reference") else name
+        backend = _confirmed("positive_odds", x)
     if backend == "triton" or (backend == "cuda" and load("triton").unavailable("positive_odds", x) is None):
         return "triton"
     return None
+
+
+def _confirmed(op: str, x: Tensor) -> str:
+    """What ``"auto"`` takes for ``op`` on a GPU; ``FALLBACK`` elsewhere and where its choice cannot run."""
+    # torch.compile fuses plain PyTorch with its surroundings, and cannot trace the questions below.
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return FALLBACK
+    name, _ = choose(op, x.device.type, x.dtype, x.shape, _capability(x.device))
+    return name if load(name).unavailable(op, x) is None else FALLBACK
 
 
 @functools.cache

@@ -404,7 +404,10 @@ class _ClassSum(torch.autograd.Function):
 
 
 def _class_sum(x: Tensor, group: Tensor) -> Tensor:
-    return torch.zeros_like(x).index_add_(0, group, x).index_select(0, group)
+    sums = torch.zeros_like(x)
+    # On a GPU index_add_ adds in whatever order its threads arrive; index_put_ sorts, so its bits are always the same.
+    sums = sums.index_put_((group,), x, accumulate=True) if x.is_cuda else sums.index_add_(0, group, x)
+    return sums.index_select(0, group)
 
 
 def _groups(labels: Tensor) -> Tensor:

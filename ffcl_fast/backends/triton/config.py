@@ -136,7 +136,7 @@ def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
         return [Tile(64, 64, depth, 8 if chip == "sm100" else 4, 2)]
     if op == "rows":
         if chip == "sm90":
-            return [Tile(64, 128, whole, 4, 3, True), Tile(64, 64, whole, 4, 3, True)]
+            return [Tile(64, 64, whole, 4, 3, True), Tile(64, 128, whole, 4, 3, True)]
         if chip == "sm100":
             return [Tile(128, 64, whole, 8, 3, True)]
         return [Tile(64, 64, whole, 4, 1) if chip == "gfx942" else Tile(64, 64, whole, 8, 2)]
