@@ -30,6 +30,15 @@ REGISTER_WIDTH = 128  # embeddings this narrow keep their gradient's accumulator
 WORKSPACE = 64 << 20  # bytes of partial sums that one launch may write
 
 
+# Triton has both, but as functions that kernels can call, which cost 13 us each on the way to every launch.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Tile:
     """Shape and schedule of one kernel: rows x cols of S, `depth` of the embedding a step."""
@@ -121,15 +130,15 @@ def depth_for(width: int, limit: int) -> int:
     if width <= limit:
         return limit
     half = limit // 2
-    padded = triton.cdiv(width, limit) * limit
-    return half if triton.cdiv(width, half) * half < 0.9 * padded else limit
+    padded = cdiv(width, limit) * limit
+    return half if cdiv(width, half) * half < 0.9 * padded else limit
 
 
 def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
     """16-bit operands. `ids`: pairs are excluded by id, whose columns take as many registers as 64 columns of S."""
     deep = chip in ("sm90", "sm100")
     depth = depth_for(width, 64 if deep else 32)
-    whole = max(depth, triton.next_power_of_2(width))
+    whole = max(depth, next_power_of_2(width))
     # Narrow: a block keeps its columns' embeddings, the rows stream past.
     stays = op in ("forward", "triangle") and width <= REGISTER_WIDTH
     if op == "online":
@@ -163,6 +172,7 @@ def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
     return [Tile(128, 128, depth, 8, 4, fold=8)]
 
 
+@functools.cache
 def candidates(op: str, chip: str, operands: str, width: int, ids: bool = False) -> list[Tile]:
     """Configurations worth timing for kernel `op`, the default first.
 
@@ -170,7 +180,7 @@ def candidates(op: str, chip: str, operands: str, width: int, ids: bool = False)
     registers), "online" (the rescue path).
     """
     if chip == "interpret":
-        return [Tile(32, 32, 32 if op != "rows" else max(16, triton.next_power_of_2(width)), 4, 1, fold=1)]
+        return [Tile(32, 32, 32 if op != "rows" else max(16, next_power_of_2(width)), 4, 1, fold=1)]
     if operands == "float":  # no matrix unit multiplies float32: small tiles, bound by FMA and registers
         if chip == "gfx942":
             return [Tile(64, 64, 16, 8, 2)]
@@ -223,7 +233,7 @@ def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[],
 
 def _class(n: int) -> int:
     """Shape class of a size: the power of two above it, within what changes the best tile."""
-    return min(1 << 17, max(1 << 9, triton.next_power_of_2(n)))
+    return min(1 << 17, max(1 << 9, next_power_of_2(n)))
 
 
 def _tune(op: str, key: str, choices: list[Tile], measure: Callable[[], float], device: torch.device) -> Tile:

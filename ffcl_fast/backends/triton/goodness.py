@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import cdiv
 from .launch import on, rows_of
 from .rows import Cut, activation, add_parts, cached_rows, cut_of, floats, part_sum, rounding, store_gradient, vector
 from .tiles import elements_apart, narrow
@@ -221,7 +222,7 @@ def _forward(h: Tensor, goodness: Tensor, out: Tensor | None, mean: bool, relu: 
     common = constants(unit, relu)
     last = {"MEAN": mean, "PRECISION": rounding(h)}
     if cut.parts == 1:
-        goodness_kernel[(triton.cdiv(rows, cut.rows),)](
+        goodness_kernel[(cdiv(rows, cut.rows),)](
             h, goodness, out, rows, *size, 1.0 / width, eps, **common, **last, **cut.constants, **cut.options
         )
         return
@@ -255,7 +256,7 @@ def _backward(h, goodness, grad_goodness, grad_out, dh, mean, relu, eps, cut: Cu
     common = constants(unit, relu)
     last = {"MEAN": mean, "PRECISION": rounding(h)}
     if cut.parts == 1:
-        backward_kernel[(triton.cdiv(rows, cut.rows),)](
+        backward_kernel[(cdiv(rows, cut.rows),)](
             h, goodness, grad_goodness, grad_out, dh, rows, *size, 1.0 / width, eps, **common, **last,
             **cut.constants, **cut.options,
         )  # fmt: skip

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .config import cdiv, next_power_of_2
 from .goodness import goodness_backward, goodness_forward
 from .launch import on, processors, rows_of
 from .rows import LONGEST, TILE, activation, floats, rounding, store_gradient, warps_for
@@ -43,8 +44,8 @@ class Plan:
 def cut(widths: list[int], rows: list[int], chip: str) -> tuple[int, int, int]:
     """(rows, block, warps) of the tiles of a launch: one shape for all layers, made for the widest."""
     tile = 256 if chip == "interpret" else TILE
-    block = min(tile, triton.next_power_of_2(max(widths)))
-    return max(1, min(tile // block, triton.next_power_of_2(max(rows)))), block, warps_for(tile, chip)
+    block = min(tile, next_power_of_2(max(widths)))
+    return max(1, min(tile // block, next_power_of_2(max(rows)))), block, warps_for(tile, chip)
 
 
 @functools.lru_cache(maxsize=64)
@@ -52,14 +53,14 @@ def plan(shapes: tuple[tuple[int, int, int], ...], firsts: tuple[int, ...], unit
     """The launch for layers of ``shapes`` (rows, width, row stride), results from rows ``firsts``."""
     order = sorted(range(len(shapes)), key=lambda i: -shapes[i][1])
     side, block, warps = cut([s[1] for s in shapes], [s[0] for s in shapes], config.family(device))
-    slots = triton.next_power_of_2(len(shapes))
+    slots = next_power_of_2(len(shapes))
     table = torch.zeros(5, slots, dtype=torch.int64)
     table[0] = 1 << 62  # no tile reaches a slot without a layer
     tile = 0
     for slot, i in enumerate(order):
         rows, width, stride = shapes[i]
         table[:, slot] = torch.tensor([tile, rows, width // unit, stride // unit, firsts[i]])
-        tile += triton.cdiv(rows, side)
+        tile += cdiv(rows, side)
     return Plan(tuple(order), table.to(device), tile, side, block, warps)
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .config import cdiv
 from .tiles import narrow
 
 _log = logging.getLogger("ffcl_fast.backends.triton")
@@ -62,7 +63,7 @@ def combine_constants(slices: int, gain: float, framed: bool, how: str) -> dict:
 def combine(sums: Tensor, out: Tensor, scale: Tensor, frame: Tensor | None, gain: float, how: str) -> None:
     """out = (sum of sums' slices) x scale x weight unit / gain; sums is out or has shape (slices, *out.shape)."""
     slices = sums.numel() // max(1, out.numel())
-    combine_kernel[(triton.cdiv(out.numel(), COMBINE_BLOCK),)](
+    combine_kernel[(cdiv(out.numel(), COMBINE_BLOCK),)](
         sums, out, scale, frame, out.numel(),
         **combine_constants(slices, gain, frame is not None, how),
     )  # fmt: skip
@@ -123,7 +124,7 @@ def walk(
     other = q if k is None else k
     cols = other.shape[0]
     side = config.panel_side(q)
-    panel = q.new_empty(min(side, rows), min(side, triton.cdiv(cols, 16) * 16))
+    panel = q.new_empty(min(side, rows), min(side, cdiv(cols, 16) * 16))
     dq = q.new_empty(rows if need_q else 0, width)
     dk = q.new_empty(cols if need_k else 0, width)
     exact = q.dtype == torch.float32

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import ops
-from .config import Tile
+from .config import Tile, cdiv
 from .tiles import id_range_kernel
 
 
@@ -39,7 +39,7 @@ def id_ranges(
 
 
 def _ranges(ids: Tensor, grain: int) -> Tensor:
-    blocks = triton.cdiv(ids.numel(), grain)
+    blocks = cdiv(ids.numel(), grain)
     ranges = ids.new_empty(blocks, 2)
     id_range_kernel[(blocks,)](ids, ranges, ids.numel(), GRAIN=grain, num_warps=1)
     return ranges

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..aligned import aligned_rows, unit
 from . import config
-from .config import Tile
+from .config import Tile, cdiv
 from .launch import on, operand, tile_constants
 from .rows import add_parts, floats
 from .tiles import grouped, product
@@ -54,7 +54,7 @@ def linear_goodness(x, weight, bias, mean, relu):
     goodness = floats(x, rows)
     with on(x):
         tile = config.pick("linear", x, weight)
-        slots = triton.cdiv(cols, tile.cols)
+        slots = cdiv(cols, tile.cols)
         chunk = max(1, config.WORKSPACE // (4 * slots * tile.rows)) * tile.rows
         for begin in range(0, rows, chunk):
             part = slice(begin, min(rows, begin + chunk))
@@ -68,7 +68,7 @@ def _squares(x: Tensor, weight: Tensor, bias: Tensor | None, partials: Tensor, r
     """partials (slots, rows) = sums of squares of a over each block of columns."""
     element_unit = unit(x)
     slots, rows = partials.shape
-    linear_goodness_kernel[(triton.cdiv(rows, tile.rows) * slots,)](
+    linear_goodness_kernel[(cdiv(rows, tile.rows) * slots,)](
         operand(x, tile.rows, tile), operand(weight, tile.cols, tile), bias, partials, rows, weight.shape[0],
         x.stride(0) // element_unit, weight.stride(0) // element_unit,
         **kernel_constants(tile, x.shape[1], element_unit, config.precision(x), relu), **tile.options,

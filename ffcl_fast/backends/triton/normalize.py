@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import cdiv
 from .launch import on, rows_of
 from .rows import Cut, cut_of, floats, rounding, vector
 from .tiles import elements_apart, narrow
@@ -109,7 +110,7 @@ def normalize_backward(z, norms, dz, eps, dtype):
 def _launch(kernel, cut: Cut, strided: Tensor, tensors: tuple[Tensor, ...], eps: float, *sizes: Tensor) -> None:
     rows, width = strided.shape
     unit = vector(width, *sizes)
-    kernel[(triton.cdiv(rows, cut.rows),)](
+    kernel[(cdiv(rows, cut.rows),)](
         *tensors, rows, width // unit, strided.stride(0) // unit, eps, **constants(cut, unit, rounding(strided)),
         **cut.options,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import cdiv
 from .goodness import constants
 from .launch import on, processors, rows_of
 from .rows import (
@@ -219,7 +220,7 @@ def _forward(h1, h2, target, loss, coefficients, d1, d2, margin, relu, scale, cu
     common = constants(unit, relu)
     how = {"PRECISION": rounding(h1)}
     if cut.parts == 1:
-        pair_cosine_kernel[(triton.cdiv(rows, cut.rows),)](
+        pair_cosine_kernel[(cdiv(rows, cut.rows),)](
             h1, h2, target, loss, coefficients, d1, d2, rows, *size, margin, scale, **common, **how, **cut.constants,
             **cut.options,
         )  # fmt: skip
@@ -243,10 +244,10 @@ def pair_cosine_backward(h1, h2, coefficients, grad, relu, need_1, need_2):
     rows, width = h1.shape
     d1, d2 = (h1.new_empty((rows if need else 0, width)) for need in (need_1, need_2))
     cut, unit = cut_of(h1, 2), vector(width, h1, h2)
-    steps = triton.cdiv(width, cut.block)
+    steps = cdiv(width, cut.block)
     if need_1 or need_2:
         with on(h1):
-            pair_backward_kernel[(triton.cdiv(rows, cut.rows) * steps,)](
+            pair_backward_kernel[(cdiv(rows, cut.rows) * steps,)](
                 h1, h2, coefficients, grad, optional(d1), optional(d2), rows, steps, width // unit,
                 h1.stride(0) // unit, h2.stride(0) // unit, **constants(unit, relu), ROWS=cut.rows, BLOCK=cut.block,
                 PRECISION=rounding(h1), **cut.options,
@@ -258,7 +259,7 @@ def scale_(x: Tensor, factor: Tensor) -> None:
     dense = x if x.is_contiguous() else x.contiguous()
     if x.numel():
         with on(x):
-            programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), 16 * processors(x))
+            programs = min(cdiv(x.numel(), SCALE_BLOCK), 16 * processors(x))
             scale_kernel[(programs,)](
                 dense, factor, x.numel(), BLOCK=SCALE_BLOCK, PRECISION=rounding(x), num_warps=4
             )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import ops
 from . import config
+from .config import cdiv, next_power_of_2
 from .launch import on, processors
 from .rows import TILE, activation, floats, rounding, store_gradient, warps_for
 from .tiles import elements_apart
@@ -51,21 +52,21 @@ def maps(rows: int, channels: int, length: int, last: bool, unit: int, chip: str
     # Loads of one element each need an address each: fewer of them a thread.
     tile, longest = (256, 32) if chip == "interpret" else (TILE if unit > 1 else TILE // 4, 512)
     dense, other = (channels, length) if last else (length, channels)
-    side = min(longest, triton.next_power_of_2(dense))
-    across = min(tile // side, triton.next_power_of_2(other))
+    side = min(longest, next_power_of_2(dense))
+    across = min(tile // side, next_power_of_2(other))
     c, p = (side, across) if last else (across, side)
-    channel_tiles, position_tiles = triton.cdiv(channels, c), triton.cdiv(length, p)
-    wanted = triton.cdiv(FILL * chip_processors, rows)
+    channel_tiles, position_tiles = cdiv(channels, c), cdiv(length, p)
+    wanted = cdiv(FILL * chip_processors, rows)
     if wanted <= FILL // 2:
         wanted = 1
     channel_parts = _even(channel_tiles, wanted)
-    position_parts = _even(position_tiles, triton.cdiv(wanted, channel_parts))
+    position_parts = _even(position_tiles, cdiv(wanted, channel_parts))
     return Maps(last, c, p, warps_for(TILE, chip), unit, channel_parts, position_parts)
 
 
 def _even(tiles: int, parts: int) -> int:
     """Parts of at least one and equally many tiles, at most `parts` of them."""
-    return triton.cdiv(tiles, triton.cdiv(tiles, min(tiles, parts)))
+    return cdiv(tiles, cdiv(tiles, min(tiles, parts)))
 
 
 def maps_of(h: Tensor) -> Maps:
@@ -204,12 +205,12 @@ def _forward(h: Tensor, goodness: Tensor, pooled: Tensor, mean: bool, relu: bool
     factors = 1.0 / length, 1.0 / channels if mean else 1.0
     pool_kernel[(rows * cut.channel_parts * cut.position_parts,)](
         h, goodness, sums, *_sizes(h, cut), cut.channel_parts, cut.position_parts,
-        triton.cdiv(triton.cdiv(channels, cut.channels), cut.channel_parts),
-        triton.cdiv(triton.cdiv(length, cut.positions), cut.position_parts),
+        cdiv(cdiv(channels, cut.channels), cut.channel_parts),
+        cdiv(cdiv(length, cut.positions), cut.position_parts),
         *factors, **cut.constants, WHOLE=whole, RELU=relu, **cut.options,
     )  # fmt: skip
     if not whole:
-        block = min(1024, triton.next_power_of_2(channels))
+        block = min(1024, next_power_of_2(channels))
         pool_finish_kernel[(rows,)](
             sums, goodness, pooled, channels, cut.position_parts, *factors, CHANNELS=block, num_warps=4
         )
@@ -219,7 +220,7 @@ def pool_goodness_backward(h, pooled, grad_goodness, grad_pooled, mean, relu):
     dh = ops.empty_pooled_like(h)
     rows, channels, length = h.shape
     cut = maps_of(h)
-    channel_tiles, position_tiles = triton.cdiv(channels, cut.channels), triton.cdiv(length, cut.positions)
+    channel_tiles, position_tiles = cdiv(channels, cut.channels), cdiv(length, cut.positions)
     with on(h):
         pool_backward_kernel[(rows * channel_tiles * position_tiles,)](
             h, pooled, grad_goodness, grad_pooled, dh, *_sizes(h, cut), channel_tiles, position_tiles, 1.0 / length,

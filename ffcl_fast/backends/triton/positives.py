@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import ops
 from . import config
+from .config import cdiv, next_power_of_2
 from .launch import on, rows_of
 from .rows import TILE, Cut, floats, optional, rounding, vector, warps_for
 from .tiles import elements_apart, narrow
@@ -129,8 +130,8 @@ def constants(cut: Cut, element_unit: int, pairing: int) -> dict:
 
 def whole_rows(rows: int, width: int, tensors: int, chip: str) -> Cut:
     """Whole rows of ``tensors`` tensors in a program's registers."""
-    block = max(8, triton.next_power_of_2(width))
-    side = max(1, min(TILE // tensors // block, triton.next_power_of_2(rows)))
+    block = max(8, next_power_of_2(width))
+    side = max(1, min(TILE // tensors // block, next_power_of_2(rows)))
     return Cut(side, block, warps_for(side * block * tensors, chip), False)
 
 
@@ -141,7 +142,7 @@ def positive_odds(q, positive, scale, row_lse, col_lse, pairing, decoupled):
     col_slope = floats(q, col_lse.numel())
     cut, unit = whole_rows(rows, width, 2, config.family(q.device)), vector(width, q, positive)
     with on(q):
-        odds_kernel[(triton.cdiv(rows, cut.rows),)](
+        odds_kernel[(cdiv(rows, cut.rows),)](
             q, positive, scale, row_lse.contiguous(), optional(col_lse.contiguous()), loss, slope, optional(col_slope),
             logit, rows, width // unit, q.stride(0) // unit, positive.stride(0) // unit,
             **constants(cut, unit, pairing), DECOUPLED=decoupled, **cut.options,
@@ -155,7 +156,7 @@ def add_positives_(q, positive, scale, grad, slope, col_slope, logit, dq, d_posi
     inner = floats(q, rows if dq.numel() else 0)
     cut, unit = whole_rows(rows, width, 4, config.family(q.device)), vector(width, q, positive)
     with on(q):
-        add_kernel[(triton.cdiv(rows, cut.rows),)](
+        add_kernel[(cdiv(rows, cut.rows),)](
             q, positive, scale, grad, slope, optional(col_slope), logit, optional(dq), optional(d_positive), inner,
             rows, width // unit, q.stride(0) // unit, positive.stride(0) // unit, grad.stride(0),
             **constants(cut, unit, pairing), PRECISION=rounding(q), **cut.options,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .config import cdiv, next_power_of_2
 from .launch import processors
 from .tiles import narrow
 
@@ -47,7 +48,7 @@ class Cut:
 
     @property
     def part_constants(self) -> dict:
-        return {"BLOCK": self.block, "PARTS": triton.next_power_of_2(self.parts)}
+        return {"BLOCK": self.block, "PARTS": next_power_of_2(self.parts)}
 
     @property
     def options(self) -> dict:
@@ -63,17 +64,17 @@ def warps_for(elements: int, chip: str) -> int:
 def cut(rows: int, width: int, tensors: int, chip: str, item: int, chip_processors: int) -> Cut:
     """The cut of `rows` rows of `width` elements of `item` bytes in each of `tensors` tensors."""
     longest = (1024 if chip == "interpret" else LONGEST) // tensors
-    block = min(triton.next_power_of_2(width), longest)
+    block = min(next_power_of_2(width), longest)
     if width <= longest:
         tile = (512 if chip == "interpret" else TILE) // tensors
-        side = max(1, min(tile // block, triton.next_power_of_2(rows)))
+        side = max(1, min(tile // block, next_power_of_2(rows)))
         return Cut(side, block, warps_for(side * block * tensors, chip), False)
     block = longest // 2  # a walk needs no more registers than keep loads in flight
     warps = warps_for(block * tensors, chip)
     if rows >= 2 * chip_processors and width * item * tensors <= LOOP_BYTES:
         return Cut(1, block, warps, True)
-    steps = triton.cdiv(triton.cdiv(width, block), MAX_PARTS)
-    return Cut(1, block, warps, True, triton.cdiv(width, block * steps), steps)
+    steps = cdiv(cdiv(width, block), MAX_PARTS)
+    return Cut(1, block, warps, True, cdiv(width, block * steps), steps)
 
 
 def cut_of(x: Tensor, tensors: int) -> Cut:
@@ -151,9 +152,9 @@ def add_parts_kernel(partials, out, rows, slots, row_stride, slot_stride, factor
 def add_parts(partials: Tensor, out: Tensor, factor: float) -> None:
     """out (rows,) = factor times the sum over slots of partials (rows, slots), float32, any strides."""
     rows, slots = partials.shape
-    width = min(64, triton.next_power_of_2(slots))
+    width = min(64, next_power_of_2(slots))
     side = 1024 // width
-    add_parts_kernel[(triton.cdiv(rows, side),)](
+    add_parts_kernel[(cdiv(rows, side),)](
         partials, out, rows, slots, *partials.stride(), factor, ROWS=side, SLOTS=width, num_warps=4
     )
 

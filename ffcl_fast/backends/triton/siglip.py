@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..aligned import aligned_rows, unit
 from . import config
-from .config import Tile
+from .config import Tile, cdiv
 from .gradient_panels import walk
 from .launch import measure, on, operand, output, tile_constants
 from .tiles import LOG2E, NO_PAIRS, grouped, kept, narrow, needs_mask, product, store_tile, touches_diagonal
@@ -102,14 +102,14 @@ def _siglip(q, k, scale, bias, positives, need_q, need_k, timing):
     rows, width, cols = q.shape[0], q.shape[1], k.shape[0]
     how, element_unit, gain = config.precision(q), unit(q), config.gain(q.dtype)
     side = config.panel_side(q)
-    slots = triton.cdiv(min(rows, side), tile.rows) * triton.cdiv(min(cols, side), tile.cols)
+    slots = cdiv(min(rows, side), tile.rows) * cdiv(min(cols, side), tile.cols)
     totals = q.new_zeros(slots, 2, dtype=torch.float64)
     x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
     gradient = need_q or need_k
     constants = siglip_constants(tile, width, element_unit, how, positives, gradient, gain)
 
     def fill(panel: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
-        grid = triton.cdiv(r1 - r0, tile.rows) * triton.cdiv(c1 - c0, tile.cols)
+        grid = cdiv(r1 - r0, tile.rows) * cdiv(c1 - c0, tile.cols)
         target = output(panel, tile) if gradient else None
         siglip_kernel[(grid,)](
             x, y, scale, bias, target, totals, rows, cols, r0, r1, c0, c1, q.stride(0) // element_unit,

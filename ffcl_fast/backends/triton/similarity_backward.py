@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import ops
 from ..aligned import aligned_rows, unit
 from . import config
-from .config import Tile
+from .config import Tile, cdiv
 from .gradient_panels import combine, walk
 from .launch import id_ranges, ids_of, measure, on, operand, output, processors, tile_constants
 from .tiles import LOG2E, dot, exponent, grouped, kept, load_tile, narrow, needs_mask, product, store_tile
@@ -294,7 +294,7 @@ def _vectors(scale, lse, rests, grads, cols, gain) -> tuple[Tensor, Tensor]:
     ranges, frame = rows.new_empty(3 * parts), rows.new_empty(3)
     vectors = rows.new_empty(3 * (n + m))
     range_kernel[(parts,)](*lse, *grads, ranges, n, m, **range_constants(cols, parts))
-    vector_kernel[(triton.cdiv(max(n, m), VECTOR_BLOCK), 2 if cols else 1)](
+    vector_kernel[(cdiv(max(n, m), VECTOR_BLOCK), 2 if cols else 1)](
         *lse, *rests, *grads, scale, ranges, vectors, frame, n, m, **vector_constants(gain, parts)
     )
     return vectors, frame
@@ -312,10 +312,10 @@ def _in_registers(q, k, scale, side_x, side_y, frame, exclude, both, triangle, n
 
 def _side(x, y, scale, side_x, side_y, exclude, sides, frame, tile):
     rows, width, cols = x.shape[0], x.shape[1], y.shape[0]
-    blocks, wanted = triton.cdiv(rows, tile.rows), 4 * processors(x)
-    parts = 1 if blocks >= wanted else min(triton.cdiv(wanted, blocks), triton.cdiv(cols, 4 * tile.cols))
-    split_cols = triton.cdiv(triton.cdiv(cols, parts), tile.cols) * tile.cols
-    parts = triton.cdiv(cols, split_cols)
+    blocks, wanted = cdiv(rows, tile.rows), 4 * processors(x)
+    parts = 1 if blocks >= wanted else min(cdiv(wanted, blocks), cdiv(cols, 4 * tile.cols))
+    split_cols = cdiv(cdiv(cols, parts), tile.cols) * tile.cols
+    parts = cdiv(cols, split_cols)
     how, element_unit, gain = config.precision(x), unit(x), config.gain(x.dtype)
     out = x.new_empty(rows, width)
     sums = out if parts == 1 else x.new_empty(parts, rows, width, dtype=torch.float32)
@@ -338,7 +338,7 @@ def _in_panels(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need
     constants = panel_constants(tile, width, element_unit, how, exclude, int(OF_BOTH if both else OF_ROWS))
 
     def fill(panel: Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
-        grid = triton.cdiv(r1 - r0, tile.rows) * triton.cdiv(c1 - c0, tile.cols)
+        grid = cdiv(r1 - r0, tile.rows) * cdiv(c1 - c0, tile.cols)
         panel_kernel[(grid,)](
             x, y, side_x[0], side_y[0], side_x[1], side_y[1], *ranges, scale, frame, output(panel, tile), rows, cols,
             r0, r1, c0, c1, q.stride(0) // element_unit, k.stride(0) // element_unit, panel.stride(0),

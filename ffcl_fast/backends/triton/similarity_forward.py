@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import ops
 from ..aligned import aligned_rows, unit
 from . import config
-from .config import Tile
+from .config import Tile, cdiv, next_power_of_2
 from .launch import id_ranges, ids_of, measure, on, operand, processors, tile_constants
 from .tiles import (
     BOUND_LIMIT,
@@ -290,7 +290,7 @@ def span(tile: Tile, rows: int, cols: int, processors: int, triangle: bool) -> i
     tiles = SPAN
     while tiles > smallest:
         side = tiles * tile.rows
-        if triton.cdiv(rows, side) * triton.cdiv(cols, side) >= (8 if triangle else 4) * processors:
+        if cdiv(rows, side) * cdiv(cols, side) >= (8 if triangle else 4) * processors:
             break
         tiles //= 2
     return tiles
@@ -298,7 +298,7 @@ def span(tile: Tile, rows: int, cols: int, processors: int, triangle: bool) -> i
 
 def chunk_rows(rows: int, cols: int, side: int) -> int:
     """Rows whose partial sums fit in the workspace, in whole super-tiles: both kinds take rows x cols / side floats."""
-    return min(triton.cdiv(rows, side), max(1, config.WORKSPACE // (8 * max(1, cols)))) * side
+    return min(cdiv(rows, side), max(1, config.WORKSPACE // (8 * max(1, cols)))) * side
 
 
 def sums_constants(tile: Tile, width: int, element_unit: int, how: str, parts: int, exclude: int, both: bool,
@@ -331,7 +331,7 @@ def norm_constants(width: int, element_unit: int, parts: int) -> dict:
     """Compile-time constants of norm_kernel."""
     return {
         "WIDTH": width,
-        "DEPTH": min(128, triton.next_power_of_2(width)),
+        "DEPTH": min(128, next_power_of_2(width)),
         "UNIT": element_unit,
         "BLOCK": NORM_ROWS,
         "PARTS": parts,
@@ -375,7 +375,7 @@ def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timi
     strides = q.stride(0) // element_unit, k.stride(0) // element_unit
     span_tiles = span(tile, rows, cols, processors(q), triangle)
     side = span_tiles * tile.rows
-    supers = triton.cdiv(cols, side)
+    supers = cdiv(cols, side)
     chunk = chunk_rows(rows, cols, side)
     h, lost = headroom(rows, cols)
 
@@ -396,13 +396,13 @@ def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timi
     ranges = id_ranges(row_ids, col_ids, exclude, tile)
     for begin in range(0, rows, chunk):
         end = min(rows, begin + chunk)
-        heights = triton.cdiv(end, side) - begin // side
+        heights = cdiv(end, side) - begin // side
         if triangle:
-            grid = triton.cdiv(heights, 2) * (2 * supers - begin // side - triton.cdiv(end, side) + 1)
-            blocks = triton.cdiv(rows - begin, slow.rows)
+            grid = cdiv(heights, 2) * (2 * supers - begin // side - cdiv(end, side) + 1)
+            blocks = cdiv(rows - begin, slow.rows)
         else:
             grid = heights * supers
-            blocks = triton.cdiv(end - begin, slow.rows) + triton.cdiv(col_lse.numel(), slow.rows)
+            blocks = cdiv(end - begin, slow.rows) + cdiv(col_lse.numel(), slow.rows)
         sums_kernel[(grid,)](
             x, y, scale, row_ids, col_ids, *ranges, norms, row_part, col_part, rows, cols, begin, end, *strides,
             side // tile.cols, supers, h,
