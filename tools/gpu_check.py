@@ -1,12 +1,13 @@
 """Everything to run on a GPU, in steps that can be cut and resumed: tests, memory checker, measurements.
 
-    python -m tools.gpu_check [--out DIR] [--budget SECONDS] [--only STEP,...] [--again] [--dry-run]
+    python -m tools.gpu_check [--out DIR] [--budget SECONDS] [--only STEP,...] [--again] [--dry-run | --collect]
 
 DIR/state.json has each step's exit status, DIR/STEP.log its output, DIR/passed.txt the tests that passed, DIR/gpu.json
 the raw measurements and DIR/gpu.md their table. A second call goes on where the first was cut, inside a step as well,
 unless the sources have changed since (--again: forget all). No step is started that the budget (default 540 s) leaves
 no time for. --dry-run needs no GPU: it collects each step's tests, checks that no GPU test is in none, calls every
-measured function on a CPU and compiles the kernels for sm_90. Nothing here needs a network.
+measured function on a CPU and compiles the kernels for sm_90; --collect leaves the compiling to `make kernels`. Nothing
+here needs a network.
 Exit status 1 where a step failed, 2 where one is missing for lack of time.
 """
 
@@ -212,11 +213,11 @@ def unfit(probes: tuple[list[str], ...], out: Path, environment: dict[str, str],
     return None
 
 
-def dry_run(steps: list[Step], everything: bool) -> int:
-    """Check all that needs no GPU; number of failures. `everything`: the kernels too, and that no test is left over."""
+def dry_run(steps: list[Step], everything: bool, kernels: bool) -> int:
+    """Check all that needs no GPU; number of failures. `everything`: that no test is left over; `kernels`: compile."""
     bad, collected = 0, set()
     commands = [(step.name, step.dry, dict(step.dry_environment)) for step in steps]
-    if everything:
+    if kernels:
         commands.append(("kernels for sm_90", COMPILE, {}))
     for name, command, environment in commands:
         started = time.monotonic()
@@ -249,13 +250,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help=f"comma-separated, of {','.join(s.name for s in STEPS)}")
     parser.add_argument("--again", action="store_true", help="forget finished steps")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: collect, compile, check arguments")
+    parser.add_argument("--collect", action="store_true", help="the same without compiling")
     options = parser.parse_args(arguments)
     wanted = set(filter(None, options.only.split(",")))
     if unknown := wanted - {step.name for step in STEPS}:
         parser.error(f"--only: no step is called {', '.join(sorted(unknown))}")
     steps = [step for step in STEPS if not wanted or step.name in wanted]
-    if options.dry_run:
-        return 1 if dry_run(steps, not wanted) else 0
+    if options.dry_run or options.collect:
+        return 1 if dry_run(steps, not wanted, not (wanted or options.collect)) else 0
 
     import torch
 

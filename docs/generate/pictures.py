@@ -99,14 +99,14 @@ def triangle() -> str:
 
 
 def backward() -> str:
-    c = Canvas(660, 290, "Backward pass through a panel of G that stays in cache")
+    c = Canvas(660, 290, "Backward pass through a panel of G")
     c.text(20, 24, "1  write a panel once", size=14)
     c.box(60, 60, 150, 90, BLUE, "G panel")
     c.text(60, 50, "K[C]")
     c.text(50, 110, "Q[R]", "end")
     c.text(60, 172, "G = e^(S - row lse) u")
     c.text(60, 188, "  + e^(S - col lse) v")
-    c.text(60, 208, "stays in L2 (GPU) or L3 (CPU)")
+    c.text(60, 208, "on a CPU it stays in L3")
     c.text(330, 24, "2  read it twice with a matrix product", size=14)
     c.box(330, 60, 80, 50, BLUE, "G")
     c.text(418, 89, "x")

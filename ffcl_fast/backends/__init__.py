@@ -47,8 +47,9 @@ class Confirmed:
 
 _H200 = "benchmarks/results/gpu-nvidia-h200.json"
 _HALVES = (torch.bfloat16, torch.float16)
-# One row for each family of kernels that `make gpu-check` has confirmed; the first that fits is taken. float32, longer
-# rows and the pooling, grouped and scoring kernels are right on that GPU too, but nobody has timed them yet.
+# One row for each family of kernels that `make gpu-check` has confirmed; the first that fits is taken. What was timed is
+# bfloat16; float16, right there too, runs like instructions. float32, longer rows and the pooling, grouped and scoring
+# kernels are right on that GPU as well, but nobody has timed them or their like yet.
 CONFIRMED: tuple[Confirmed, ...] = tuple(
     Confirmed("triton", ops, (9, 0), _HALVES, widest, _H200)
     for ops, widest in (
@@ -68,7 +69,7 @@ def get(backend: str, op: str, x: Tensor) -> ModuleType:
     name = backend
     if backend == "auto":
         name, reason = choose(op, x.device.type, x.dtype, x.shape, _capability(x.device))
-        if problem := load(name).unavailable(op, x):
+        if problem := _hindrance(name, op, x):
             name, reason = FALLBACK, f"{name} was chosen, {reason}, but cannot run here: {problem}"
         _log.debug("%s of %s on %s %s: %s (%s)", op, tuple(x.shape), x.device.type, x.dtype, name, reason)
     module = load(name)
@@ -127,7 +128,14 @@ def _confirmed(op: str, x: Tensor) -> str:
     if not x.is_cuda or torch.compiler.is_compiling():
         return FALLBACK
     name, _ = choose(op, x.device.type, x.dtype, x.shape, _capability(x.device))
-    return name if load(name).unavailable(op, x) is None else FALLBACK
+    return FALLBACK if _hindrance(name, op, x) else name
+
+
+def _hindrance(name: str, op: str, x: Tensor) -> str | None:
+    """Why ``"auto"`` must not take backend ``name`` for ``op`` of ``x`` here, or None."""
+    module = load(name)
+    unlikely = getattr(module, "unlikely", None)  # what may go wrong, and must not for who asked for nothing by name
+    return module.unavailable(op, x) or (unlikely(x) if unlikely else None)
 
 
 @functools.cache

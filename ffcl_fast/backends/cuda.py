@@ -1,7 +1,7 @@
 """CUDA tensors: the kernels of csrc/*.cu, where ffcl_fast was built with nvcc.
 
-Not what ``"auto"`` means today: they were right on an H200, but nowhere clearly faster than Triton's. The goodness
-family is here, the similarity operators are in :mod:`.cuda_similarity`.
+Not what ``"auto"`` means today: they were right on an H200, but on the whole slower than Triton's. The goodness family
+is here, the similarity operators are in :mod:`.cuda_similarity`.
 """
 
 from __future__ import annotations

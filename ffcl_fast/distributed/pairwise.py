@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
+from ..functional.class_sums import class_sums
 from ..functional.similarity import away_from_zero, row_dot, siglip_needs
 from .exchange import all_reduce, gather_rows, reduce_scatter_rows
 from .meeting import Meeting
@@ -104,10 +105,9 @@ def _class_sum(x: Tensor, group: Tensor, classes: int, meeting: Meeting) -> Tens
     height = min(classes, max(meeting.rows))
     out = torch.empty_like(x)
     for first in range(0, classes, height):
-        table = x.new_zeros((height + 1, x.shape[1]))  # the last row takes the rows of other classes
         inside = (group >= first) & (group < first + height)
-        slot = torch.where(inside, group - first, height)
-        table.index_add_(0, slot, x)
+        slot = torch.where(inside, group - first, height)  # the last row takes the rows of other classes
+        table = class_sums(x, slot, height + 1)
         all_reduce(table[:height], meeting.group)
         out = torch.where(inside[:, None], table[slot], out)
     return out

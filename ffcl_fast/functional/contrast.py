@@ -6,13 +6,15 @@ joined first, and the positives added to what the similarity operators give.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, ops
 from . import _checks
-from .similarity import apart, away_from_zero, differentiable_once, grad_wanted, prepare, row_dot, scale_grad
+from .similarity import apart, away_from_zero, batched, differentiable_once, grad_wanted, prepare, row_dot, scale_grad
 
 # Where the positive of row i is.
 KEYS = ops.POSITIVE_GIVEN  # k_i
@@ -130,7 +132,7 @@ class _Contrast(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, grad):
         q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, logit, odds, col_odds = ctx.saved_tensors
-        need_q, need_k, need_positive, need_scale = ctx.needs_input_grad[:4]
+        need_q, need_k, _, need_scale = ctx.needs_input_grad[:4]
         row_grad = odds_grad(grad, odds, ctx.decoupled)
         col_grad = odds_grad(grad, col_odds, ctx.decoupled) if col_odds is not None else None
         dq, dk = torch.ops.ffcl_fast.similarity_backward.default(
@@ -140,28 +142,48 @@ class _Contrast(torch.autograd.Function):
         )  # fmt: skip
         # What the positive logits get: the opposite of their rows' (and columns') share.
         share = row_grad if col_grad is None else row_grad + col_grad
-        weight = share * -scale
-        dscale = scale_grad(q, k, dq, scale) - (share * logit).sum() / scale if need_scale else None
-        dpositive = None
-        if positive is not None:
-            weight = weight[:, None]
-            if need_q or need_scale:
-                dq.addcmul_(weight, positive)
-            if need_positive:
-                dpositive = (weight * q).to(q.dtype)
-        elif ctx.pairing == KEYS:
-            weight = weight[:, None]
-            if need_q or need_scale:
-                dq.addcmul_(weight, k)
-            if need_k:
-                dk.addcmul_(weight, q)
-        elif need_q or need_scale:
-            first, second = _views(q, ctx.pairing)
-            d_first, d_second = _views(dq, ctx.pairing)
-            weight = sum(_views(weight, ctx.pairing))[:, None]
-            d_first.addcmul_(weight, second)
-            d_second.addcmul_(weight, first)
-        return (dq if need_q else None, dk if need_k else None, dpositive, dscale, *(None,) * 8)
+        gradients = _with_positives(q, k, positive, scale, ctx.pairing, share, logit, dq, dk, ctx.needs_input_grad)
+        return *gradients, *(None,) * 8
+
+
+def _with_positives(
+    q: Tensor,
+    k: Tensor | None,
+    positive: Tensor | None,
+    scale: Tensor,
+    pairing: int,
+    share: Tensor,
+    logit: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k, positive and scale that are ``needed``, from the normalisers' part dq and dk, which is
+    changed, and ``share`` (N,), the gradient of the loss by the opposite of each positive's logit."""
+    need_q, need_k, need_positive, need_scale = needed[:4]
+    weight = share * -scale
+    dscale = scale_grad(q, k, dq, scale) - (share * logit).sum() / scale if need_scale else None
+    dpositive = None
+    if positive is not None:
+        weight = weight[:, None]
+        if need_q or need_scale:
+            dq.addcmul_(weight, positive)
+        if need_positive:
+            dpositive = (weight * q).to(q.dtype)
+    elif pairing == KEYS:
+        weight = weight[:, None]
+        if need_q or need_scale:
+            dq.addcmul_(weight, k)
+        if need_k:
+            dk.addcmul_(weight, q)
+    elif need_q or need_scale:
+        first, second = _views(q, pairing)
+        d_first, d_second = _views(dq, pairing)
+        one, other = _views(weight, pairing)
+        weight = (one + other)[:, None]
+        d_first.addcmul_(weight, second)
+        d_second.addcmul_(weight, first)
+    return dq if need_q else None, dk if need_k else None, dpositive, dscale
 
 
 class _ContrastByKernels(torch.autograd.Function):
@@ -192,6 +214,10 @@ class _ContrastByKernels(torch.autograd.Function):
             q, k, scale, row_ids, col_ids, ctx.exclude, row_lse, col_lse, grad * slope, col_grad, cache,
             need_q or need_scale, need_k, ctx.backend,
         )  # fmt: skip
+        if batched(grad):  # an operator that changes its arguments has no batching rule
+            share = grad * (slope + col_slope if col_slope.numel() else slope)
+            tensors = q, k, positive, scale, ctx.pairing, share, logit, dq, dk
+            return *_with_positives(*tensors, ctx.needs_input_grad), *(None,) * 9
         d_positive = dk if positive is None else q.new_zeros(q.shape if need_positive else (0, q.shape[1]))
         inner = torch.ops.ffcl_fast.add_positives_.default(
             q, k if positive is None else positive, scale, grad, slope, col_slope, logit, dq, d_positive, ctx.pairing,

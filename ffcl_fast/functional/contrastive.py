@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import ops
 from . import _checks
+from .class_sums import class_sums
 from .constant_keys import contrast_constant
 from .contrast import INTERLEAVED, STACKED, class_contrast, contrast, fused
 from .similarity import differentiable_once, prepare, raw_lse, row_dot, sigmoid_loss
@@ -404,10 +405,7 @@ class _ClassSum(torch.autograd.Function):
 
 
 def _class_sum(x: Tensor, group: Tensor) -> Tensor:
-    sums = torch.zeros_like(x)
-    # On a GPU index_add_ adds in whatever order its threads arrive; index_put_ sorts, so its bits are always the same.
-    sums = sums.index_put_((group,), x, accumulate=True) if x.is_cuda else sums.index_add_(0, group, x)
-    return sums.index_select(0, group)
+    return class_sums(x, group, x.shape[0]).index_select(0, group)
 
 
 def _groups(labels: Tensor) -> Tensor:

@@ -298,7 +298,7 @@ def handed_out(gradients: Sequence[Tensor | None], factor: Tensor, backend: str)
     A traced backward pass may run again on the same buffers, and a batched factor makes several gradients of one. The
     clone is for ``torch._dynamo.config.compiled_autograd``, which loses what comes straight from the forward pass.
     """
-    if torch.compiler.is_compiling() or _batched(factor):
+    if torch.compiler.is_compiling() or batched(factor):
         return [None if d is None else d.clone() * factor for d in gradients]
     for d in gradients:
         if d is not None:
@@ -306,7 +306,8 @@ def handed_out(gradients: Sequence[Tensor | None], factor: Tensor, backend: str)
     return list(gradients)
 
 
-def _batched(x: Tensor) -> bool:
+def batched(x: Tensor) -> bool:
+    """Whether ``x`` is several tensors in one, as in ``is_grads_batched`` and ``torch.func.vmap``."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
 

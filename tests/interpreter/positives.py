@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd as _compiled_autograd
 from goodness_cases import DTYPES
 from gpu_cases import unit
 from guards import guarded, inside_nan  # noqa: F401
@@ -89,3 +90,30 @@ def test_opcheck(monkeypatch):
     torch.library.opcheck(OPS.positive_odds.default, (*head, lse, lse + 1, ops.POSITIVE_GIVEN, False, "triton"))
     rest = lse, lse, lse, lse, torch.randn(6, 8), torch.randn(6, 8), ops.POSITIVE_GIVEN, "triton"
     torch.library.opcheck(OPS.add_positives_.default, (*head, *rest))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_graph_gives_the_same_gradients_however_it_is_asked(name):
+    """Twice, for several incoming gradients at once, and under compiled autograd."""
+    x, y = (torch.nn.functional.normalize(torch.randn(8, 20), dim=1).requires_grad_() for _ in range(2))
+    loss = LOSSES[name](x, y, 0.3, "triton")
+    first, again = (torch.autograd.grad(loss, (x, y), retain_graph=True) for _ in range(2))
+    several = torch.autograd.grad(loss, (x, y), torch.tensor([1.0, 2.0]), retain_graph=True, is_grads_batched=True)
+    traced = first
+    if name not in ("info_nce", "queue"):  # there PyTorch's own tracing fails, whatever the backend
+        with _compiled_autograd._enable(torch.compile(backend="eager")):
+            traced = torch.autograd.grad(loss, (x, y), retain_graph=True)
+    for a, b, c, d in zip(first, again, several, traced, strict=True):
+        assert torch.equal(a, b)
+        for found in (c[0], c[1] / 2, d):
+            torch.testing.assert_close(found, a, rtol=1e-5, atol=1e-7)
+
+
+def test_what_the_operators_refuse():
+    q, lse = torch.randn(5, 8), torch.randn(5)
+    for pairing in (ops.POSITIVE_STACKED, ops.POSITIVE_INTERLEAVED):
+        with pytest.raises(ValueError, match="come in pairs; got 5 rows"):
+            OPS.positive_odds(q, None, torch.tensor(2.0), lse, lse[:0], pairing, False, "triton")
+    with pytest.raises(ValueError, match="must be contiguous"):
+        turned, rest = torch.randn(8, 5).T, (lse, lse, lse[:0], lse)
+        OPS.add_positives_(q, q, torch.tensor(2.0), *rest, turned, q[:0], ops.POSITIVE_GIVEN, "triton")

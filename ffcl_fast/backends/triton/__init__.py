@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 
 import torch
 from torch import Tensor
@@ -55,6 +56,17 @@ def unavailable(op: str, x: Tensor) -> str | None:
     if op in _SIMILARITY and x.shape[1] > MAX_WIDTH:
         return f"embeddings may be at most {MAX_WIDTH} wide, these are {x.shape[1]}"
     return None
+
+
+def unlikely(x: Tensor) -> str | None:
+    """Why a launch would probably fail although :func:`unavailable` finds nothing, or None."""
+    return _without_compiler() if x.is_cuda else None
+
+
+@functools.cache
+def _without_compiler() -> str | None:
+    found = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))
+    return None if found else "Triton compiles what launches its kernels, and there is no C compiler (CC, gcc, clang)"
 
 
 @functools.cache

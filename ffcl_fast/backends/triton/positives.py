@@ -136,7 +136,7 @@ def whole_rows(rows: int, width: int, tensors: int, chip: str) -> Cut:
 
 
 def positive_odds(q, positive, scale, row_lse, col_lse, pairing, decoupled):
-    q, positive = _pair(q, positive)
+    q, positive = _pair(q, positive, pairing)
     rows, width = q.shape
     loss, slope, logit = (floats(q, rows) for _ in range(3))
     col_slope = floats(q, col_lse.numel())
@@ -151,7 +151,10 @@ def positive_odds(q, positive, scale, row_lse, col_lse, pairing, decoupled):
 
 
 def add_positives_(q, positive, scale, grad, slope, col_slope, logit, dq, d_positive, pairing):
-    q, positive = _pair(q, positive)
+    q, positive = _pair(q, positive, pairing)
+    if not (dq.is_contiguous() and d_positive.is_contiguous()):
+        raise ValueError("dq and d_positive must be contiguous")
+    slope, col_slope, logit = slope.contiguous(), col_slope.contiguous(), logit.contiguous()
     rows, width = q.shape
     inner = floats(q, rows if dq.numel() else 0)
     cut, unit = whole_rows(rows, width, 4, config.family(q.device)), vector(width, q, positive)
@@ -164,6 +167,8 @@ def add_positives_(q, positive, scale, grad, slope, col_slope, logit, dq, d_posi
     return inner
 
 
-def _pair(q: Tensor, positive: Tensor | None) -> tuple[Tensor, Tensor]:
+def _pair(q: Tensor, positive: Tensor | None, pairing: int) -> tuple[Tensor, Tensor]:
+    if pairing != ops.POSITIVE_GIVEN and q.shape[0] % 2:
+        raise ValueError(f"rows that are one another's positives come in pairs; got {q.shape[0]} rows")
     q = rows_of(q)
     return q, q if positive is None else rows_of(positive)

@@ -199,7 +199,7 @@ def rows_kernel(x, y, x_vectors, y_vectors, x_ids, y_ids, x_ranges, y_ranges, sc
 
 
 # How it works: one tile of S a block, turned into G and written to the panel, in an order that shares operands in L2.
-# Bound by: tensor cores for wide embeddings; the panel's store is 2 bytes an element and stays in L2.
+# Bound by: tensor cores for wide embeddings; the panel's store is 2 bytes an element.
 @triton.jit(do_not_specialize=["rows", "cols", "row_begin", "row_end", "col_begin", "col_end"])
 def panel_kernel(q, k, row_vectors, col_vectors, row_ids, col_ids, row_ranges, col_ranges, scale, frame, panel, rows,
                  cols, row_begin, row_end, col_begin, col_end, q_stride, k_stride, panel_stride, WIDTH: tl.constexpr,
