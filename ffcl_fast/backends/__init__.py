@@ -47,7 +47,7 @@ class Confirmed:
 
 _H200 = "benchmarks/results/gpu-nvidia-h200.json"
 _HALVES = (torch.bfloat16, torch.float16)
-# One row for each family of kernels that `make gpu-check` has confirmed; the first that fits is taken. What was timed is
+# One row for each family of kernels that `make gpu-check` has confirmed; the first that fits is taken. Timed was
 # bfloat16; float16, right there too, runs like instructions. float32, longer rows and the pooling, grouped and scoring
 # kernels are right on that GPU as well, but nobody has timed them or their like yet.
 CONFIRMED: tuple[Confirmed, ...] = tuple(
