@@ -101,15 +101,15 @@ def triangle(results: Results) -> Verdict:
     symmetric = _ours(results, "clip-32768x128", _on_device)
     met, shown = [], []
     for workload in ("nt_xent-32768x128", "sup_con-32768x128"):
-        ours = _ours(results, workload)
+        ours, alone = _ours(results, workload), _ours(results, workload, _on_device)
         peers = [
             r["time"]["seconds"]
             for r in results["records"]
             if r["workload"] == workload and r.get("kind") == "rival" and "seconds" in r.get("time", {})
         ]
-        if ours is None or symmetric is None or not peers:
+        if ours is None or alone is None or symmetric is None or not peers:
             continue
-        own = _on_device(symmetric) / min(_on_device(t) for n in OURS if (t := _time(results, workload, n)))
+        own = _on_device(symmetric) / _on_device(alone)
         peer = min(peers) / ours["seconds"]
         met += [own >= 1.7, peer >= 2.5]
         shown.append(f"{workload}: {own:.2f} x own, {peer:.2f} x peer")

@@ -46,8 +46,7 @@ def _library_matrix(q, k, scale, row_ids=None, col_ids=None, exclude=0):
     n, m = q.shape[0], k.shape[0]
     q, k = (F.pad(x, (0, 0, 0, max(0, LIBRARY_ROWS - x.shape[0]))) for x in (q, k))
     s = torch.mm(q, k.T, out_dtype=torch.float32)[:n, :m] * scale.float()
-    q, k = q[:n], k[:m]
-    mask = reference.excluded_pairs(q.shape[0], k.shape[0], row_ids, col_ids, exclude, q.device)
+    mask = reference.excluded_pairs(n, m, row_ids, col_ids, exclude, q.device)
     return s if mask is None else s.masked_fill(mask, -torch.inf)
 
 

@@ -17,9 +17,9 @@ class Spoiled(Exception):
     """A call left this process unfit to measure anything else."""
 
 
-def milliseconds(function: Callable[[], object], seconds: float = 1.0, once: bool = False, repeats: int = 1) -> float:
+def milliseconds(function: Callable[[], object], seconds: float = 1.0, once: bool = False) -> float:
     """Median over CUDA events of calls that fill about `seconds`, after two calls that nothing counts (`once`: of one
-    call). `repeats`: a timing is of so many calls, and the first waits for one that is not counted."""
+    call)."""
     if not once:
         function()
         function()
@@ -27,16 +27,18 @@ def milliseconds(function: Callable[[], object], seconds: float = 1.0, once: boo
     times: list[float] = []
     end = time.monotonic() + seconds
     while len(times) < (1 if once else 3) or (not once and time.monotonic() < end and len(times) < 50):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if repeats > 1:
-            function()
-        start.record()
-        for _ in range(repeats):
-            function()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / repeats)
+        times.append(_timed(function))
     return statistics.median(times)
+
+
+def _timed(function: Callable[[], object], repeats: int = 1) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        function()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / repeats
 
 
 def device_milliseconds(
@@ -58,30 +60,20 @@ def device_milliseconds(
             raise Spoiled
         return None
     try:
-        repeats = [
-            max(1, min(200, math.ceil(_ENOUGH / max(milliseconds(f, 0.0), 1e-3)))) for f in (graph.replay, ceiling)
-        ]
-        rounds: list[tuple[float, float]] = []
+        calls = graph.replay, ceiling
+        repeats = [max(1, min(200, math.ceil(_ENOUGH / max(milliseconds(call, 0.0), 1e-3)))) for call in calls]
+        ours: list[float] = []
+        theirs: list[float] = []
         end = time.monotonic() + seconds
-        while len(rounds) < 3 or (time.monotonic() < end and len(rounds) < 50):
-            rounds.append((_timed(graph.replay, repeats[0]), _timed(ceiling, repeats[1])))
-        ours, theirs = zip(*rounds, strict=True)
+        while len(ours) < 3 or (time.monotonic() < end and len(ours) < 50):
+            for call, count, times in zip(calls, repeats, (ours, theirs), strict=True):
+                call()  # what comes after the other one's is not counted
+                times.append(_timed(call, count))
         return statistics.median(ours), statistics.median(theirs)
     finally:
         torch.cuda.synchronize()
         graph.reset()
         torch.cuda.empty_cache()
-
-
-def _timed(function: Callable[[], object], repeats: int) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    function()
-    start.record()
-    for _ in range(repeats):
-        function()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / repeats
 
 
 def _captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -68,9 +68,7 @@ def get(backend: str, op: str, x: Tensor) -> ModuleType:
     """
     name = backend
     if backend == "auto":
-        name, reason = choose(op, x.device.type, x.dtype, x.shape, _capability(x.device))
-        if problem := _hindrance(name, op, x):
-            name, reason = FALLBACK, f"{name} was chosen, {reason}, but cannot run here: {problem}"
+        name, reason = _auto(op, x)
         _log.debug("%s of %s on %s %s: %s (%s)", op, tuple(x.shape), x.device.type, x.dtype, name, reason)
     module = load(name)
     problem = module.unavailable(op, x)
@@ -127,15 +125,19 @@ def _confirmed(op: str, x: Tensor) -> str:
     # torch.compile fuses plain PyTorch with its surroundings, and cannot trace the questions below.
     if not x.is_cuda or torch.compiler.is_compiling():
         return FALLBACK
-    name, _ = choose(op, x.device.type, x.dtype, x.shape, _capability(x.device))
-    return FALLBACK if _hindrance(name, op, x) else name
+    return _auto(op, x)[0]
 
 
-def _hindrance(name: str, op: str, x: Tensor) -> str | None:
-    """Why ``"auto"`` must not take backend ``name`` for ``op`` of ``x`` here, or None."""
+def _auto(op: str, x: Tensor) -> tuple[str, str]:
+    """``(backend, reason)`` of :func:`choose`, or of ``FALLBACK`` where its choice cannot run on this machine."""
+    name, reason = choose(op, x.device.type, x.dtype, x.shape, _capability(x.device))
     module = load(name)
-    unlikely = getattr(module, "unlikely", None)  # what may go wrong, and must not for who asked for nothing by name
-    return module.unavailable(op, x) or (unlikely(x) if unlikely else None)
+    problem = module.unavailable(op, x)
+    if problem is None and hasattr(module, "doubtful"):  # what only who names the backend may try
+        problem = module.doubtful(x)
+    if problem:
+        return FALLBACK, f"{name} was chosen, {reason}, but cannot run here: {problem}"
+    return name, reason
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Normalisers of S = scale q k^T and their gradients on CUDA devices, for float16 and bfloat16.
 
 The gradient goes through panels of G: a kernel writes a panel, the library's matrix product reads it for dq and again
-for dk. Workspace: 64 MiB of partial sums at most in the forward pass; one panel and float32
-sums of a panel's rows and of dk (or of dq where k is q) in the backward pass. No atomics: equal inputs give equal bits.
+for dk. Workspace: 64 MiB of partial sums at most in the forward pass; one panel and float32 sums of a panel's rows and
+of dk (or of dq where k is q) in the backward pass. No atomics: equal inputs give equal bits.
 """
 
 from __future__ import annotations

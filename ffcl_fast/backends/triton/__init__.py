@@ -58,7 +58,7 @@ def unavailable(op: str, x: Tensor) -> str | None:
     return None
 
 
-def unlikely(x: Tensor) -> str | None:
+def doubtful(x: Tensor) -> str | None:
     """Why a launch would probably fail although :func:`unavailable` finds nothing, or None."""
     return _without_compiler() if x.is_cuda else None
 
