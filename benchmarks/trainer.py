@@ -2,7 +2,6 @@
 
 python -m benchmarks.trainer                 measure, store in results/trainer/, print the tables
 python -m benchmarks.trainer --report        print the tables of the stored measurements
-python -m benchmarks.trainer --memory NAME   peak memory of one step, as JSON, for a process of its own
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,11 +27,11 @@ from ffcl_fast.train.model import Classifier, block_names, build
 from ffcl_fast.train.stages import GlobalStage, LocalStage
 
 from . import machine, store, trainer_tables
+from .apart import call_apart
 from .measure import peak_beyond
 
 RESULTS = store.RESULTS / "trainer"
 BATCH, PIXELS = 64, 64
-_ROOT = Path(__file__).resolve().parent.parent
 
 Batch = Sequence[Tensor]
 Step = Callable[[Batch], dict[str, float]]
@@ -225,9 +222,10 @@ def memory_here(name: str, pairs: int = BATCH, pixels: int = PIXELS) -> dict[str
 
 
 def memory_apart(name: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.trainer", "--memory", name]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=600, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    found = call_apart(memory_here, name)
+    if "problem" in found:
+        raise RuntimeError(f"{name}: {found['problem']}")
+    return found
 
 
 def merge(folder: Path, found: dict[str, dict[str, Any]], part: str) -> Path:
@@ -245,13 +243,9 @@ def merge(folder: Path, found: dict[str, dict[str, Any]], part: str) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="about how long to time all (default: 60)")
-    parser.add_argument("--memory", metavar="NAME", choices=STEPS)
     parser.add_argument("--only", choices=("time", "memory"), help="measure one of the two")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args(arguments)
-    if options.memory:
-        print(json.dumps(memory_here(options.memory)))
-        return
     if not options.report:
         if options.only != "memory":
             merge(RESULTS, measure(options.seconds), "time")
