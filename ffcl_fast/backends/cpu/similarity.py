@@ -11,9 +11,11 @@ from torch import Tensor
 
 from .. import native, panels
 
-# Floats of exp(S) that a forward pass keeps for its backward pass: 24 MiB. With the panels' own buffers (at most
-# 32 MiB, see csrc/similarity_engine.h) all workspace stays under 64 MB at any N.
+# Floats of exp(S) that a forward pass keeps for its backward pass: 24 MiB, and half as much again of S between two sets
+# of rows up to WIDE, whose panels are the smaller ones. With the panels' own buffers (at most 32 MiB, 20 up to WIDE, see
+# csrc/similarity_engine.h) all workspace stays under 64 MB at any N.
 CACHE_BUDGET = 6 << 20
+WIDE = 2048
 CACHE_HEADER = 16
 
 
@@ -28,7 +30,8 @@ def contrast_cache_size(rows, k: Tensor | None):
     """The same of ``rows`` rows."""
     cols = 0 if k is None else k.shape[0]
     panel_cols = rows if k is None else cols
-    return CACHE_HEADER + 2 * (rows + cols) + torch.sym_min(CACHE_BUDGET, (rows + 12) * (panel_cols + 32))
+    budget = CACHE_BUDGET if k is None or k.shape[1] > WIDE else CACHE_BUDGET * 3 // 2
+    return CACHE_HEADER + 2 * (rows + cols) + torch.sym_min(budget, (rows + 12) * (panel_cols + 32))
 
 
 def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
