@@ -117,6 +117,19 @@ def test_a_loss_passes_it_on(emulated):  # noqa: F811
         emulated.fail_after(-1)
 
 
+def test_tensors_of_two_dtypes_never_reach_a_launch(emulated):  # noqa: F811
+    x, other = torch.randn(3, 8).bfloat16(), torch.randn(3, 8).half()
+    before = emulated.launches()
+    for call in (
+        lambda: OPS.similarity_forward(x, other, torch.tensor(2.0), None, None, 0, True, False, "cuda"),
+        lambda: OPS.goodness_many([x, x, other], False, True, "cuda"),
+        lambda: OPS.pair_cosine_forward(x, other, torch.ones(3), 0.0, True, 1.0, True, True, "cuda"),
+    ):
+        with pytest.raises(ValueError, match=r"refused its arguments \(.*torch.bfloat16 on cpu, .*torch.float16"):
+            call()
+    assert emulated.launches() == before
+
+
 @pytest.mark.parametrize("capability", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("depth", (64, 4096))
 def test_the_narrowest_and_the_widest_embeddings(depth, capability, emulated):  # noqa: F811
