@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 # Tests with a target of their own: what they need or cost is not for every run.
 PROCESSES := $(addprefix tests/test_,across_memory.py faults.py rank_tools.py pretrain.py pretrain_processes.py)
-EMULATED := tests/test_cuda_similarity.py tests/test_cuda_goodness.py
+EMULATED := $(addprefix tests/test_cuda_,similarity.py goodness.py launches.py)
 SANITIZED := tests/test_sanitize.py
 PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
@@ -97,15 +97,16 @@ fuzz: $(VENV)/.fuzz
 	@$(PY) tests/fuzz/run.py --seconds $(SECONDS) $(ARGS)
 
 # What is too long for every run: many draws of every property, ten thousand calls of every function, twenty kills of
-# a training, whole learning curves.
-test-long: $(VENV)/.test
+# a training, whole learning curves, two minutes of fuzzing.
+test-long: $(VENV)/.fuzz
 	@FFCL_EXAMPLES=100 OMP_NUM_THREADS=2 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-draws.xml \
 		tests/test_properties.py tests/test_hard_numbers.py
 	@FFCL_LONG=1 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-calls.xml tests/test_contracts.py -k ten_thousand
 	@FFCL_KILLS=20 OMP_NUM_THREADS=2 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-kills.xml \
 		tests/test_train_resume.py -k killed
 	@$(PY) tests/convergence.py
-	@$(PY) -m tools.long_results build/long-draws.xml build/long-calls.xml build/long-kills.xml
+	@$(PY) tests/fuzz/run.py --seconds $(SECONDS) --junit-xml build/long-fuzz.xml
+	@$(PY) -m tools.long_results $(foreach run,draws calls kills fuzz,build/long-$(run).xml)
 
 # Every mutant of tools/mutants.py that has not been run on these sources; results in docs/results/mutants.json.
 mutate: $(VENV)/.test

@@ -142,6 +142,8 @@ def table(results: list[dict]) -> str:
 
 
 def main() -> int:
+    sys.path.insert(0, str(PAGE.parent.parent))
+    from benchmarks.machine import source
     from ffcl_fast.train.checkpoint import write_text
 
     torch.set_num_threads(1)  # a step is too small to share
@@ -149,7 +151,8 @@ def main() -> int:
     for r in results:
         print(f"{r['loss']:12} {r['first']:8.4f} -> {r['last_ours']:8.4f} ours, {r['last_original']:8.4f} original;"
               f" apart {r['apart']:.2e}, between seeds {r['noise']:.2e}")  # fmt: skip
-    stored = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "results": results}
+    stored = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "commit": source()["commit"]}
+    stored["results"] = results
     write_text(RESULTS, json.dumps(stored, indent=1) + "\n")
     text = PAGE.read_text(encoding="utf-8")
     head, _, rest = text.partition(MARKERS[0])

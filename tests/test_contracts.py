@@ -113,6 +113,15 @@ def test_only_requested_gradients_are_given(name):
     assert not nothing.requires_grad
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "margin_sup_con"])  # plain PyTorch
+def test_a_second_derivative_is_refused(name):
+    leaves = _leaves()
+    wanted = [leaves[i] for i in every_loss.LEAVES[name]]
+    gradients = torch.autograd.grad(LOSSES[name](*leaves), wanted, create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        sum(x.sum() for x in gradients if x is not None).backward()
+
+
 RETAINED = {
     "siglip": lambda x, y: fn.siglip(x, y, 3.0, -1.0),
     "pair_cosine": lambda x, y: fn.pair_cosine(x, y, torch.ones(len(x))) * 5,

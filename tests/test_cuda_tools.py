@@ -34,6 +34,15 @@ def test_a_kernel_that_is_not_there_is_told():
     assert cuda_kernels.missing([*rows, {"chip": "sm_90a", "kernel": "sums90"}])[-1] == "sm_90a panel90"
 
 
+def test_a_chip_that_is_not_there_is_told():
+    rows = [{"chip": "sm_80", "kernel": name} for name in cuda_kernels.EXPECTED if "90" not in name]
+    built_for = cuda_kernels.chips_of(("80-real", "90a", "100", "120-virtual"))
+    assert built_for == {"sm_80", "sm_90a", "sm_100"}
+    absent = cuda_kernels.missing(rows, built_for)
+    assert {"sm_100 sums80", "sm_90a sums90", "sm_90a panel90"} <= set(absent) and "sm_100 sums90" not in absent
+    assert not [name for name in absent if name.startswith("sm_80 ")]
+
+
 def test_a_good_kernel():
     row = cuda_kernels.row_of("sm_90a", SUMS, USAGE, GOOD)
     assert "problem" not in row

@@ -5,6 +5,7 @@ Run by ``python -m tools.gpu_check``; skipped where there is no CUDA device.
 
 from __future__ import annotations
 
+import every_loss
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,6 +144,21 @@ def test_several_streams_at_once():
         for expected, result in zip(alone, results, strict=True):
             for a, b in zip(expected, result, strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)  # confirmed kernels, and row panels
+@pytest.mark.parametrize("name", every_loss.LOSSES)
+def test_a_step_never_waits_for_the_gpu(name, dtype):
+    """Nothing is read back in either pass, once everything is compiled: PyTorch raises where something is."""
+    leaves = tuple((x.to(dtype) if x.dim() else x).requires_grad_() for x in every_loss.inputs("cuda"))
+    expected = every_loss.run(name, leaves)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = every_loss.run(name, leaves)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(again, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_compile_without_breaks_or_recompiling():

@@ -4,8 +4,9 @@
 
 Prints a table: registers, stack, spills, and the instructions each kernel was written for. Exit status 1 where a kernel
 spills or has a stack, where one that should load 16 bytes at a time does not, where the tensor-core kernels lack their
-matrix instruction (HMMA, on sm_90a HGMMA) or their loads (cp.async, on sm_90a TMA with multicast). Needs the module
-built with nvcc, and Triton's package for cuobjdump.
+matrix instruction (HMMA, on sm_90a HGMMA) or their loads (cp.async, on sm_90a TMA with multicast), and where a kernel
+or a whole architecture that the module was built for is not there. Needs the module built with nvcc, and Triton's
+package for cuobjdump.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # What the machine code of a kernel must hold. "128" stands for 16-byte loads and is asked only of kernels cut into
@@ -94,10 +96,16 @@ def row_of(chip: str, symbol: str, usage: str, sass: str) -> dict | None:
     return row | ({"problem": ", ".join(problems)} if problems else {})
 
 
-def missing(rows: list[dict]) -> list[str]:
-    """Kernels of which a chip has none, where it should: a name that is no longer understood is not a kernel less."""
+def chips_of(archs: Sequence[str]) -> set[str]:
+    """The chips that a build for ``archs``, as CMake writes them, holds machine code of."""
+    return {f"sm_{arch.removesuffix('-real')}" for arch in archs if not arch.endswith("-virtual")}
+
+
+def missing(rows: list[dict], built_for: Iterable[str] = ()) -> list[str]:
+    """Kernels of which a chip has none, where it should: a name that is no longer understood is not a kernel less.
+    ``built_for``: chips that must be there."""
     seen = {(row["chip"], row["kernel"].split()[0]) for row in rows}
-    chips = sorted({chip for chip, _ in seen})
+    chips = sorted({chip for chip, _ in seen} | set(built_for))
     wanted = [(chip, name) for chip in chips for name in EXPECTED if not name.endswith("90") or chip == "sm_90a"]
     return [f"{chip} {name}" for chip, name in wanted if (chip, name) not in seen]
 
@@ -123,6 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="regular expression on 'chip kernel dtype config'")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     options = parser.parse_args(arguments)
+    built_for: set[str] = set()
     if options.module is None:
         from ffcl_fast.backends import native
 
@@ -130,6 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("ffcl_fast._native was built without the CUDA kernels: nothing to read")
             return 0
         options.module = Path(native.module.__file__)
+        built_for = chips_of(native.module.build_info()["cuda_archs"])
     elif not options.module.is_file():
         parser.error(f"--module: there is no file {options.module}")
     found = table(options.module)
@@ -146,8 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
         partial = options.json.with_suffix(".tmp")
         partial.write_text(json.dumps({"rows": rows}, indent=1))
         partial.replace(options.json)
-    bad, absent = sum("problem" in row for row in rows), missing(found)
-    print(f"{len(rows)} kernels, {bad} with a problem (CUDA C++)")
+    bad, absent = sum("problem" in row for row in rows), missing(found, built_for)
+    chips = ", ".join(sorted({row["chip"] for row in rows}))
+    print(f"{len(rows)} kernels, {bad} with a problem (CUDA C++; {chips})")
     if absent:
         print(f"not found in the module: {', '.join(absent)}", file=sys.stderr)
     return 1 if bad or absent or not rows else 0

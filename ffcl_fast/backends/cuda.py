@@ -207,9 +207,13 @@ def dense(x: Tensor | None) -> Tensor | None:
 def run(kernel: str, *arguments, **tensors: Tensor) -> None:
     """Call the native function of ``kernel``; a tensor goes as its address, None as 0.
 
-    ``tensors`` are what the exceptions describe. Raises ValueError or RuntimeError, see :func:`_check`.
+    ``tensors`` are what the exceptions describe, of one dtype and device. Raises ValueError or RuntimeError, see
+    :func:`_check`.
     """
-    device = next(iter(tensors.values())).device
+    first, *others = tensors.values()
+    device = first.device
+    if any(x.dtype != first.dtype or x.device != device for x in others):
+        _check(1, kernel, **tensors)
     given = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in arguments]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         _check(getattr(native.module, f"{kernel}_cuda")(*given), kernel, **tensors)

@@ -114,7 +114,7 @@ def scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
         return value.reshape(()).to(device=x.device, dtype=acc)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a one-element tensor, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     return torch.full((), value, dtype=acc, device=x.device)
 
@@ -130,7 +130,7 @@ def inverse_temperature(temperature: float | Tensor, x: Tensor) -> Tensor:
     if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
         if abs(temperature) < 1e-8:
             raise ValueError(f"temperature must not be zero, got {temperature}")
-        if math.isfinite(temperature):
+        if -math.inf < temperature < math.inf:
             return torch.full((), 1.0 / temperature, dtype=ops.accumulator_dtype(x), device=x.device)
     return scalar("temperature", temperature, x)
 

@@ -235,7 +235,7 @@ def two_views(
 def check_base_temperature(value: float) -> None:
     """Raises ValueError unless ``value`` is a finite number other than zero."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or value == 0 or not math.isfinite(value):
+    if not number or value == 0 or not -math.inf < value < math.inf:
         raise ValueError(f"base_temperature must be a finite number other than zero, got {value!r}")
 
 

@@ -35,7 +35,12 @@ struct dim3 {
 #define CUDART_VERSION 13000
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorLaunchOutOfResources = 701,
+  cudaErrorNotSupported = 801
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -69,6 +74,7 @@ struct Device {
 extern Device device;
 extern size_t largest_shared;  // that a kernel was allowed by cudaFuncSetAttribute
 extern long launches;
+extern long good_launches;  // that are still to succeed before one fails; -1 where none is to fail
 extern unsigned largest_cluster;
 }  // namespace emulated
 
@@ -76,7 +82,9 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidValue ? "invalid argument" : "emulated CUDA error";
+  return error == cudaErrorInvalidValue           ? "invalid argument"
+         : error == cudaErrorLaunchOutOfResources ? "too many resources requested for launch"
+                                                  : "emulated CUDA error";
 }
 struct cudaFuncAttributes {
   int ptxVersion;
@@ -115,6 +123,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulated::largest_shared = 0;
   ++emulated::launches;
   if (bad) return cudaErrorInvalidValue;
+  if (emulated::good_launches >= 0 && emulated::good_launches-- == 0) return cudaErrorLaunchOutOfResources;
   emulated::run(launch, [&] { kernel(static_cast<Expected>(given)...); });
   return cudaSuccess;
 }

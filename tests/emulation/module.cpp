@@ -7,7 +7,7 @@
 namespace emulated {
 Device device;
 size_t largest_shared = 0;
-long launches = 0;
+long launches = 0, good_launches = -1;
 unsigned largest_cluster = 1;
 }  // namespace emulated
 
@@ -29,5 +29,6 @@ PYBIND11_MODULE(_emulated, m) {
       "for which the code was compiled, or an older one whose PTX it runs.");
   m.def("largest_cluster", [] { return emulated::largest_cluster; }, "Blocks of the largest cluster on this device.");
   m.def("set_sums_workspace", [](int64_t bytes) { ffcl::sums_workspace_limit = bytes; });
+  m.def("fail_after", [](long good) { emulated::good_launches = good; }, "One launch fails, after so many good ones.");
   m.def("launches", [] { return emulated::launches; }, "Kernels launched so far.");
 }

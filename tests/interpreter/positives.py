@@ -8,7 +8,10 @@ import torch._dynamo.compiled_autograd as _compiled_autograd
 from goodness_cases import DTYPES
 from gpu_cases import unit
 from guards import guarded, inside_nan  # noqa: F401
+from hypothesis import given
+from hypothesis import strategies as st
 from positives_cases import check_positives
+from test_properties import drawn, dtypes, sizes, tensors, widths
 
 from ffcl_fast import functional, ops
 
@@ -24,6 +27,15 @@ def test_positives(shape, dtype):
         q = inside_nan(unit(*shape, dtype), 8)
         positive = None if pairing else inside_nan(unit(*shape, dtype), 3)
         check_positives(q, positive, pairing, both=not pairing, decoupled=bool(torch.rand(()) < 0.3))
+
+
+@given(st.data(), sizes, widths, dtypes, st.sampled_from((0, 1, 2)), st.booleans(), st.booleans())
+@drawn
+def test_positives_of_any_shape_and_layout(data, n, d, dtype, pairing, both, decoupled):
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    rows = n if pairing == ops.POSITIVE_GIVEN else 2 * n
+    q, *positive = data.draw(tensors((rows, d), *[(rows, d)] * (not pairing), dtype=dtype, unit=True))
+    check_positives(q, positive[0] if positive else None, pairing, both and not pairing, decoupled)
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))

@@ -140,6 +140,35 @@ def test_forward_in_super_tiles_and_chunks(monkeypatch, chunk, alone):
         check_forward(q, k, 14.3, exclude=ops.EXCLUDE_DIAGONAL)
 
 
+# Ids of n rows of which most tiles hold none in common, so that only some tiles are masked.
+ORDERED_IDS = {
+    "in order": lambda n: torch.arange(n),
+    "two views": lambda n: torch.arange(n) % (n // 2) - n // 4,
+    "falling": lambda n: -torch.arange(n),
+    "classes": lambda n: torch.arange(n) // 7 << 40,
+    "beyond each other": lambda n: torch.arange(n) + (n << 50),
+    "a few out of order": lambda n: torch.arange(n).index_fill(0, torch.randint(n, (3,)), n // 3),
+    "extremes": lambda n: torch.tensor([-(2**63), 2**63 - 1]).repeat_interleave(n)[n // 3 : n // 3 + n],
+}
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["pair", "self"])
+@pytest.mark.parametrize("kind", ORDERED_IDS)
+def test_tiles_without_a_common_id_go_unmasked(kind, alone, monkeypatch):
+    n, m, d = 75, 54, 20
+    exclude = (ops.EXCLUDE_SAME_ID, ops.EXCLUDE_SAME_ID_OFF_DIAGONAL)[int(torch.randint(2, ()))]
+    monkeypatch.setattr(forward_module, "processors", lambda x: 1)  # tall super-tiles
+    row_ids, col_ids = ORDERED_IDS[kind](n), ORDERED_IDS["in order" if torch.rand(()) < 0.5 else kind](m)
+    q, k = embeddings(n, d, torch.bfloat16), None if alone else embeddings(m, d, torch.bfloat16)
+    col_ids = row_ids if alone else col_ids
+    tall, flat = Tile(32, 16, 32, 4, 1), Tile(16, 32, 32, 4, 1)
+    with config.override(forward=tall, triangle=flat, rows=flat, panel=tall):
+        check_forward(q, k, 14.3, row_ids, col_ids, exclude)
+        if torch.rand(()) < 0.5:  # in panels, else in registers
+            q, k = q.float(), None if alone else k.float()
+        check_gradient(q, k, 14.3, row_ids, col_ids, exclude)
+
+
 @pytest.mark.parametrize("alone", [False, True], ids=["pair", "self"])
 @pytest.mark.parametrize("scale", [300.0, -300.0, 2000.0])
 def test_forward_rescues_what_the_offset_loses(scale, alone):
