@@ -41,6 +41,7 @@ def test_train_says_how_well_and_where(tmp_path, capsys):
     assert "images/s" in out and "loss" in out
 
 
+@pytest.mark.long
 def test_evaluate_repeats_the_test_metrics_and_draws(trained, capsys):
     code, out, _ = run(capsys, "evaluate", str(trained))
     assert code == 0
@@ -159,6 +160,7 @@ def test_help_does_not_import_torch_and_version_is_told(capsys):
     assert "--epochs-local" in run(capsys, "train", "--help")[1]
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_with_a_line_and_130(tmp_path):
     # many epochs, so that it is certainly still running when the signal comes
     command = [sys.executable, "-m", "ffcl_fast.train", *SMALL, "--epochs-local", "500", "--patience", "500",
