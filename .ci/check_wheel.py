@@ -144,8 +144,10 @@ def check(wheel: Path, sdist: Path, cuda: bool, pytest_arguments: list[str]) -> 
         with tarfile.open(sdist) as archive:
             archive.extractall(scratch, filter="data")
         sources = only(list(Path(scratch).glob("ffcl_fast-*")), "folder in the sdist")
-        # The tests put their own root first on the path: the package itself must not be there.
-        (sources / "ffcl_fast").rename(Path(scratch, "sources_of_the_package"))
+        # The tests put their own root first on the path: the package itself, and what tells its version, must not be
+        # there.
+        for name in ("ffcl_fast", "ffcl_fast.egg-info"):
+            (sources / name).rename(Path(scratch, f"not_on_the_path_{name}"))
         clean = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX", "CUDACXX", "CUDA_HOME", "PYTHONPATH")}
         clean |= {"PATH": str(python.parent), "CUDA_VISIBLE_DEVICES": ""}
         options = ["-q", "-p", "no:cacheprovider", "-m", "not compiler and not long and not gpu", *pytest_arguments]
