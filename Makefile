@@ -5,6 +5,7 @@ VENV ?= .venv
 DATA ?=
 SECONDS ?= 60
 ARGS ?=
+DIST ?= dist
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -lt 8 ] && echo $$n || echo 8)
 
 PY := $(VENV)/bin/python
@@ -31,7 +32,7 @@ help:
 	@echo "make kernels [ARGS='--chips sm90']                                 compile the Triton kernels for every chip"
 	@echo "make gpu-check [ARGS=--dry-run]                                    GPU tests, memory checker, measurements"
 	@echo "make docs                                                          the documentation site, into site/"
-	@echo "make wheel | check-wheel                                           sdist and CPU wheel | tested without a compiler"
+	@echo "make wheel | check-wheel                                           sdist, CPU and CUDA wheel | without a compiler"
 	@echo "make lint | format                                                 ruff, clang-format, mypy | ruff and clang-format"
 	@echo "make clean | distclean                                             build outputs | the environment as well"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS); FFCL_CUDA=0|1, FFCL_CUDA_ARCHS for the build"
@@ -141,13 +142,15 @@ gpu-check: $(VENV)/.test
 docs: $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
 
-# The wheel is built from the sdist, as an installer would.
+# The wheels are built from the sdist, as an installer would: for the CPU alone and, where nvcc is found, with CUDA.
 wheel: $(VENV)/.dev
-	@rm -rf dist
-	@FFCL_CUDA=0 $(PY) -m build --no-isolation --outdir dist .
+	@FFCL_CUDA_ARCHS="$${FFCL_CUDA_ARCHS:-$(WHEEL_ARCHS)}" $(PY) -m tools.wheels --dist $(DIST)
 
+# Its CUDA wheel is compiled for one architecture, to be quick, and lies where nobody takes it for one to hand out.
+check-wheel: DIST = build/dist
+check-wheel: WHEEL_ARCHS = 90a
 check-wheel: wheel $(VENV)/.test
-	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PY) .ci/check_wheel.py $(ARGS)
+	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PY) .ci/check_wheel.py --dist $(DIST) -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(PY) -m ruff check .

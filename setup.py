@@ -2,6 +2,7 @@
 
 Environment: FFCL_CUDA=0 leaves the CUDA kernels out, FFCL_CUDA=1 insists on them, unset compiles them where nvcc is
 found; FFCL_CUDA_ARCHS names their architectures as CMake does (default "80;90a;100", less those nvcc does not know).
+FFCL_LOCAL_VERSION=1, for wheels, tells in the version what was compiled: 0.1.0+cu130, or 0.1.0+cpu.
 """
 
 from __future__ import annotations
@@ -107,6 +108,25 @@ def choose_archs(env: Mapping[str, str], toolkit: Toolkit) -> str:
     return given
 
 
+def version(env: Mapping[str, str], places: list[Path] | None = None) -> str:
+    """The distribution's version; where FFCL_LOCAL_VERSION=1 with what is compiled as its local part.
+
+    Raises BuildError where FFCL_LOCAL_VERSION is neither 0, 1 nor empty, and what find_toolkit raises.
+    """
+    wanted = env.get("FFCL_LOCAL_VERSION", "")
+    if wanted not in ("", "0", "1"):
+        raise BuildError(f"FFCL_LOCAL_VERSION must be 0, 1 or unset; got {wanted!r}")
+    if wanted != "1":
+        return public_version()
+    toolkit, _ = find_toolkit(env, places)
+    return f"{public_version()}+{'cu' + toolkit.version.replace('.', '') if toolkit else 'cpu'}"
+
+
+def public_version() -> str:
+    """ffcl_fast.__version__, without importing the package, which needs torch."""
+    return re.search(r'^__version__ = "(.+)"$', (ROOT / "ffcl_fast" / "__init__.py").read_text(), re.MULTILINE)[1]
+
+
 def _output(*command: object) -> str:
     """What a command prints on stdout and stderr; nothing where it cannot be started."""
     try:
@@ -165,7 +185,7 @@ class CMakeBuild(build_ext):
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            "FFCL_VERSION": self.distribution.get_version(),
+            "FFCL_VERSION": public_version(),
             "FFCL_CUDA": "ON" if toolkit else "OFF",
         }
         if toolkit:
@@ -183,4 +203,4 @@ class CMakeBuild(build_ext):
 if __name__ == "__main__":
     # The kernels use GCC's and Clang's vector extensions. Elsewhere the package runs on plain PyTorch.
     native = [] if sys.platform == "win32" else [Extension("ffcl_fast._native", sources=[])]
-    setup(ext_modules=native, cmdclass={"build_ext": CMakeBuild})
+    setup(version=version(os.environ), ext_modules=native, cmdclass={"build_ext": CMakeBuild})

@@ -29,6 +29,15 @@ _OURS = {
     "cuda": "ffcl_fast, CUDA kernels",
     "panels": "ffcl_fast, plain PyTorch over row panels",
 }
+# Rivals as families call them, and as tools.gpu_measure does.
+RIVALS = {
+    "cut-cross-entropy": "cut-cross-entropy, exact",
+    "open_clip, compiled": "compiled",
+    "linear_cross_entropy": "F.linear_cross_entropy",
+    "SupContrast": "plain",
+    "CosineEmbeddingLoss": "plain",
+    "eager": "plain",
+}
 _TIMES = {
     "seconds": "both ms",
     "forward_seconds": "forward ms",

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import machine, memory, store
 from benchmarks.measure import Samples, base_record, limit_memory, measure, records
 from benchmarks.variants import NUMERICS
-from benchmarks.workloads import Workload
+from benchmarks.workloads import ON_GPU, Workload
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,8 +59,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.benchmark(group=workload.name, timer=_clock))
         # Tiny sizes are the same for every size of a family, and temperatures differ in a number: one is enough.
         group = "numerics" if workload.family.name in NUMERICS else workload.family.name
+        thorough = workload.providers()[item.callspec.params["provider"]].thorough and not ON_GPU
+        quick, brief = config.getoption("--quick"), config.getoption("--brief")
         repeated = workload is not first.setdefault((item.function, group), workload)
-        if (repeated and config.getoption("--quick")) or (config.getoption("--brief") and not workload.brief):
+        if (quick and (repeated or thorough)) or (brief and (thorough or not workload.brief)):
             leave_out.append(item)
     if leave_out:
         config.hook.pytest_deselected(items=leave_out)

@@ -261,6 +261,9 @@ SUP_CON = Family(
         "SupContrast": Provider(
             "rival", "SupContrast's formulation in plain PyTorch", lambda: lambda x: plain.sup_con(**x)
         ),
+        "SupContrast, compiled": compiled(
+            "SupContrast's formulation in plain PyTorch", lambda: lambda x: plain.sup_con(**x)
+        ),
         "pytorch-metric-learning": Provider(
             "rival",
             "pytorch_metric_learning.losses.SupConLoss",

@@ -1,4 +1,5 @@
-"""Rivals that need a CUDA GPU. Each imports when it is first called: several import on a CPU and fail only then."""
+"""Rivals that need a CUDA GPU, and those that PyTorch itself has. Each imports when it is first called: several import
+on a CPU and fail only then."""
 
 from __future__ import annotations
 
@@ -15,8 +16,10 @@ Side = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, columns, labels -> me
 
 
 def compiled(what: str, build: Callable[[], Function]) -> Provider:
-    """What people use today under ``torch.compile``."""
-    return Provider("rival", f"{what} under torch.compile", lambda: torch.compile(build()), devices=_GPU)
+    """What people use today under ``torch.compile``, for each size on its own: of a second shape, here that of the
+    comparison with float64, it would otherwise make a slower function for all."""
+    make = lambda: torch.compile(build(), dynamic=False)  # noqa: E731
+    return Provider("rival", f"{what} under torch.compile", make, thorough=True)
 
 
 def _both_sides(make: Callable[[], Side]) -> Callable[[], Function]:
@@ -94,7 +97,7 @@ CLIP = {
     ),
     "liger": Provider("rival", "LigerFusedLinearCrossEntropyLoss, both sides", _both_sides(_liger), devices=_GPU),
     "linear_cross_entropy": Provider(
-        "rival", "torch.nn.functional.linear_cross_entropy", _both_sides(_linear_cross_entropy), devices=_GPU
+        "rival", "torch.nn.functional.linear_cross_entropy", _both_sides(_linear_cross_entropy), thorough=True
     ),
 }  # fmt: skip
 SIGLIP = {"siglip-kernel": Provider("rival", "siglip_kernel.fused_siglip_loss", _siglip_kernel, devices=_GPU)}

@@ -27,6 +27,8 @@ class Provider:
             float64.
         devices: the types of device it runs on.
         flops: operations of a ceiling that does not depend on the shape; None for one unit of it.
+        thorough: on a CPU measured at the sizes of the bars only, and not by --brief and --quick: torch.compile takes
+            half a minute a size there.
     """
 
     kind: str
@@ -36,6 +38,7 @@ class Provider:
     own_definition: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     flops: float | None = None
+    thorough: bool = False
 
 
 @dataclass(frozen=True)

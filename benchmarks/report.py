@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import adopt, bars, store, trainer_tables
+from . import adopt, bars, store, trainer_tables, workloads
 from .bars import GPU_BACKENDS, GPU_KERNELS, MET, MISSED, NOT_MEASURED, NOT_REACHABLE, Verdict
+from .machine import target
 from .variants import FAMILIES
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -157,6 +158,7 @@ def full_report(all_results: list[Results]) -> str:
         if "trainer" in results:
             parts += ["### A step of FFCL's local stage", trainer_tables.tables(results["trainer"])]
         parts += ["### Rivals that did not run", absent_table(results)]
+        parts += ["### Not measured yet", unmeasured_table(results)] if _kind(results) == target() else []
     parts += ["## GPU", gpu_table(all_results)]
     return "\n\n".join(parts) + "\n"
 
@@ -169,14 +171,37 @@ def absent_table(results: Results) -> str:
             if r["kind"] == "rival" and "problem" in r.get(part, {}):
                 sizes = reasons.setdefault((r["provider"], r[part]["problem"]), [])
                 sizes.append(f"{r['family']} {bars.size(r)}")
-    kind = {"cpu": "cpu", "gpu": "cuda"}[results["device"]["kind"]]
+    kind = _kind(results)
+    there: dict[str, set[str]] = {}
+    for r in results["records"]:
+        there.setdefault(r["family"], set()).add(r["provider"])
     for family in FAMILIES.values():
-        for name, provider in family.providers.items():
-            if provider.kind == "rival" and kind not in provider.devices:
+        for name in (name for name, provider in family.providers.items() if provider.kind == "rival"):
+            if kind not in family.providers[name].devices:
                 needs = "needs a CUDA GPU" if kind == "cpu" else "runs on a CPU only"
                 reasons.setdefault((name, needs), []).append(family.name)
+            # of the devices of this kind unmeasured_table knows the sizes as well
+            elif kind != target() and family.name in there and not {name, adopt.RIVALS.get(name)} & there[family.name]:
+                reasons.setdefault((name, "no record: not installed there, or left out"), []).append(family.name)
     rows = [[name, reason, ", ".join(dict.fromkeys(where))] for (name, reason), where in sorted(reasons.items())]
     return table(["rival", "why", "where"], rows) if rows else "None: every rival ran at every size."
+
+
+def unmeasured_table(results: Results) -> str:
+    """Every workload of this kind of device with providers that have no record, not even a reason for having none."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for part, questions in (("time", workloads.TIMED), ("memory", (workloads.MEMORY,))):
+        there = {(r["workload"], r["provider"]) for r in results["records"] if part in r}
+        for workload in (w for question in questions for w in question):
+            missing = [name for name in workload.providers() if (workload.name, name) not in there]
+            rows.setdefault((workload.name, part), []).extend(missing)
+    lines = [[name, part, "; ".join(missing)] for (name, part), missing in rows.items() if missing]
+    return table(["workload", "what", "of"], lines) if lines else "Nothing: every workload has its records."
+
+
+def _kind(results: Results) -> str:
+    """The type of device, as PyTorch calls it, that was measured."""
+    return {"cpu": "cpu", "gpu": "cuda"}[results["device"]["kind"]]
 
 
 def site_page(all_results: list[Results]) -> str:

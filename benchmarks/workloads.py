@@ -24,7 +24,8 @@ class Workload:
     """A family at a size with the providers that compute it side by side.
 
     ``leave_out``: providers that this size is pointless for. ``rounds``: at least so many. ``dtype``: of the matrices.
-    ``brief``: whether ``--brief`` measures it, as what is quick or what a bar needs.
+    ``brief``: whether ``--brief`` measures it, as what is quick or what a bar needs. ``thorough``: whether providers
+    that are take part on a CPU; on a GPU they always do.
     """
 
     family: Family
@@ -34,6 +35,7 @@ class Workload:
     rounds: int = 5
     dtype: torch.dtype | None = None
     brief: bool = True
+    thorough: bool = False
 
     @property
     def name(self) -> str:
@@ -44,7 +46,10 @@ class Workload:
         usual = [
             name
             for name, p in self.family.providers.items()
-            if p.kind != "truth" and p.dtype is None and name not in self.leave_out
+            if p.kind != "truth"
+            and p.dtype is None
+            and name not in self.leave_out
+            and (self.thorough or ON_GPU or not p.thorough)
         ]
         found = {name: self.family.providers[name] for name in self.chosen or usual}
         return {name: p for name, p in found.items() if target() in p.devices}
@@ -169,6 +174,10 @@ MEMORY = [
     *_list("goodness_normalize", (4096, 2048), leave_out=("copy",)),
 ]
 
+SIMILARITY, SMALL, GOODNESS = (
+    [replace(workload, thorough=True) for workload in question] for question in (SIMILARITY, SMALL, GOODNESS)
+)
+
 if ON_GPU:
     from . import gpu_sizes
 
@@ -177,6 +186,8 @@ if ON_GPU:
         for question in gpu_sizes.QUESTIONS
     )
     BF16, MEMORY = [], []  # bfloat16 is the rule there, and every timed run measures its peak memory
+
+TIMED = (SIMILARITY, WIDE, RAGGED, ACCURACY, SMALL, SCALING, GOODNESS, BF16)
 
 
 def cases(workloads: list[Workload]) -> pytest.MarkDecorator:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -260,7 +259,7 @@ def _doctor(flags: dict[str, Any]) -> int:
     from . import doctor
 
     findings = doctor.examine()
-    print(json.dumps(findings, indent=1) if flags["json"] else doctor.as_text(findings))
+    print((doctor.as_json if flags["json"] else doctor.as_text)(findings))
     return 1 if any(check["verdict"] in doctor.BAD for check in findings["checks"]) else 0
 
 

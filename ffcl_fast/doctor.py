@@ -3,29 +3,37 @@
 Each check runs one operator forward and backward on a backend and compares value and gradients with the reference
 in float64. A backend is called wrong by the project's test rule: more than twice the error of plain PyTorch in the
 same precision (three times for gradients), plus a few units in the last place; or where a second run has other bits
-(the reference makes no such promise). One that raises is reported with its message, and the rest goes on.
+(the reference makes no such promise). One that raises is reported with its message, and the rest goes on. Times are
+told and not judged: a busy machine changes no verdict.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import os
 import platform
+import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import __version__, backends, functional
+from .backends import native
 
 _ROWS, _WIDTH = 261, 96  # no multiple of any block
 _REPEATS = 3
-_SETTINGS = (  # environment variables that change what runs, or how fast
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "FFCL_ISA", "FFCL_TUNE", "FFCL_CACHE", "FFCL_DATA", "FFCL_GATHER_LIMIT",
-    "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF",
+# how the environment variables begin that change what runs, or how fast
+_SETTINGS = (
+    "FFCL_", "OMP_", "GOMP_", "KMP_", "MKL_", "TRITON_", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "PYTORCH_", "TORCH_",
+    "TORCHINDUCTOR_", "LD_PRELOAD",
 )  # fmt: skip
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
 BAD = ("WRONG", "FAILED")
@@ -93,31 +101,37 @@ def examine() -> dict[str, Any]:
     in milliseconds, forward and backward.
     """
     began = time.perf_counter()
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    choices = []
-    for device in devices:
+    choices: list[dict[str, Any]] = []
+    checks: list[dict[str, Any]] = []
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         for dtype in (torch.float32, torch.bfloat16):
-            for name, (op, _) in _CHECKS.items():
-                shape, capability = (_ROWS, _WIDTH), backends._capability(torch.device(device))
-                backend, reason = backends.choose(op, device, dtype, shape, capability)
-                choices.append(
-                    {"operator": name, "device": device, "dtype": _short(dtype), "backend": backend, "reason": reason}
-                )
-    checks = []
-    for device in devices:
-        for dtype in (torch.float32, torch.bfloat16):
-            inputs = _inputs(device, dtype)
+            where = {"device": device, "dtype": _short(dtype)}
+            try:
+                inputs = _inputs(device, dtype)
+                picks = [{"operator": name, **where, **_choice(op, inputs["q"])} for name, (op, _) in _CHECKS.items()]
+            except Exception as error:  # a device that is there and cannot be used
+                checks += [{"operator": name, **where, "backend": "reference", **_failed(error)} for name in _CHECKS]
+                continue
+            choices += picks
             for name, (op, function) in _CHECKS.items():
-                checks += _check(name, op, function, inputs, device, dtype)
+                checks += [{"operator": name, **where, **row} for row in _check(op, function, inputs)]
     seconds = round(time.perf_counter() - began, 1)
     return {"machine": machine(), "choices": choices, "checks": checks, "seconds": seconds}
+
+
+def _choice(op: str, x: Tensor) -> dict[str, str]:
+    """What ``"auto"`` runs for tensors like ``x`` on this machine, and why."""
+    backend, reason = backends._auto(op, x)
+    if backend == "cpu" and native.module is None:
+        reason += f"; in plain PyTorch over row panels: {native.problem}"
+    return {"backend": backend, "reason": reason}
 
 
 def machine() -> dict[str, Any]:
     """Versions, processor, memory and devices."""
     found: dict[str, Any] = {
-        "ffcl_fast": f"{__version__} in {os.path.dirname(__file__)}",
-        "python": platform.python_version(),
+        "ffcl_fast": f"{_installed()} in {os.path.dirname(__file__)}",
+        "python": f"{platform.python_version()} in {sys.prefix}",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda}" if torch.version.cuda else torch.__version__,
         "triton": _version("triton"),
         "numpy": _version("numpy"),
@@ -127,27 +141,55 @@ def machine() -> dict[str, Any]:
         "memory": _memory(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "compiler": os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None),
     }
     try:
         from . import _native
 
         info = _native.build_info()
         found["native"] = f"compiled for {', '.join(info['isas'])}; runs {_native.isa()}"
-        found["cuda kernels"] = f"built with CUDA {info['cuda']}" if info["cuda"] else "not built"
+        archs = ", ".join(f"sm_{arch}" for arch in info["cuda_archs"])
+        found["cuda kernels"] = f"built with CUDA {info['cuda']} for {archs}" if info["cuda"] else "not built"
     except (ImportError, RuntimeError, ValueError) as error:
         found["native"] = f"not usable: {error}"
-    found["gpus"] = [
-        f"{p.name}, {p.total_memory >> 30} GiB, compute capability {p.major}.{p.minor}"
-        for p in (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
-    ]
-    found["settings"] = [f"{name}={os.environ[name]}" for name in _SETTINGS if name in os.environ]
+    found["driver"] = _driver()
+    try:
+        found["gpus"] = [
+            f"{p.name}, {p.total_memory >> 30} GiB, compute capability {p.major}.{p.minor}"
+            for p in (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+        ]
+    except (AssertionError, RuntimeError) as error:
+        found["gpus"] = [f"not usable: {_told(error)}"]
+    found["settings"] = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS)]
     return found
+
+
+def _installed() -> str:
+    """The version of the sources, and what the installed distribution says of itself where that is another one."""
+    try:
+        version = metadata.version("ffcl-fast")
+    except metadata.PackageNotFoundError:
+        return f"{__version__}, not installed,"
+    return __version__ if version == __version__ else f"{__version__}, installed as {version},"
 
 
 def _version(package: str) -> str | None:
     if importlib.util.find_spec(package) is None:
         return None
-    return importlib.import_module(package).__version__
+    try:
+        return importlib.import_module(package).__version__
+    except Exception as error:  # whatever a broken installation raises
+        return f"does not import: {_told(error)}"
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's description of itself, which Linux shows also where PyTorch cannot use it."""
+    try:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
+            return file.readline().removeprefix("NVRM version:").strip()
+    except OSError:
+        return None
 
 
 def _cpuinfo(*names: str) -> str:
@@ -168,7 +210,13 @@ def _memory() -> str:
         page, pages, free = (os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
     except (AttributeError, OSError, ValueError):  # another system
         return "unknown"
-    return f"{page * pages >> 30} GiB, {page * free >> 30} GiB unused"
+    left = page * free
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:  # what caches hold can be had as well
+            left = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    return f"{page * pages >> 30} GiB, {left >> 30} GiB available"
 
 
 def _inputs(device: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -196,27 +244,36 @@ def _error(got: tuple[Tensor, ...], true: tuple[Tensor, ...]) -> tuple[float, fl
     return errors[0], max(errors[1:])
 
 
-def _check(
-    name: str, op: str, function: Callable, inputs: dict[str, Tensor], device: str, dtype: torch.dtype
-) -> list[dict[str, Any]]:
-    true = _run(function, {k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}, "reference")
-    plain = _error(_run(function, inputs, "reference"), true)
-    rows = []
+def _check(op: str, function: Callable, inputs: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """A row for each backend: its name, a verdict, and what there is to say."""
+    try:
+        true = _run(function, {k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}, "reference")
+        plain = _error(_run(function, inputs, "reference"), true)
+    except Exception as error:  # without the truth there is nothing to compare with
+        return [{"backend": "reference", **_failed(error)}]
+    rows: list[dict[str, Any]] = []
     for backend in backends.BACKENDS:
-        row: dict[str, Any] = {"operator": name, "device": device, "dtype": _short(dtype), "backend": backend}
         try:
             problem = backends.load(backend).unavailable(op, inputs["q"])
         except (ImportError, RuntimeError) as error:
             problem = str(error)
         if problem:
-            rows.append({**row, "verdict": "unavailable", "reason": problem})
+            rows.append({"backend": backend, "verdict": "unavailable", "reason": problem})
             continue
         try:
-            rows.append(row | _measured(function, inputs, backend, true, plain))
+            rows.append({"backend": backend, **_measured(function, inputs, backend, true, plain)})
         except Exception as error:  # whatever a broken build, driver or compiler raises belongs into the report
-            first = (str(error).strip().splitlines() or ["no message"])[0]
-            rows.append({**row, "verdict": "FAILED", "reason": f"{type(error).__name__}: {first}"})
+            rows.append({"backend": backend, **_failed(error)})
     return rows
+
+
+def _failed(error: Exception) -> dict[str, str]:
+    return {"verdict": "FAILED", "reason": _told(error)}
+
+
+def _told(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"{type(error).__name__}: {first}"
 
 
 def _measured(
@@ -256,10 +313,19 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def as_json(findings: dict[str, Any]) -> str:
+    """The findings as JSON, which has neither NaN nor infinity: such an error is text."""
+    checks = [
+        {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in check.items()}
+        for check in findings["checks"]
+    ]
+    return json.dumps({**findings, "checks": checks}, indent=1, allow_nan=False)
+
+
 def as_text(findings: dict[str, Any]) -> str:
     """The findings as three blocks of aligned lines."""
     lines = [
-        f"{key:13} {', '.join(value) or 'none' if isinstance(value, list) else value}"
+        f"{key:13} {', '.join(value) or 'none' if isinstance(value, list) else 'none' if value is None else value}"
         for key, value in findings["machine"].items()
     ]
     lines += ["", "auto picks"]

@@ -19,6 +19,7 @@ _SEED = pytest.StashKey[int]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    config.addinivalue_line("markers", "compiler: needs a C or C++ compiler; left out where a wheel is tested without")
     config.addinivalue_line("markers", "long: takes more than about ten seconds; leave out with -m 'not long'")
     # In the environment, so that every pytest-xdist worker draws from the same seed.
     os.environ.setdefault("FFCL_TEST_SEED", str(secrets.randbelow(2**31)))

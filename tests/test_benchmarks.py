@@ -19,7 +19,7 @@ from benchmarks import ablation_report, bars, machine, measure, plots, report, s
 from benchmarks.families import CLIP
 from benchmarks.provider import Family, Provider
 from benchmarks.variants import FAMILIES, NUMERICS
-from benchmarks.workloads import ACCURACY, BF16, GOODNESS, MEMORY, RAGGED, SCALING, SIMILARITY, SMALL, WIDE, Workload
+from benchmarks.workloads import BF16, GOODNESS, MEMORY, SIMILARITY, SMALL, TIMED, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,12 +81,11 @@ def test_a_quick_run_measures_every_family(tmp_path):
 
 
 def test_every_size_has_its_own_record():
-    timed = (SIMILARITY, WIDE, RAGGED, ACCURACY, SMALL, SCALING, GOODNESS, BF16)
-    for question in (*timed, MEMORY):
+    for question in (*TIMED, MEMORY):
         names = [(w.name, provider) for w in question for provider in w.providers()]
         assert len(set(names)) == len(names)
     # one record holds one run's times, so no two questions may time the same size
-    names = [w.name for question in timed for w in question]
+    names = [w.name for question in TIMED for w in question]
     assert len(set(names)) == len(names)
 
 
@@ -121,6 +120,33 @@ def test_rivals_that_did_not_run_are_listed_with_the_reason():
     text = report.absent_table(results)
     assert "| open_clip | not installed: No module named 'open_clip' | clip 8192 x 128 |" in text
     assert "| siglip-kernel | needs a CUDA GPU | siglip |" in text and "small" not in text
+
+
+def test_rivals_of_which_another_machine_tells_nothing_are_listed(monkeypatch):
+    monkeypatch.setattr(report, "target", lambda: "cpu")
+    measured = [
+        {"family": "clip", "provider": name, "kind": "rival"}
+        for name in ("memeff", "cut-cross-entropy, exact", "compiled")
+    ]
+    text = report.absent_table({"device": {"kind": "gpu"}, "records": measured})
+    assert "| quack | no record: not installed there, or left out | clip |" in text
+    assert not any(name in text for name in ("memeff", "cut-cross-entropy", "compiled", "siglip-kernel"))
+
+
+def test_what_nobody_has_measured_is_listed():
+    records = [
+        {"workload": w.name, "provider": name, part: {}}
+        for part, question in (*(("time", question) for question in TIMED), ("memory", MEMORY))
+        for w in question
+        for name in w.providers()
+    ]
+    results = {"device": {"kind": "cpu"}, "records": records}
+    assert report.unmeasured_table(results) == "Nothing: every workload has its records."
+    workload = SIMILARITY[0]
+    first, *others = workload.providers()
+    lacking = [r for r in records if r["workload"] != workload.name or r["provider"] == first or "memory" in r]
+    (line,) = report.unmeasured_table(results | {"records": lacking}).splitlines()[2:]
+    assert line == f"| {workload.name} | time | {'; '.join(others)} |"
 
 
 def test_errors_and_different_bits_are_seen():

@@ -163,6 +163,21 @@ def test_cuda_setting_is_checked(build):
         build.find_toolkit({"FFCL_CUDA": "yes"})
 
 
+def test_the_version_tells_what_is_compiled_where_asked(build, tmp_path, monkeypatch):
+    (tmp_path / "ffcl_fast").mkdir()
+    (tmp_path / "ffcl_fast" / "__init__.py").write_text('"""About."""\n\n__version__ = "1.2.3"\n')
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    fake_toolkit(tmp_path / "cuda")
+    env = {"CUDA_HOME": str(tmp_path / "cuda"), "PATH": ""}
+    assert build.version(env) == build.version(env | {"FFCL_LOCAL_VERSION": "0"}) == "1.2.3"
+    assert build.version(env | {"FFCL_LOCAL_VERSION": "1"}) == "1.2.3+cu128"
+    assert build.version(env | {"FFCL_LOCAL_VERSION": "1", "FFCL_CUDA": "0"}) == "1.2.3+cpu"
+    with pytest.raises(build.BuildError, match="FFCL_LOCAL_VERSION must be 0, 1 or unset; got 'cu128'"):
+        build.version(env | {"FFCL_LOCAL_VERSION": "cu128"})
+    with pytest.raises(build.BuildError, match="FFCL_CUDA=1 asks for the CUDA kernels"):
+        build.version({"FFCL_LOCAL_VERSION": "1", "FFCL_CUDA": "1"}, [])
+
+
 def test_a_wrapper_on_the_path_leads_to_the_toolkit(build, tmp_path):
     root = tmp_path / "somewhere" / "cuda"
     own = fake_toolkit(root)

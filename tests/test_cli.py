@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from train_cases import write_image_folder
 
 from ffcl_fast import cli
@@ -40,6 +41,7 @@ def test_train_says_how_well_and_where(tmp_path, capsys):
     assert "images/s" in out and "loss" in out
 
 
+@pytest.mark.long
 def test_evaluate_repeats_the_test_metrics_and_draws(trained, capsys):
     code, out, _ = run(capsys, "evaluate", str(trained))
     assert code == 0
@@ -158,6 +160,7 @@ def test_help_does_not_import_torch_and_version_is_told(capsys):
     assert "--epochs-local" in run(capsys, "train", "--help")[1]
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_with_a_line_and_130(tmp_path):
     # many epochs, so that it is certainly still running when the signal comes
     command = [sys.executable, "-m", "ffcl_fast.train", *SMALL, "--epochs-local", "500", "--patience", "500",
@@ -238,3 +241,45 @@ def test_doctor_reports_other_bits(capsys, monkeypatch):
     wrong = [c for c in json.loads(out)["checks"] if c["verdict"] == "WRONG"]
     assert code == 1 and {(c["operator"], c["backend"]) for c in wrong} == {("siglip", "panels")}
     assert wrong[0]["reason"] == "a second run gave other bits"
+
+
+def test_doctor_s_json_is_json_where_an_error_is_not_a_number(capsys, monkeypatch):
+    from ffcl_fast.backends import panels
+
+    real = panels.siglip
+    monkeypatch.setattr(panels, "siglip", lambda *a: (real(*a)[0] * float("nan"), *real(*a)[1:]))
+    code, out, _ = run(capsys, "doctor", "--json")
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    wrong = [c for c in json.loads(out, parse_constant=refuse)["checks"] if c["verdict"] == "WRONG"]
+    assert code == 1 and {(c["operator"], c["backend"]) for c in wrong} == {("siglip", "panels")}
+    assert wrong[0]["loss_error"] == "nan"
+
+
+def test_doctor_reports_what_it_is_there_for(capsys, monkeypatch):
+    """A device that cannot be used, a package that does not import and a stale installation are findings."""
+    from ffcl_fast import doctor
+
+    def broken(*arguments):
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(doctor, "_inputs", broken)
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "0.0.7+cu99")
+    monkeypatch.setenv("KMP_AFFINITY", "compact")
+    code, out, _ = run(capsys, "doctor")
+    assert code == 1 and "FAILED  RuntimeError: CUDA error: no kernel image is available\n" in out
+    assert "does not import: RuntimeError: CUDA error" in out and "installed as 0.0.7+cu99" in out
+    assert "KMP_AFFINITY=compact" in out
+
+
+def test_doctor_tells_what_stands_in_for_a_missing_module(monkeypatch):
+    from ffcl_fast import doctor
+    from ffcl_fast.backends import native
+
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "problem", "the compiled part does not load: why")
+    choice = doctor._choice("goodness_forward", torch.zeros(3, 4))
+    assert choice["backend"] == "cpu" and choice["reason"].endswith("panels: the compiled part does not load: why")

@@ -420,6 +420,7 @@ def test_compile_labels_of_any_batch():
     assert counter.frame_count <= 2
 
 
+@pytest.mark.compiler
 @pytest.mark.long
 @pytest.mark.parametrize("loss", ("nt_xent", "sup_con", "clip", "siglip"))
 def test_compile_with_inductor(loss):

@@ -96,11 +96,13 @@ def _check(script: str, isa: str) -> None:
     assert done.stdout.split() == [isa]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ("portable", "avx2", "avx512", "portable_bf16", "avx512_bf16"))
 def test_instruction_sets(isa):
     _check("isa_check.py", isa)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ("portable_bf16", "avx512_bf16"))
 def test_pairs_of_bfloat16(isa):
     _check("pairs_check.py", isa)

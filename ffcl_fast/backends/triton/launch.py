@@ -89,5 +89,3 @@ def tile_constants(width: int, element_unit: int, tile: Tile, how: str) -> dict:
 def measure(run) -> float:
     """Milliseconds of run(), median, for config's tuning."""
     return triton.testing.do_bench(run, warmup=20, rep=100, return_mode="median")
-
-
