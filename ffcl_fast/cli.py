@@ -230,12 +230,14 @@ def _evaluate(flags: dict[str, Any]) -> int:
 
 def _pretrain(flags: dict[str, Any]) -> int:
     resume = flags.pop("resume")
-    config = pretrain_config.Config(**flags)
+    config = (
+        pretrain_config.Config(**flags) if resume in (None, True) else pretrain_config.resumed_config(resume, flags)
+    )
     from .distributed import LostRank
     from .pretrain.run import pretrain
 
     try:
-        folder = pretrain(config, resume=resume, log=_say)
+        folder = pretrain(config, resume=resume is not None, log=_say)
     except LostRank as error:
         raise UserError(str(error)) from None
     if not int(os.environ.get("RANK", "0")):

@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ..train.config import read_yaml
 from ..train.errors import UserError
 
 METHODS = ("simclr", "supcon", "clip")
+CONFIG = "config.yaml"  # in a run's folder: its settings
+# Settings that a resumed run may change.
+MOVABLE = ("workers", "data_dir", "device", "out", "name", "timeout", "distributed", "log_every", "checkpoint_every")
 
 
 def _option(default: Any, text: str, **limits: Any) -> Any:
@@ -47,6 +53,10 @@ class Config:
     seed: int = _option(0, "seed of everything random", low=0, high=2**32 - 1)
     workers: int = _option(0, "processes that decode and augment, for each process that trains", low=0, high=256)
     device: str = _option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    log_every: int = _option(
+        0, "steps between two records of loss and throughput; 0: ten or more an epoch, at most 50 steps", low=0
+    )
+    checkpoint_every: int = _option(0, "steps between checkpoints within an epoch; 0: at epochs' ends only", low=0)
     timeout: int = _option(120, "seconds until a silent process counts as lost", low=1)
     out: str = _option("runs", "folder that holds the runs")
     name: str = _option("", "name of this run; default: method, data and seed")
@@ -97,9 +107,46 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     return number
 
 
+def resumed_config(run: str, flags: Mapping[str, Any]) -> Config:
+    """The settings of the run in the folder ``run``, or of that name in ``--out``, with flags that only move it.
+
+    Raises UserError for a folder that is no run, and for flags that would make it another run.
+    """
+    if "name" in flags:
+        raise UserError("name: cannot be given with --resume RUN, which names the run")
+    directory = Path(run)
+    if not (directory / CONFIG).is_file() and (Path(flags.get("out", Config.out)) / run / CONFIG).is_file():
+        directory = Path(flags.get("out", Config.out)) / run
+    if not (directory / CONFIG).is_file():
+        raise UserError(f"resume: there is no run {directory} (it has no {CONFIG})")
+    if directory.name in ("", ".."):
+        directory = directory.resolve()
+    stored = read_yaml(directory / CONFIG)
+    known = [field.name for field in dataclasses.fields(Config)]
+    unknown = [name for name in stored if name not in known]
+    if unknown:
+        raise UserError(f"config {directory / CONFIG}: unknown setting {unknown[0]!r}; settings are {', '.join(known)}")
+    try:
+        first = Config(**stored).as_dict()
+    except UserError as error:
+        raise UserError(f"config {directory / CONFIG}: {error}") from None
+    config = Config(**{**stored, **flags, "out": str(directory.parent), "name": directory.name})
+    changed = [name for name, value in config.as_dict().items() if name not in MOVABLE and value != first[name]]
+    if changed:
+        raise UserError(f"{changed[0]}: a resumed run keeps its own, {first[changed[0]]!r}; leave the flag out")
+    return config
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for every setting, and ``--resume``."""
-    parser.add_argument("--resume", action="store_true", help="go on with the run of that name from its last epoch")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        nargs="?",
+        const=True,
+        help="go on with an unfinished run: its folder, or its name in --out, with the settings it began with; without"
+        " RUN the flags must be those it began with",
+    )
     for field in dataclasses.fields(Config):
         choices = field.metadata.get("choices")
         metavar = "|".join(choices) if choices else {int: "N", float: "X"}.get(type(field.default), field.name.upper())

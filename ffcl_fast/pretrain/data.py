@@ -61,12 +61,12 @@ class Source:
             ]
         )
 
-    def steps(self, world: int) -> int:
-        """Steps of an epoch, the same on every process."""
+    def steps(self, world: int, done: int = 0) -> int:
+        """Steps of an epoch after ``done`` samples of it, those of all processes; the same on every process."""
         raise NotImplementedError
 
-    def epoch(self, number: int, rank: int, world: int) -> Iterable[Batch]:
-        """This process's batches; on every process as many."""
+    def epoch(self, number: int, rank: int, world: int, done: int = 0) -> Iterable[Batch]:
+        """This process's batches after ``done`` samples; on every process as many."""
         raise NotImplementedError
 
     def item(self, image: Tensor, label: int, caption: str, seed: int) -> tuple[Tensor, Tensor, int]:
@@ -106,22 +106,22 @@ class Images(Source, Dataset):
         self.split = split
         self.number = 0
 
-    def steps(self, world: int) -> int:
-        return len(self._parts(0, 0, world))
+    def steps(self, world: int, done: int = 0) -> int:
+        return len(self._parts(0, 0, world, done))
 
-    def epoch(self, number: int, rank: int, world: int) -> Iterable[Batch]:
+    def epoch(self, number: int, rank: int, world: int, done: int = 0) -> Iterable[Batch]:
         self.number = number
-        parts = self._parts(number, rank, world)
+        parts = self._parts(number, rank, world, done)
         return DataLoader(self, batch_sampler=parts, num_workers=self.config.workers, collate_fn=collate)
 
-    def _parts(self, number: int, rank: int, world: int) -> list[list[int]]:
+    def _parts(self, number: int, rank: int, world: int, done: int = 0) -> list[list[int]]:
         """A process's sample numbers of every global batch; the last one may be smaller, and uneven over processes.
 
         Fewer than two samples a process are left out: BatchNorm cannot train on one. With ``chunk_size`` every process
         has as many, what does not divide being left out: chunks then are of one number, which SyncBatchNorm needs.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", number))
-        order = torch.randperm(len(self.split), generator=generator)[: self.samples].tolist()
+        order = torch.randperm(len(self.split), generator=generator)[done : self.samples].tolist()
         together = self.config.batch_size * world
         batches = [order[i : i + together] for i in range(0, len(order), together)]
         batches = [batch for batch in batches if len(batch) >= 2 * world]
@@ -139,7 +139,10 @@ class Images(Source, Dataset):
 
 
 class Shards(Source):
-    """WebDataset shards through the ``webdataset`` package: every process draws shards for as long as an epoch."""
+    """WebDataset shards through the ``webdataset`` package: every process draws shards for as long as an epoch.
+
+    What an epoch still draws after ``done`` samples are other draws than those it would have made without a stop.
+    """
 
     def __init__(self, config: Config, urls: list[str]) -> None:
         if not config.epoch_samples:
@@ -147,13 +150,13 @@ class Shards(Source):
         super().__init__(config, config.image_size or FOLDER_SIZE, (), config.epoch_samples)
         self.urls = urls
 
-    def steps(self, world: int) -> int:
-        return max(1, self.samples // (self.config.batch_size * world))
+    def steps(self, world: int, done: int = 0) -> int:
+        return max(0 if done else 1, (self.samples - done) // (self.config.batch_size * world))
 
-    def epoch(self, number: int, rank: int, world: int) -> Iterator[Batch]:
+    def epoch(self, number: int, rank: int, world: int, done: int = 0) -> Iterator[Batch]:
         import webdataset as wds
 
-        seed = derive_seed(self.config.seed, "shards", number, rank)
+        seed = derive_seed(self.config.seed, "shards", number, rank, *([done] if done else []))
         pipeline = wds.DataPipeline(
             wds.ResampledShards(self.urls, seed=seed, deterministic=True),
             lambda urls: wds.tariterators.url_opener(urls, handler=self._unreadable),
@@ -167,7 +170,7 @@ class Shards(Source):
             pipeline, batch_size=self.config.batch_size, num_workers=self.config.workers, collate_fn=collate
         )
         try:
-            for _, batch in zip(range(self.steps(world)), loader, strict=False):
+            for _, batch in zip(range(self.steps(world, done)), loader, strict=False):
                 yield batch
         except UserError as error:  # from a worker it comes with all of that one's traceback
             raise UserError(str(error).rpartition("UserError: ")[2]) from None

@@ -1,7 +1,8 @@
 """One pretraining run under torchrun or alone, from a :class:`Config` to a finished folder under ``runs/``.
 
-Rank 0 writes; every epoch ends in a checkpoint that appears by one rename. A process that is lost ends the others with
-an error within ``--timeout`` seconds, and torchrun's ``--max-restarts`` then goes on from the last checkpoint.
+Rank 0 writes; every epoch, and every ``--checkpoint-every`` steps of it, ends in a checkpoint that appears by one
+rename. A process that is lost ends the others with an error within ``--timeout`` seconds, and torchrun's
+``--max-restarts`` then goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +26,26 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import ffcl_fast
+
 from .. import distributed as processes
 from ..distributed.exchange import LostRank, of_backend
-from ..train import report
-from ..train.checkpoint import load_state, save_state, save_weights, write_atomically, write_text
+from ..train.batches import derive_seed
+from ..train.checkpoint import load_state, save_state, save_weights, write_text
+from ..train.config import Config as TrainConfig
 from ..train.errors import UserError, first_line
+from ..train.model import check_backbone
 from ..train.parallel import join, restarts
-from .config import Config
+from ..train.report import yaml_text
+from ..train.run import lock
+from .config import CONFIG, MOVABLE, Config
 from .data import Batch, Source, open_source
 from .model import Pretraining
+from .report import TRACE, Board, Partial, Record, checked_history, checked_partial, curves
 
-LAST, WEIGHTS, METRICS, CONFIG, CURVES = "last.pt", "backbone.safetensors", "metrics.json", "config.yaml", "curves.png"
+LAST, WEIGHTS, METRICS, CURVES = "last.pt", "backbone.safetensors", "metrics.json", "curves.png"
 _PREPARATION = datetime.timedelta(hours=2)  # that processes wait while one reads the data; a dead one shows at once
-_MOVABLE = ("workers", "data_dir", "device", "out", "name", "timeout", "distributed")
+_TELL = 30  # seconds at least between two lines for the user within an epoch
 
 
 def pretrain(config: Config, *, resume: bool = False, log: Callable[[str], None] = print) -> Path:
@@ -49,23 +60,29 @@ def pretrain(config: Config, *, resume: bool = False, log: Callable[[str], None]
     rank, world = processes.rank(), processes.world_size()
     resume = resume or restarts() > 0
     folder = Path(config.out) / config.run_name
-    try:
-        patient = dist.new_group(timeout=_PREPARATION, backend="gloo") if world > 1 else None
-        source = _opened(folder, config, resume, rank, patient)
-        state = _shared(lambda: _prepared(folder, config, resume), rank, patient)
-        training = _Training(config, source, device, rank, world, folder, log if rank == 0 else lambda line: None)
-        training.run(state)
-        return folder
-    except RuntimeError as error:  # of a collective between losses: DistributedDataParallel's, a broadcast
-        if isinstance(error, LostRank) or not of_backend(error):
-            raise
-        raise LostRank(
-            f"rank {rank} of {world} heard no more from another one, which has died, has raised, or did not come within"
-            f" {config.timeout} s ({str(error).partition(chr(10))[0]})"
-        ) from error
-    finally:
-        if ours and dist.is_initialized():
-            dist.destroy_process_group()
+    with ExitStack() as held:
+        if ours:
+            held.callback(_leave)
+        try:
+            patient = dist.new_group(timeout=_PREPARATION, backend="gloo") if world > 1 else None
+            source = _opened(folder, config, resume, rank, patient)
+            state = _shared(lambda: _prepared(folder, config, resume, held), rank, patient)
+            training = _Training(config, source, device, rank, world, folder, log if rank == 0 else lambda line: None)
+            held.callback(training.close)
+            training.run(state)
+            return folder
+        except RuntimeError as error:  # of a collective between losses: DistributedDataParallel's, a broadcast
+            if isinstance(error, LostRank) or not of_backend(error):
+                raise
+            raise LostRank(
+                f"rank {rank} of {world} heard no more from another one, which has died, has raised, or did not come"
+                f" within {config.timeout} s ({str(error).partition(chr(10))[0]})"
+            ) from error
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _device(config: Config) -> torch.device:
@@ -83,7 +100,14 @@ def _opened(folder: Path, config: Config, resume: bool, rank: int, group: Any) -
 
     def first() -> Source:
         _check_name(folder, resume)  # before minutes of reading
-        return open_source(config)
+        check_backbone(TrainConfig(backbone=config.backbone))
+        source = open_source(config)
+        if not source.steps(processes.world_size()):
+            raise UserError(
+                f"data {config.data}: {source.samples} samples an epoch are too few for {processes.world_size()}"
+                " processes, two for each"
+            )
+        return source
 
     source = _shared(first, rank, group, send=False)
     return source if rank == 0 else open_source(config)
@@ -113,19 +137,36 @@ def _check_name(folder: Path, resume: bool) -> None:
         raise UserError(f"run {folder}: exists already; choose another --name, or go on with it: --resume")
 
 
-def _prepared(folder: Path, config: Config, resume: bool) -> dict[str, Any] | None:
-    """Rank 0's part: a new folder, or the state of the one to go on with."""
+def _prepared(folder: Path, config: Config, resume: bool, held: ExitStack) -> dict[str, Any] | None:
+    """Rank 0's part: a new folder, or the state of the one to go on with; nobody else may train it while ``held``."""
     _check_name(folder, resume)
-    if not (folder / LAST).exists():
+    if not folder.exists():
+        held.push(_free_the_name(folder))
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG, report.yaml_text(config.as_dict()))
+    except OSError as error:
+        raise UserError(f"out {config.out}: cannot be written ({error.strerror})") from None
+    held.callback(lock(folder))
+    if not (folder / LAST).exists():
+        write_text(folder / CONFIG, yaml_text(config.as_dict()))
         return None
-    parts = {"config": dict, "model": dict, "optimizer": dict, "schedule": dict, "history": list}
+    parts = {"config": dict, "model": dict, "optimizer": dict, "partial": dict, "history": list}
     state = load_state(folder / LAST, parts)
-    changed = [k for k, v in config.as_dict().items() if k not in _MOVABLE and state["config"].get(k) != v]
+    changed = [k for k, v in config.as_dict().items() if k not in MOVABLE and state["config"].get(k) != v]
     if changed:
         raise UserError(f"{changed[0]}: a resumed run keeps its own, {state['config'].get(changed[0])!r}")
     return state
+
+
+def _free_the_name(folder: Path) -> Callable[..., None]:
+    """What an ExitStack calls: deletes a new run's folder where a mistake of the user's was found before anything was
+    stored, so that the name can be given again."""
+
+    def leave(kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, UserError) and not (folder / LAST).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    return leave
 
 
 class _Training:
@@ -141,8 +182,8 @@ class _Training:
                 module = getattr(self.model, name)
                 if module is not None:
                     setattr(self.model, name, DistributedDataParallel(module))
-        together = config.batch_size * world
-        self.lr = config.lr * (together / 256) ** 0.5
+        self.together = config.batch_size * world
+        self.lr = config.lr * (self.together / 256) ** 0.5
         # Matrices and filters decay; biases, BatchNorm's parameters and CLIP's scale do not.
         groups = [
             {"params": [p for p in self.model.parameters() if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -150,34 +191,38 @@ class _Training:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=self.lr)
         self.steps = source.steps(world)
-        total = self.steps * config.epochs
-
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _factor(step, self.steps, total))
-        self.history: list[dict[str, float]] = []
+        self.history: list[Record] = []
+        self.partial = Partial()
+        self.board: Board | None = None
+        self.told = time.perf_counter()
 
     def run(self, state: dict[str, Any] | None) -> None:
-        first = 0
         if state is not None:
             self._load(state)
-            first = len(self.history)
-            self.log(f"going on after epoch {first} of {self.config.epochs}")
+        self.schedule = self._scheduled()
+        first = len(self.history)
+        if first == self.config.epochs:
+            self.log(f"{self.folder} is finished already")
+        elif state is not None:
+            within = f" and {self.partial.steps} steps" if self.partial.steps else ""
+            self.log(f"going on after epoch {first}{within} of {self.config.epochs}")
         self.log(
             f"{self.config.method} on {self.config.data}, {self.config.backbone}, {self.world} processes of"
             f" {self.config.batch_size} samples, {self.steps} steps an epoch on {self.device}"
         )
-        board = _Board(self.folder, first) if self.rank == 0 else None
+        self.board = Board(self.folder, self.step) if self.rank == 0 else None
         for number in range(first, self.config.epochs):
             record = self._epoch(number)
             self.history.append(record)
+            self.partial = Partial()
             self._save()
-            if board is not None:
-                board.add(number + 1, record)
+            if self.board is not None:
+                self.board.add("epoch", self.step, record)
             self.log(
                 f"epoch {number + 1}/{self.config.epochs}: loss {record['loss']:.4f},"
                 f" {record['samples_per_second']:.0f} samples/s, peak {record['peak_mib']:.0f} MiB a process"
             )
-        if self.rank == 0:
-            board.close()
+        if self.board is not None:
             save_weights(self.folder / WEIGHTS, self.backbone)
             self._metrics("finished")
             title = f"{self.config.method} on {self.config.data}"
@@ -185,37 +230,97 @@ class _Training:
         if self.world > 1:
             dist.barrier()
 
-    def _epoch(self, number: int) -> dict[str, float]:
+    def close(self) -> None:
+        """Its thread must not write into a folder that is gone."""
+        if self.board is not None:
+            self.board.close()
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps so far, of all epochs, as many processes as there were."""
+        return sum(record["steps"] for record in self.history) + self.partial.steps
+
+    def _scheduled(self) -> torch.optim.lr_scheduler.LambdaLR:
+        """The learning rate's course, from where the epochs stand: it depends on no earlier number of processes."""
+        done = len(self.history) * self.steps + self.partial.samples // self.together
+        total = self.steps * self.config.epochs
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = self.lr
+        return torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: _factor(step, self.steps, total), last_epoch=done - 1
+        )
+
+    def _epoch(self, number: int) -> Record:
         self.model.train()
-        losses, counted = torch.zeros((), dtype=torch.float64, device=self.device), [0, 0]  # samples, steps
-        began = time.perf_counter()
-        for batch in self.source.epoch(number, self.rank, self.world):
+        remaining = self.source.steps(self.world, self.partial.samples)
+        every = self.config.log_every or max(1, min(50, self.steps // 10))
+        window = _Window(self.device)
+        for batch in self.source.epoch(number, self.rank, self.world, self.partial.samples):
             batch = Batch(*(x.to(self.device, non_blocking=True) for x in (batch.first, batch.second, batch.labels)))
+            torch.manual_seed(derive_seed(self.config.seed, "step", number, window.at(self.partial), self.rank))
             self.optimizer.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                loss = self.model.step(batch)
+                loss = self._checked_step(batch)
             self.optimizer.step()
             self.schedule.step()
             self.model.clamp_()
-            losses += loss.detach()  # read once an epoch: a step must not wait for the device
-            counted = [counted[0] + len(batch.labels), counted[1] + 1]
-        total = torch.tensor([losses.item(), *counted], dtype=torch.float64)
-        seconds = time.perf_counter() - began
-        peak = torch.tensor([_peak_mib(self.device)], dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(total)
-            dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        record: dict[str, float] = {
+            window.add(loss, len(batch.labels))
+            remaining -= 1
+            due = self.config.checkpoint_every and window.at(self.partial) % self.config.checkpoint_every == 0
+            if due or not remaining or window.at(self.partial) % every == 0:
+                self._log_steps(window)
+                if due and remaining:
+                    self._save()
+                window = _Window(self.device)
+        done = self.partial
+        record: Record = {
             "epoch": number + 1,
-            "loss": float(total[0] / total[2]),  # the mean over processes and steps
-            "samples_per_second": float(total[1]) / seconds,
-            "seconds": seconds,
-            "peak_mib": float(peak),
+            "loss": done.loss / max(1, done.shares),  # the mean over processes and steps
+            "samples_per_second": done.samples / max(1e-9, done.seconds),
+            "seconds": done.seconds,
+            "peak_mib": max(done.trace["peak_mib"], default=0.0),
             "lr": float(self.schedule.get_last_lr()[0]),
+            "steps": done.steps,
+            "processes": self.world,
+            "trace": done.trace,
         }
         if self.model.log_scale is not None:
             record["scale"] = float(self.model.log_scale.detach().exp())
         return record
+
+    def _checked_step(self, batch: Batch) -> torch.Tensor:
+        try:
+            return self.model.step(batch)
+        except ValueError as error:  # embeddings that are not finite; a chunk too small for BatchNorm
+            raise UserError(f"epoch {len(self.history) + 1}: {first_line(error)}") from error
+
+    def _log_steps(self, window: _Window) -> None:
+        """The window's loss and throughput over all processes, told and added to the epoch so far."""
+        sums = torch.tensor([window.loss.item(), window.steps, window.samples], dtype=torch.float64)
+        seconds = time.perf_counter() - window.began  # after the device has finished
+        peak = torch.tensor([_peak_mib(self.device)], dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        total, shares, samples = sums.tolist()
+        done = self.partial
+        done.steps += window.steps
+        done.shares, done.samples = done.shares + int(shares), done.samples + int(samples)
+        done.loss, done.seconds = done.loss + total, done.seconds + seconds
+        point = dict(zip(TRACE, (self.step, total / shares, samples / seconds, float(peak),
+                                 float(self.schedule.get_last_lr()[0])), strict=True))  # fmt: skip
+        if not math.isfinite(point["loss"]):
+            raise UserError(f"lr: the loss is {point['loss']} after step {self.step}; try a smaller --lr")
+        for name, value in point.items():
+            done.trace[name].append(value)
+        if self.board is not None:
+            self.board.add("step", self.step, point)
+        if time.perf_counter() - self.told > _TELL:
+            self.told = time.perf_counter()
+            self.log(
+                f"epoch {len(self.history) + 1}/{self.config.epochs}, step {done.steps}/{self.steps}:"
+                f" loss {point['loss']:.4f}, {point['samples_per_second']:.0f} samples/s"
+            )
 
     def _plain(self) -> dict[str, Any]:
         """The model's state under the names it has in one process, so that any number can go on with it."""
@@ -226,10 +331,7 @@ class _Training:
         try:
             self.model.load_state_dict({wrapped[name]: value for name, value in state["model"].items()})
             self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.history = [{name: float(value) for name, value in record.items()} for record in state["history"]]
-            if not all({"epoch", "loss", "samples_per_second", "peak_mib"} <= set(record) for record in self.history):
-                raise ValueError("its history lacks what every epoch has")
+            self.history, self.partial = checked_history(state["history"]), checked_partial(state["partial"])
         except Exception as error:  # whatever PyTorch says to a forged file
             raise UserError(f"checkpoint {self.folder / LAST}: does not fit this run ({first_line(error)})") from None
 
@@ -240,8 +342,8 @@ class _Training:
             "config": self.config.as_dict(),
             "model": self._plain(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "history": self.history,
+            "partial": asdict(self.partial),
         }
         save_state(self.folder / LAST, state)
         self._metrics("running")
@@ -252,9 +354,27 @@ class _Training:
             "config": self.config.as_dict(),
             "processes": self.world,
             "device": str(self.device),
+            "versions": {"ffcl_fast": ffcl_fast.__version__, "torch": torch.__version__},
             "epochs": self.history,
         }
         write_text(self.folder / METRICS, json.dumps(metrics, indent=1))
+
+
+class _Window:
+    """What one process has done since the last record; reading ``loss`` waits for the device, adding to it does not."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.steps = self.samples = 0
+        self.began = time.perf_counter()
+
+    def add(self, loss: torch.Tensor, samples: int) -> None:
+        self.loss += loss.detach()
+        self.steps, self.samples = self.steps + 1, self.samples + samples
+
+    def at(self, done: Partial) -> int:
+        """Steps of the epoch, those before the last record included."""
+        return done.steps + self.steps
 
 
 def _factor(step: int, warm: int, total: int) -> float:
@@ -269,48 +389,3 @@ def _peak_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-class _Board:
-    def __init__(self, folder: Path, first: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
-
-    def add(self, epoch: int, record: dict[str, float]) -> None:
-        for name, value in record.items():
-            if name != "epoch":
-                self.writer.add_scalar(name, value, epoch)
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-def curves(path: Path, history: list[dict[str, float]], title: str, cpu: bool = True) -> None:
-    """Loss, throughput and memory against epochs, as PNG; on a CPU memory is all that a process had resident."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
-    shown = (
-        ("loss", "loss"),
-        ("samples_per_second", "samples a second, all processes"),
-        ("peak_mib", "peak MiB a process, all of its life" if cpu else "peak MiB a GPU"),
-    )
-    figure, axes = plt.subplots(1, len(shown), figsize=(10, 3), layout="constrained", dpi=150)
-    try:
-        for axis, (name, label) in zip(axes, shown, strict=True):
-            axis.plot([r["epoch"] for r in history], [r[name] for r in history], marker="o", ms=3)
-            axis.set_xlabel("epoch")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.set_title(label, fontsize=9)
-            axis.grid(alpha=0.3)
-            if name != "loss":
-                axis.set_ylim(0, 1.1 * max(r[name] for r in history))
-        figure.suptitle(title)
-        write_atomically(path, lambda scratch: figure.savefig(scratch))
-    finally:
-        plt.close(figure)
