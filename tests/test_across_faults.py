@@ -264,7 +264,28 @@ def test_a_rank_that_dies(strategy, moment, seed):
         assert "has died" in text and seconds < 2 * WAIT
 
 
-def _dies(rank: int, world: int, strategy: str, moment: str):
+@pytest.mark.parametrize(
+    ("name", "moment", "strategy"),
+    (
+        ("siglip", "forward", "gather"),
+        ("siglip", "backward", "ring"),
+        ("info_nce", "forward", "ring"),
+        ("info_nce", "backward", "gather"),
+        ("nt_xent", "forward", "gather"),
+        ("nt_xent", "backward", "ring"),
+        ("sup_con", "forward", "ring"),
+        ("sup_con", "backward", "gather"),
+    ),
+)
+def test_a_rank_that_dies_in_any_loss(name, moment, strategy, seed):
+    """With a learnt scale: SigLIP's backward pass exchanges nothing else, its gradients are made going forward."""
+    survivor, dead = run(2, _dies, strategy, moment, name, timeout=WAIT, check=False)
+    assert dead == Died(7) and not isinstance(survivor, Raised | Died), survivor
+    seconds, text = survivor
+    assert "has died" in text and seconds < 2 * WAIT
+
+
+def _dies(rank: int, world: int, strategy: str, moment: str, name: str = "clip"):
     x, y = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
     torch.distributed.barrier()
     began = time.monotonic()
@@ -274,9 +295,10 @@ def _dies(rank: int, world: int, strategy: str, moment: str):
         if moment == "forward":  # after the meeting, before its part of the work
             import ffcl_fast.distributed.losses as losses
 
-            losses.similarity.lse = lambda *_, **__: os._exit(7)
+            losses.similarity.lse = losses.sigmoid_loss = lambda *_, **__: os._exit(7)
     try:
-        value = ff.ClipLoss(distributed=strategy)(x, y, 5.0)
+        scale = torch.tensor(5.0, requires_grad=True)
+        value = _losses({"distributed": strategy})[name](x, y, scale)
         if rank == 1:
             os._exit(7)
         value.backward()
