@@ -15,7 +15,8 @@ def test_prediction_and_real_processes(tmp_path, capsys):
     assert simulate_ranks.main(["--real", "2", "--rows", "64", "--dim", "16", "--json", str(file)]) == 0
     records = json.loads(file.read_text())["records"]
     assert [(r["world"], r["strategy"]) for r in records] == [(2, "gather"), (2, "ring")]
-    assert all(r["real_seconds"] > 0 and r["predicted_seconds"] > 0 for r in records)
+    assert all(r["real_range"][0] <= r["real_seconds"] <= r["real_range"][1] for r in records)
+    assert all(r["predicted_seconds"] > 0 and r["machine"]["hop"] > 0 for r in records)
     assert capsys.readouterr().out.count("predicted") == 2
 
 

@@ -55,5 +55,7 @@ def test_command(capsys):
     assert capsys.readouterr().out.count("error") == 4
     assert main(["--paper", "--rate", "1e14", "--dim", "512"]) == 0
     assert capsys.readouterr().out.count("\n") == 18
+    assert main(["--paper", "--bandwidth", "4e10", "--dim", "512"]) == 0  # kernels as measured
+    assert capsys.readouterr().out.count("\n") == 18
     assert torch.get_num_threads() == 3
     torch.set_num_threads(threads)

@@ -1,31 +1,36 @@
 """The tables of docs/large_batches.md, from stored measurements and from the model on paper.
 
     python -m tools.scale_tables           print them
-    python -m tools.scale_tables --write   renew them in the page, between their markers
+    python -m tools.scale_tables --write   renew them in the page, between their markers, and the picture
 
 ``benchmarks/results/processes/`` holds the measurements: memory.json (tools.rank_memory) and schedule.json
-(tools.simulate_ranks --real).
+(tools.simulate_ranks --real); times of kernels are those of one GPU's file beside it (tools.gpu_measure).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import store
+
+from . import pretrain_runs
 from .files import write_text
-from .schedule_model import Machine, Problem, crossover, memory, seconds, traffic
+from .schedule_model import Kernels, Machine, Problem, crossover, memory, seconds, traffic
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "large_batches.md"
 RESULTS = ROOT / "benchmarks" / "results" / "processes"
 MIB = 1 << 20
 
-# Assumed for every GPU; see the page.
-GPU = Machine(rate=4e14, bandwidth=4e10, latency=2e-5, hop=4e-6, call=3e-5)
+GPU_RECORD = store.RESULTS / "gpu-nvidia-h200.json"  # of one GPU
+# Stated, not measured, for every GPU; see the page.
+LINKS = Machine(rate=0.0, bandwidth=4e10, latency=2e-5, hop=4e-6)
 FREE, DIM, ELEMENT = 20e9, 512, 2
 WORLDS, ROWS = (8, 64, 256, 1024), (256, 1024, 4096, 16384)
 
@@ -87,14 +92,77 @@ def schedule_table() -> str:
             [
                 f"{r['world']} processes, {r['rows']} rows of {r['dim']}, {r['strategy']}",
                 f"{machine['rate'] / 1e9:.0f} GFLOP/s, {machine['bandwidth'] / 1e9:.2f} GB/s,"
-                f" {1e6 * machine['latency']:.0f} µs",
+                f" {1e6 * machine['latency']:.0f} µs, {1e6 * machine['hop']:.0f} µs",
                 f"{1e3 * r['predicted_seconds']:.1f} ms",
-                f"{1e3 * r['real_seconds']:.1f} ms",
+                f"{1e3 * r['real_seconds']:.1f} ms ({' to '.join(f'{1e3 * x:.0f}' for x in r['real_range'])})",
                 f"{ratio:.2f}",
             ]
         )
-    head = ["step of CLIP", "measured parts: rate, link, message", "predicted", "real", "real / predicted"]
+    head = ["step of CLIP", "measured parts: rate, link, message, hop", "predicted", "real (range)", "real / predicted"]
     return f"{table(head, rows)}\n\nMeasured on {source(found)}."
+
+
+def measured(dim: int | None = None) -> list[dict[str, Any]]:
+    """The record's losses of CLIP in bfloat16 by the Triton kernels, of width ``dim`` or any, by size."""
+    found = [
+        r
+        for r in store.load(GPU_RECORD)["records"]
+        if (r["family"], r["provider"], r["dtype"]) == ("clip", "triton", "bfloat16")
+        and (dim is None or r["shape"][1] == dim)
+    ]
+    if len(found) < 2:
+        raise ValueError(f"{GPU_RECORD} has {len(found)} measurements of CLIP of width {dim}; two are needed")
+    return sorted(found, key=lambda r: r["shape"])
+
+
+def _passes(time: dict[str, Any], which: str) -> tuple[float, float]:
+    """Seconds of the forward and the backward pass: "" as called, "device_" as the GPU worked."""
+    forward = time[f"forward_{which}seconds"]
+    return forward, time[f"{which}seconds"] - forward
+
+
+def kernels(dim: int) -> Kernels:
+    """What one GPU was measured to take for the loss of n rows by n keys: the GPU's own time by size, where it was
+    measured apart (a step of seconds is the GPU's own anyway), and the least that any call took as called."""
+    found = [(2.0 * r["shape"][0] ** 2 * dim, r["time"]) for r in measured(dim)]
+    device = tuple((work, *_passes(t, "device_" if "device_seconds" in t else "")) for work, t in found)
+    called = [_passes(t, "") for _, t in found]
+    return Kernels(device, (min(f for f, _ in called), min(b for _, b in called)))
+
+
+def gpu(dim: int = DIM) -> Machine:
+    """A GPU as measured, on the links as stated."""
+    return dataclasses.replace(LINKS, kernels=kernels(dim))
+
+
+def rates_table() -> str:
+    """What the model takes from the record, and how the rate falls for small blocks and narrow embeddings."""
+    rows = []
+    for r in measured():
+        (n, dim), time = r["shape"], r["time"]
+        if n % 1024:
+            continue
+        spent = time.get("device_seconds", time["seconds"])
+        rows.append(
+            [
+                f"{n:,} x {dim}",
+                *(f"{1e3 * x:,.2f} ms" for x in (time["forward_seconds"], time["seconds"])),
+                *(
+                    f"{1e3 * time[name]:,.2f} ms" if name in time else "the same"
+                    for name in ("forward_device_seconds", "device_seconds")
+                ),
+                f"{8e-12 * n * n * dim / spent:.0f} TFLOP/s",
+            ]
+        )
+    head = ["rows x D", "forward, as called", "and backward", "forward, GPU", "and backward, GPU", "4 U / GPU time"]
+    times = sorted({f"{r['time']['when']}, commit {r['time']['commit']}" for r in measured()})
+    host = kernels(DIM).host
+    name = store.load(GPU_RECORD)["device"]["name"]
+    return (
+        f"{table(head, rows)}\n\nMeasured on one {name}, {'; '.join(times)} (`benchmarks/results/{GPU_RECORD.name}`):"
+        f" CLIP in bfloat16, Triton kernels. With D = {DIM} no call took less than {1e3 * host[0]:.2f} ms forward and"
+        f" {1e3 * host[1]:.2f} ms backward, however few its rows: that is the host's time."
+    )
 
 
 def _cell(p: Problem, way: str, machine: Machine) -> str:
@@ -105,8 +173,9 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def paper_table(machine: Machine = GPU, free: float = FREE, dim: int = DIM, element: int = ELEMENT) -> str:
-    """Per step and process, for CLIP, by processes and batch, from the assumptions alone."""
+def paper_table(machine: Machine | None = None, free: float = FREE, dim: int = DIM, element: int = ELEMENT) -> str:
+    """Per step and process, for CLIP, by processes and batch; ``machine`` None: a GPU as measured."""
+    machine = machine or gpu(dim)
     rows = []
     for world in WORLDS:
         for each in ROWS:
@@ -117,16 +186,19 @@ def paper_table(machine: Machine = GPU, free: float = FREE, dim: int = DIM, elem
     return table(head, rows)
 
 
-def crossover_table(machine: Machine = GPU, dim: int = DIM, element: int = ELEMENT) -> str:
-    """The rows a process from which on the ring is faster, by processes and speed of the link."""
+def crossover_table() -> str:
+    """The rows a process from which on the ring is faster, by processes and speed of the link; the last line without
+    what calls cost the host."""
     links = (1e10, 4e10, 1e11, 4e11)
-    rows = []
-    for world in WORLDS:
-        cells = []
-        for link in links:
-            other = Machine(machine.rate, link, machine.latency, machine.hop, machine.call)
-            cells.append(str(ring_from(world, dim, element, other) or "never"))
-        rows.append([str(world), *cells])
+    machine = gpu()
+    idle = dataclasses.replace(machine, kernels=Kernels(kernels(DIM).device))
+
+    def line(name: str, world: int, machine: Machine) -> list[str]:
+        fewest = (ring_from(world, DIM, ELEMENT, dataclasses.replace(machine, bandwidth=link)) for link in links)
+        return [name, *(str(rows or "never") for rows in fewest)]
+
+    rows = [line(str(world), world, machine) for world in WORLDS]
+    rows.append(line(f"{WORLDS[1]}, were calls free", WORLDS[1], idle))
     return table(["GPUs", *(f"{link / 1e9:g} GB/s" for link in links)], rows)
 
 
@@ -141,9 +213,16 @@ def ring_from(world: int, dim: int, element: int, machine: Machine, most: int = 
     return fewest
 
 
+def pretrain_table() -> str:
+    """The stored pretraining runs."""
+    return f"{table(pretrain_runs.HEAD, pretrain_runs.rows())}\n\nMeasured on {pretrain_runs.sources()}."
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "memory": memory_tables,
+    "pretrain": pretrain_table,
     "schedule": schedule_table,
+    "rates": rates_table,
     "paper": paper_table,
     "crossover": crossover_table,
 }
@@ -167,6 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     if flags.write:
         write_text(PAGE, renewed(PAGE.read_text(encoding="utf-8")))
+        if not pretrain_runs.is_current():
+            pretrain_runs.draw()
     else:
         print("\n\n".join(make() for make in BLOCKS.values()))
     return 0

@@ -4,17 +4,39 @@ Forward and backward of one step on one of W processes, n anchors and n keys eac
 
 - time of a product of one block, n x n: 2 n n D / rate; a pass over it is that once forward (1) and three times
   backward (S again, dq, dk).
+- or, where kernels were measured, what they took at that size, and no less than a call costs its host.
 - a message of b bytes takes latency + b / bandwidth; a collective is that of its ring algorithm.
 - gather: collectives and products one after the other. ring: at each step the longer of the two.
 
-Every rate, bandwidth and latency is the caller's assumption.
+Every rate, bandwidth and latency is the caller's.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 FORWARD, BACKWARD = 1, 3  # passes over a block of S
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Measured times of the forward and the backward pass over one block, two sizes at least.
+
+    device: (operations of one product, seconds forward, seconds backward), by size; between two sizes times lie on
+    their line, beyond on the line of the last two. host: seconds (forward, backward) that a call takes at any size.
+    """
+
+    device: tuple[tuple[float, float, float], ...]
+    host: tuple[float, float] = (0.0, 0.0)
+
+    def seconds(self, backward: bool, block: float) -> float:
+        last = len(self.device) - 1
+        at = min(max(1, bisect_left([work for work, *_ in self.device], block)), last)
+        (x0, *y0), (x1, *y1) = self.device[at - 1 : at + 1]
+        slope = (y1[backward] - y0[backward]) / (x1 - x0)
+        return max(y0[backward] + slope * (block - x0), self.host[backward])
 
 
 @dataclass(frozen=True)
@@ -22,7 +44,8 @@ class Machine:
     """What a process has. A collective passes W - 1 hops, a ring's blocks as many messages.
 
     rate: operations a second; bandwidth: bytes a second of its link; latency: seconds a message takes besides;
-    hop: the same inside a collective, that of a message where not given; call: seconds an operator takes besides.
+    hop: the same inside a collective, that of a message where not given; call: seconds an operator takes besides;
+    kernels: what was measured, in place of rate.
     """
 
     rate: float
@@ -30,6 +53,7 @@ class Machine:
     latency: float
     hop: float | None = None
     call: float = 0.0
+    kernels: Kernels | None = None
 
     def message(self, size: float) -> float:
         return self.latency + size / self.bandwidth
@@ -37,7 +61,9 @@ class Machine:
     def hopping(self, size: float) -> float:
         return (self.latency if self.hop is None else self.hop) + size / self.bandwidth
 
-    def product(self, passes: float, block: float) -> float:
+    def product(self, passes: int, block: float) -> float:
+        if self.kernels is not None:
+            return self.call + self.kernels.seconds(passes == BACKWARD, block)
         return self.call + passes * block / self.rate
 
 
@@ -102,8 +128,11 @@ def seconds(p: Problem, strategy: str, machine: Machine) -> float:
     w = p.world
     if strategy == "gather":
         # all_gather of keys; MAX and SUM of the columns; all_gather of two vectors; reduce_scatter of gradients
-        calls = 2 * (w // 2 + 1 if p.symmetric else 1)
-        time = p.passes() * p.block / machine.rate + calls * machine.call
+        time = sum(
+            count * machine.product(passes, part * p.block)
+            for passes in (FORWARD, BACKWARD)
+            for count, part in _gathered(p)
+        )
         time += (w - 1) * (machine.hopping(p.keys) + machine.hopping(p.gradients))
         if p.sums:
             time += 5 * (w - 1) * machine.hopping(8 * p.rows)
@@ -127,6 +156,16 @@ def seconds(p: Problem, strategy: str, machine: Machine) -> float:
     alike = max(0, hops - 2)  # of the steps from the third to the last but one, each is as long as the others
     time = sum(at(step) for step in {0, min(1, hops), hops}) + (alike * at(2) if alike else 0.0)
     return time + machine.message(vectors) + machine.message(p.gradients)
+
+
+def _gathered(p: Problem) -> Iterator[tuple[int, float]]:
+    """(calls, blocks in each) of a pass over gathered keys: one call, or one a neighbour where S is symmetric."""
+    if not p.symmetric:
+        yield 1, float(p.world)
+        return
+    half = p.world % 2 == 0  # of the block opposite
+    yield 1 + half, 0.5
+    yield p.world // 2 - half, 1.0
 
 
 def crossover(p: Problem, machine: Machine, free: float) -> str:

@@ -3,6 +3,7 @@
     python -m tools.simulate_ranks --ranks 64 --rows 128     both ways, numerics checked, times predicted
     python -m tools.simulate_ranks --real 2 4 --rows 2048    a step on 2 and on 4 real processes, by the wall clock
     python -m tools.simulate_ranks --paper --rate 4e14 --bandwidth 4e10    tables from assumptions alone
+    python -m tools.simulate_ranks --paper --bandwidth 4e10 --latency 2e-5    from the measured kernels of a GPU
 
 Every rank is a thread that runs ``ffcl_fast.distributed.similarity``; only what it sends and receives goes through
 mailboxes here. A rank's clock advances by the processor time of its tiles (or by ``--rate``), and by waiting for
@@ -21,8 +22,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -35,7 +37,7 @@ from ffcl_fast.distributed.meeting import Meeting
 
 from .files import write_text
 from .processes import run
-from .scale_tables import paper_table
+from .scale_tables import kernels, paper_table
 from .schedule_model import Machine, Problem, seconds, traffic
 
 WAIT = 600
@@ -234,17 +236,20 @@ def _one_thread() -> Iterator[None]:
 # --- real processes --------------------------------------------------------------------------------------------------
 
 
-def real(rank: int, world: int, rows: int, dim: int, repeats: int) -> dict[str, float]:
-    """Wall-clock seconds of a step of CLIP's loss in a process of a group, and what the network does, by ping-pong."""
+def real(rank: int, world: int, rows: int, dim: int, repeats: int) -> dict[str, Any]:
+    """Wall-clock seconds of a step of CLIP's loss in a process of a group, and of its parts: messages by ping-pong, a
+    hop of an all-reduce, and a block's loss alone, all processes being at it."""
     import torch.distributed as dist
 
     import ffcl_fast as ff
 
-    ring, found = Ring(None), {}
+    ring, found = Ring(None), dict[str, Any]()
     for name, size in (("latency", 1), ("large", 1 << 20)):
         x = torch.zeros(size)
         found[name] = _median(lambda x=x: ring.start([x], x.shape[0])(), repeats)
     found["bandwidth"] = 4 * (1 << 20) / max(found.pop("large") - found["latency"], 1e-9)
+    word = torch.zeros(1)
+    found["hop"] = _median(lambda: dist.all_reduce(word), repeats) / (2 * (world - 1))
     x, y = (torch.nn.functional.normalize(torch.randn(rows, dim), dim=1).requires_grad_() for _ in range(2))
     alone = ff.ClipLoss()
 
@@ -253,31 +258,46 @@ def real(rank: int, world: int, rows: int, dim: int, repeats: int) -> dict[str, 
         alone(x, y, 10.0).backward()
 
     found["product"] = _median(product, repeats)
-    for strategy in ("gather", "ring"):
-        loss = ff.ClipLoss(distributed=strategy)
-        found[strategy] = _median(lambda loss=loss: loss(x, y, 10.0).backward(), repeats)
+    steps = {way: ff.ClipLoss(distributed=way) for way in ("gather", "ring")}
+    times = _times({way: lambda loss=loss: loss(x, y, 10.0).backward() for way, loss in steps.items()}, repeats)
+    for way, spent in times.items():
+        found[way], found[f"{way} range"] = spent[repeats // 2], (spent[0], spent[-1])
     return found
 
 
-def compare(world: int, rows: int, dim: int, repeats: int) -> list[dict[str, float | int | str]]:
+def compare(world: int, rows: int, dim: int, repeats: int) -> list[dict[str, Any]]:
     """The model's prediction, from what rank 0 measures of its parts, beside a step of real processes."""
     found = run(world, real, rows, dim, repeats)[0]
     p = Problem(world, rows, dim)
-    machine = Machine(4 * p.block / found["product"], found["bandwidth"], found["latency"])
+    rate = 4 * p.block / found["product"]
+    machine = Machine(rate, found["bandwidth"], found["latency"], found["hop"])
     common = {"world": world, "rows": rows, "dim": dim, "machine": asdict(machine)}
     return [
-        {**common, "strategy": way, "predicted_seconds": seconds(p, way, machine), "real_seconds": found[way]}
+        {
+            **common,
+            "strategy": way,
+            "predicted_seconds": seconds(p, way, machine),
+            "real_seconds": found[way],
+            "real_range": found[f"{way} range"],
+        }
         for way in ("gather", "ring")
     ]
 
 
+def _times(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each of ``steps``, sorted; they take turns, so that what disturbs the machine disturbs all of them."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if repeat:
+                times[name].append(time.perf_counter() - began)
+    return {name: sorted(spent) for name, spent in times.items()}
+
+
 def _median(step: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - began)
-    return sorted(times[1:])[repeats // 2]
+    return _times({"": step}, repeats)[""][repeats // 2]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -286,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=64, help="anchors a rank")
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--element", type=int, default=2, help="bytes an element, for --paper")
-    parser.add_argument("--rate", type=float, help="operations a second of a rank; default: its tiles are timed")
+    parser.add_argument("--rate", type=float, help="operations a second of a rank; default: what was measured")
     parser.add_argument("--bandwidth", type=float, default=1e9, help="bytes a second")
     parser.add_argument("--latency", type=float, default=1e-4, help="seconds a message")
     parser.add_argument("--hop", type=float, help="seconds a hop inside a collective; default: --latency")
@@ -298,6 +318,8 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     machine = Machine(flags.rate or 1e10, flags.bandwidth, flags.latency, flags.hop, flags.call)
     if flags.paper:
+        if flags.rate is None:
+            machine = replace(machine, kernels=kernels(flags.dim))
         print(paper_table(machine, flags.free, flags.dim, flags.element))
         return 0
     if flags.real:
