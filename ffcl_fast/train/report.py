@@ -134,7 +134,7 @@ def learning_curves(path: Path, metrics: dict[str, Any], progress: Progress) -> 
 
 def _losses(axis: Any, stage: str, history: list[dict[str, Any]], best: int, loss: str) -> None:
     import matplotlib
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, NullFormatter
 
     epochs = [record["epoch"] for record in history]
     seen = dict.fromkeys(name for record in history for name in record["val"])
@@ -159,6 +159,8 @@ def _losses(axis: Any, stage: str, history: list[dict[str, Any]], best: int, los
     low, high = axis.dataLim.y0, axis.dataLim.y1
     if 0 < 30 * low < high:  # the focal loss falls through decades
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")  # powers of ten would be written in mathematics, which is off
+        axis.yaxis.set_minor_formatter(NullFormatter())
     else:
         axis.set_ylim(min(0.0, 1.08 * low), max(0.0, 1.08 * high))  # some objectives fall below 0
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
