@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import signal
 import sys
@@ -24,13 +25,27 @@ _EVALUATE = ("data", "data_dir", "workers", "device")  # settings that may diffe
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with one line for an error in place of the whole usage."""
+    """argparse with one line for an error in place of the whole usage. ``commands``: the parser of each."""
+
+    commands: dict[str, _Parser]
+
+    def unknown(self, arguments: Sequence[str]) -> str:
+        """A line on arguments that no flag takes, with the flags that may have been meant."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        meant: list[str] = []
+        for typed in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+            longer = [flag for flag in flags if len(typed) > 4 and flag.startswith(typed)]
+            meant += longer or difflib.get_close_matches(typed, flags, n=2, cutoff=0.75)
+        meant = list(dict.fromkeys(meant))[:5]
+        most = ", ".join(meant[:-1]) + " or " if len(meant) > 1 else ""
+        hint = f"; did you mean {most}{meant[-1]}?" if meant else ""
+        return f"{self.prog}: unrecognized arguments: {' '.join(arguments)}{hint} (see {self.prog} --help)"
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> _Parser:
     parser = _Parser(prog="ffcl", description="Forward-Forward Contrastive Learning.", allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
@@ -68,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument("--config", metavar="FILE", help="YAML file of seeds, settings and rows (default: FFCL's own)")
     ablate.add_argument("--seeds", metavar="N,N,...", help="seeds, separated by commas (default: 0,1,2)")
     ablate.add_argument("--out", metavar="FOLDER", default="runs/ablation", help="(default: runs/ablation)")
+    ablate.add_argument(
+        "--dry-run", action="store_true", help="only say what there is to run, and how long each run took so far"
+    )
     for name in FIELDS:
         if name not in ("seed", "name", "out"):
             _add_setting(ablate, name)
@@ -91,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.commands = commands.choices
     return parser
 
 
@@ -128,8 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parsed)
     command = arguments.pop("command")
     if unknown:  # told here, since argparse would point to the help of all commands
-        name = f"ffcl {command}" if command else "ffcl"
-        print(f"{name}: unrecognized arguments: {' '.join(unknown)} (see {name} --help)", file=sys.stderr)
+        print((parser.commands[command] if command else parser).unknown(unknown), file=sys.stderr)
         return 2
     if arguments.pop("version"):
         from . import __version__
@@ -246,11 +264,14 @@ def _pretrain(flags: dict[str, Any]) -> int:
 
 
 def _ablate(flags: dict[str, Any]) -> int:
-    from .train.ablate import PLOT, TABLE, ablate, read_plan
+    from .train.ablate import PLOT, TABLE, ablate, listing, read_plan
 
     out = Path(flags.pop("out"))
-    file, seeds = flags.pop("config"), flags.pop("seeds")
+    file, seeds, dry = flags.pop("config"), flags.pop("seeds"), flags.pop("dry_run")
     plan = read_plan(file, flags, seeds)
+    if dry:
+        print("\n".join(listing(plan, out)))
+        return 0
     ablate(plan, out, log=_say, bars=True)
     print((out / TABLE).read_text(encoding="utf-8"))
     print(f"{out / TABLE}\n{out / PLOT}")

@@ -73,6 +73,11 @@ def test_a_config_file_and_flags_over_it(tmp_path, capsys):
         (["train", "--data", "digits", "--out", "/dev/null/x"], "/dev/null/x"),
         (["train", "--learning-rate", "1"], "see ffcl train --help"),
         (["ablate", "--learning-rate", "1"], "--learning-rate"),
+        (["train", "--epochs", "5"], "did you mean --epochs-local, --epochs-global or --epochs-downstream?"),
+        (["ablate", "--batchsize=5"], "did you mean --batch-size?"),
+        (["evaluate", "r", "--dat-dir", "x"], "did you mean --data-dir"),
+        (["--versoin"], "did you mean --version?"),
+        (["train", "5"], "unrecognized arguments: 5 (see"),
         (["--fast"], "--fast"),
         (["train", "--resume", "/no/run"], "/no/run"),
         (["train", "--resume", "/no/run", "--config", "x.yaml"], "--resume"),
@@ -113,10 +118,18 @@ def test_what_can_be_told_before_the_data_is_read_is_told_first(tmp_path, monkey
 
 
 def test_an_npz_is_pointed_to_its_name(tmp_path, capsys):
-    path = tmp_path / "pneumoniamnist.npz"
-    path.touch()
-    code, _, err = run(capsys, "train", "--data", str(path), "--out", str(tmp_path / "runs"))
-    assert code == 2 and f"--data pneumoniamnist --data-dir {tmp_path}" in err
+    for file, told in (("pneumoniamnist.npz", "--data pneumoniamnist --data-dir"), ("mine.npz", "rename it")):
+        (tmp_path / file).touch()
+        code, _, err = run(capsys, "train", "--data", str(tmp_path / file), "--out", str(tmp_path / "runs"))
+        assert code == 2 and told in err and str(tmp_path) in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_run_says_how_much_of_a_weight_file_it_took(trained, capsys):
+    weights, out = trained / "checkpoints" / "global.safetensors", trained.parent
+    code, said, _ = run(capsys, "train", *SMALL, "--stages", "downstream", "--init", str(weights), "--out", str(out),
+                        "--name", "init")  # fmt: skip
+    line = next(line for line in said.splitlines() if line.startswith("init"))
+    assert code == 0 and str(weights) in line and "tensors found in it; not used of the file: head." in line
 
 
 def test_a_run_of_that_name_is_left_alone(trained, capsys):

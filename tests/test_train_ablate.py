@@ -12,7 +12,7 @@ from train_cases import TinyNet, tiny
 
 from ffcl_fast import cli
 from ffcl_fast.train import ablate as module
-from ffcl_fast.train.ablate import Plan, Row, ablate, markdown, read_plan, spread
+from ffcl_fast.train.ablate import Plan, Row, ablate, listing, markdown, read_plan, spread
 from ffcl_fast.train.config import Config
 from ffcl_fast.train.errors import Interrupted, UserError
 
@@ -56,6 +56,10 @@ def test_an_ablation_stopped_halfway_goes_on_to_the_same_numbers(tmp_path, monke
         ablate(plan, tmp_path / "parts", **options)
     first = json.loads((tmp_path / "parts" / "ablation.json").read_text())
     assert [[run["seed"] for run in row["runs"]] for row in first["rows"]] == [[3], [3]]
+    said = listing(plan, tmp_path / "parts")
+    assert [line.partition(": ")[2].split()[0] for line in said[:4]] == ["done", "done", "to", "to"]
+    assert said[2] == "[3/4] none, seed 4: to run"
+    assert said[4].startswith("2 of 4 runs to go, about ")
     parts = ablate(plan, tmp_path / "parts", **options)
     assert len(calls) == 5  # two before, the stopped one, and the two that were missing
 
@@ -116,6 +120,33 @@ def test_a_wrong_plan_is_named_in_one_line(tmp_path, capsys, text, named):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_last_row_gets_wrong_is_told_before_the_first_is_trained(tmp_path, monkeypatch):
+    def read(*_):
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr(module, "prepare", read)
+    for wrong in ({"backbone": "resnet19"}, {"init": "/no/w.pth"}):
+        plan = Plan([Row("a"), Row("b", wrong)], SMALL, [0])
+        with pytest.raises(UserError, match=next(iter(wrong.values()))):
+            ablate(plan, tmp_path / "out", log=lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_begun_is_listed_with_the_time_of_its_stored_epochs(tmp_path):
+    plan = Plan([Row("a"), Row("b")], SMALL, [0])
+    run = tmp_path / "runs" / "a-s0"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(plan.config(plan.rows[0], 0, tmp_path).as_dict()))
+    assert "begun, 0 s so far" in listing(plan, tmp_path)[0]
+    metrics = {"status": "running", "stages": {"local": {"epochs": [{"seconds": 2.5}, {"seconds": 4.5}]}}}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert listing(plan, tmp_path) == [
+        "[1/2] a, seed 0: begun, 7 s so far", "[2/2] b, seed 0: to run", "2 of 2 runs to go"
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="lr: .*was run with"):
+        listing(Plan(plan.rows, {**SMALL, "lr": 0.5}, [0]), tmp_path)
+
+
 def test_flags_win_over_the_file(tmp_path):
     values = {"seeds": [1], "settings": {"lr": 0.1, "batch_size": 8}, "rows": [{"name": "a"}]}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
@@ -136,6 +167,8 @@ def test_the_command_runs_a_plan_and_prints_the_table(tmp_path, capsys):
     plan = {"seeds": [1], "settings": settings, "rows": [{"name": "head only", "settings": {"stages": ["downstream"]}}]}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     arguments = ["ablate", "--config", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--dry-run"]) == 0 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().out == "[1/1] head only, seed 1: to run\n1 of 1 runs to go\n"
     assert cli.main([*arguments, "--downstream", "frozen"]) == 0
     assert "| head only |" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "ablation.json").read_text())

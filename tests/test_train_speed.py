@@ -72,7 +72,9 @@ def test_another_librarys_names_are_matched_by_place(tmp_path, rng):
     stem = next(i for i, k in enumerate(own) if k == "conv1.0.weight")
     fresh[f"other.{stem}"] = torch.rand(own["conv1.0.weight"].shape[0], 3, 3, 3)  # for colour
     torch.save({**fresh, "head.weight": torch.rand(7, 5)}, tmp_path / "w.pth")
-    load_into(backbone, tmp_path / "w.pth")
+    line = load_into(backbone, tmp_path / "w.pth")
+    told = f"{len(own) - 1} of the backbone's {len(own)} tensors found in it, as drawn: conv1.0.weight; not used of the"
+    assert told in line and line.endswith(f"file: other.{stem}, head.weight")
     for i, (name, value) in enumerate(backbone.state_dict().items()):
         assert name == "conv1.0.weight" or torch.equal(value, fresh[f"other.{i}"])
     swapped = dict(zip(fresh, reversed(fresh.values()), strict=True))

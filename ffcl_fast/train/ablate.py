@@ -32,8 +32,10 @@ from .checkpoint import write_text
 from .config import FIELDS, Config, load_config, read_yaml
 from .data import Data, prepare
 from .errors import Interrupted, UserError
+from .model import check_backbone
+from .parallel import device_for
 from .report import error_bars
-from .run import CONFIG, METRICS, is_finished, resumed_config, train
+from .run import CONFIG, METRICS, check_place, is_finished, resumed_config, train
 from .scoring import CHECKPOINTS
 
 SEEDS = (0, 1, 2)
@@ -136,24 +138,28 @@ def ablate(
     """Run what ``out`` does not hold yet, and return what ``ablation.json`` then says.
 
     ``options`` go to every :func:`ffcl_fast.train.train` (``backbone_factory()`` makes its ``backbone`` anew).
-    Raises UserError for a run in ``out`` that has other settings, and as ``train`` does.
+    Raises UserError for a run in ``out`` that has other settings, and as ``train`` does; what can be told of any run
+    without its data is told before the first.
     """
     out = Path(out)
     factory = options.pop("backbone_factory", None)
     prepared: dict[tuple, Data] = {}
-    runs = [(row, seed) for seed in plan.seeds for row in plan.rows]
-    for number, (row, seed) in enumerate(runs, 1):
-        config = plan.config(row, seed, out)
-        directory = Path(config.out) / config.name
-        _refuse_another(directory, config)
+    runs = _runs(plan, out)
+    for _, config, directory in runs:
+        if not is_finished(directory):
+            device_for(config)
+            check_place(out)
+            if factory is None:
+                check_backbone(config)
+    for title, config, directory in runs:
         if is_finished(directory):
             continue
-        log(f"[{number}/{len(runs)}] {row.name}, seed {seed}")
+        log(title)
         key = tuple(getattr(config, name) for name in _DATA)
         if key not in prepared:
             prepared[key] = prepare(config)
         if factory is not None:
-            torch.manual_seed(seed)
+            torch.manual_seed(config.seed)
             options["backbone"] = factory()
         resume = directory if (directory / CONFIG).is_file() else None
         config = config if resume is None else resumed_config(directory, {})
@@ -163,6 +169,54 @@ def ablate(
             raise KeyboardInterrupt(f"interrupted; the same command goes on with {directory}") from None
         write(plan, out)
     return write(plan, out)
+
+
+def listing(plan: Plan, out: str | Path) -> list[str]:
+    """What :func:`ablate` would run: a line a run, with the time that it took so far, and one on them all.
+
+    Raises UserError for a run in ``out`` that has other settings. Reads no data and writes nothing.
+    """
+    lines, to_run = [], []
+    took: dict[str, list[float]] = {}  # settings apart from the seed -> seconds of its finished runs
+    runs = _runs(plan, Path(out))
+    for title, config, directory in runs:
+        row = (config.name or "").rpartition("-s")[0]
+        seconds = _seconds(directory)
+        if is_finished(directory):
+            took.setdefault(row, []).append(seconds)
+            state = f"done in {seconds:.0f} s"
+        else:
+            to_run.append((row, seconds))
+            state = f"begun, {seconds:.0f} s so far" if (directory / CONFIG).is_file() else "to run"
+        lines.append(f"{title}: {state}")
+    last = f"{len(to_run)} of {len(runs)} runs to go"
+    if to_run and took:
+        each = [seconds for row in took.values() for seconds in row]
+        left = sum(max(0.0, statistics.fmean(took.get(row, each)) - seconds) for row, seconds in to_run)
+        last += f", about {left / 60:.0f} minutes if they take as long as those that are done"
+    return [*lines, last]
+
+
+def _runs(plan: Plan, out: Path) -> list[tuple[str, Config, Path]]:
+    """Title, settings and folder of every run, seeds outermost. Raises UserError where a folder holds another run."""
+    pairs = [(row, seed) for seed in plan.seeds for row in plan.rows]
+    runs = []
+    for number, (row, seed) in enumerate(pairs, 1):
+        config = plan.config(row, seed, out)
+        directory = Path(config.out) / str(config.name)
+        _refuse_another(directory, config)
+        runs.append((f"[{number}/{len(pairs)}] {row.name}, seed {seed}", config, directory))
+    return runs
+
+
+def _seconds(directory: Path) -> float:
+    """What a run took so far: all of it where it is finished, else the training of its stored epochs."""
+    try:
+        metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
+        epochs = [record for stage in metrics["stages"].values() for record in stage["epochs"]]
+        return float(metrics.get("seconds") or sum(record["seconds"] for record in epochs))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return 0.0
 
 
 def _refuse_another(directory: Path, config: Config) -> None:

@@ -79,7 +79,12 @@ def prepare(config: Config, progress: Callable | None = None) -> Data:
         data = sources.medmnist_data(config, name)
     elif name.endswith(".npz") and os.path.isfile(name):
         place, file = os.path.split(name)
-        raise UserError(f"data {name}: give MedMNIST's by name: --data {file[:-4]} --data-dir {place or '.'}")
+        if sources.is_medmnist(file[:-4]):
+            raise UserError(f"data {name}: give MedMNIST's by name: --data {file[:-4]} --data-dir {place or '.'}")
+        raise UserError(
+            f"data {name}: .npz files are MedMNIST's, under their own names (pneumoniamnist.npz, ...); rename it, then"
+            f" give --data NAME --data-dir {place or '.'}, or give a folder or .tar of images"
+        )
     elif os.path.exists(name):
         data = folder.load(config, Path(name), progress)
     else:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .config import Config
 from .data import SMALLEST_VALIDATION, Data, Split, hold_out
-from .errors import UserError
+from .errors import UserError, first_line
 
 # suffix -> Pillow's name of the format; Pillow knows dozens more, some of which call other programs
 FORMATS = {
@@ -248,4 +248,6 @@ def _unpacked(path: Path) -> Path:
                         raise
             return target
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"data {path}: expected a folder or a readable .tar file ({error})") from None
+        # tarfile has a line for every compression that it has tried
+        reason = "; ".join(line.strip(" -:") for line in str(error).splitlines()) or first_line(error)
+        raise UserError(f"data {path}: expected a folder or a readable .tar file ({reason})") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,18 @@ class Classifier(nn.Module):
 
 
 def build(
-    config: Config, image_size: int, classes: int, backbone: nn.Module | None = None, initialise: bool = True
+    config: Config,
+    image_size: int,
+    classes: int,
+    backbone: nn.Module | None = None,
+    initialise: bool = True,
+    log: Callable[[str], None] | None = None,
 ) -> Classifier:
     """The classifier of a run, its weights drawn from the global generator and then, to ``initialise``, as
     ``config.init`` says.
 
     backbone: a module of the caller's own, (N, 1, S, S) to (N, F), in place of ``config.backbone``.
+    log: called with a line on how much of a weight file was used.
     Raises UserError for an unknown name, a backbone that cannot take such images, or weights that cannot be read.
     """
     from . import weights
@@ -66,7 +72,9 @@ def build(
         _check_single(backbone, what, image_size, "batch_size" if config.batch_size == 1 else "epoch_samples")
     network = Classifier(backbone, shape[1], classes)
     if initialise and config.init not in ("random", "imagenet"):
-        weights.load_into(backbone, config.init)
+        found = weights.load_into(backbone, config.init)
+        if log is not None:
+            log(found)
     return network
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ _STYLE = {
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "legend.frameon": False,
+    "text.parse_math": False,  # names of classes and data may hold dollar signs
 }
+_LEGEND = 20  # lines of a legend at most
 _TITLES = {"local": "1 local: each layer by itself", "global": "2 global: final output", "downstream": "3 downstream"}
 
 
@@ -115,20 +119,22 @@ def learning_curves(path: Path, metrics: dict[str, Any], progress: Progress) -> 
 
     def fill(figure: Any, axes: Sequence[Any]) -> None:
         for axis, stage in zip(axes, stages, strict=False):
-            _losses(axis, stage, progress.history[stage], progress.best[stage])
+            loss = "classification" if stage == "downstream" else metrics["config"][f"{stage}_loss"]
+            _losses(axis, stage, progress.history[stage], progress.best[stage], loss.replace("_", " "))
         if "downstream" in stages:
             _accuracy(axes[-1], progress.history["downstream"], metrics["test"]["accuracy"])
-        title = f"FFCL on {metrics['data']['name']}, {metrics['backbone']}, seed {metrics['config']['seed']}"
+        method = "No pretraining" if stages == ["downstream"] else "FFCL"
+        title = f"{method} on {metrics['data']['name']}, {metrics['backbone']}, seed {metrics['config']['seed']}"
         if "test" in metrics:
             title += f": test accuracy {100 * metrics['test']['accuracy']:.1f} %, AUC {metrics['test']['auc']:.3f}"
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(textwrap.fill(title, 36 * columns, break_on_hyphens=False), fontsize=12)
 
     _draw(path, (3.5 * columns, 3.4), columns, fill)
 
 
-def _losses(axis: Any, stage: str, history: list[dict[str, Any]], best: int) -> None:
+def _losses(axis: Any, stage: str, history: list[dict[str, Any]], best: int, loss: str) -> None:
     import matplotlib
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, NullFormatter
 
     epochs = [record["epoch"] for record in history]
     seen = dict.fromkeys(name for record in history for name in record["val"])
@@ -148,14 +154,16 @@ def _losses(axis: Any, stage: str, history: list[dict[str, Any]], best: int) -> 
         axis.plot([], [], color=shades[-1], lw=0.8, label=f"... {layers[-1]} (validation)")
     axis.set_title(_TITLES[stage])
     axis.set_xlabel("epoch")
-    axis.set_ylabel("classification loss" if stage == "downstream" else "pair cosine loss")
+    axis.set_ylabel(f"{loss} loss")
     axis.set_xlim(left=0)
     low, high = axis.dataLim.y0, axis.dataLim.y1
     if 0 < 30 * low < high:  # the focal loss falls through decades
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")  # powers of ten would be written in mathematics, which is off
+        axis.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axis.set_ylim(0, 1.08 * high)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylim(min(0.0, 1.08 * low), max(0.0, 1.08 * high))  # some objectives fall below 0
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.legend(fontsize=7)
 
 
@@ -171,7 +179,7 @@ def _accuracy(axis: Any, history: list[dict[str, Any]], test: float) -> None:
     axis.set_ylabel("accuracy")
     axis.set_xlim(left=0)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.legend(fontsize=7)
 
 
@@ -203,6 +211,8 @@ def confusion_matrix(path: Path, probability: Tensor, labels: Tensor, classes: S
 
     count = metric.confusion_matrix(probability, labels, task="multiclass", num_classes=len(classes)).numpy()
     share = count / np.maximum(count.sum(1, keepdims=True), 1)
+    names = [_shown(name) for name in classes]
+    longest = max(map(len, names))
 
     def fill(figure: Any, axes: Sequence[Any]) -> None:
         axis = axes[0]
@@ -212,32 +222,52 @@ def confusion_matrix(path: Path, probability: Tensor, labels: Tensor, classes: S
             for (row, column), value in np.ndenumerate(count):
                 ink = "white" if share[row, column] > 0.5 else "black"
                 axis.text(column, row, str(value), ha="center", va="center", color=ink)
-        axis.set_xticks(range(len(classes)), classes, rotation=45 if len(classes) > 4 else 0)
-        axis.set_yticks(range(len(classes)), classes)
+        slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        axis.set_xticks(range(len(classes)), names, **(slant if len(classes) > 4 or longest > 12 else {}))
+        axis.set_yticks(range(len(classes)), names)
         axis.set_xlabel("predicted")
         axis.set_ylabel("true")
         axis.set_title(f"{len(labels)} test images, accuracy {100 * np.trace(count) / len(labels):.1f} %")
         figure.colorbar(image, label="share of the true class", shrink=0.8)
 
-    side = min(12.0, 3.2 + 0.35 * len(classes))
+    side = min(12.0, 3.2 + 0.35 * len(classes)) + 0.07 * max(0, longest - 9)
     _draw(path, (side + 1.0, side), 1, fill)
 
 
+def _shades(classes: int) -> Sequence[Any]:
+    """A colour a class, as different as so many can be."""
+    import matplotlib
+
+    if classes <= 2:
+        return [_TRAIN, _VAL][:classes]
+    maps = matplotlib.colormaps
+    if classes <= 20:
+        return list(maps["tab10" if classes <= 10 else "tab20"](range(classes)))
+    return list(maps["turbo"](np.linspace(0.0, 1.0, classes)))
+
+
+def _shown(name: str) -> str:
+    """A name that leaves room for the picture."""
+    return name if len(name) <= 30 else name[:29] + "\u2026"
+
+
 def roc(path: Path, probability: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
-    """True against false positive rate: of class 1 for two classes, else of each class against the rest."""
+    """True against false positive rate: of class 1 for two classes, else of each class against the rest; where there
+    are many, the legend names those told worst."""
     from torchmetrics import functional as metric
 
-    def fill(figure: Any, axes: Sequence[Any]) -> None:
-        import matplotlib
+    several = len(classes) > 4
+    drawn = [1] if len(classes) == 2 else list(range(len(classes)))
+    target = {index: (labels == index).int() for index in drawn}
+    area = {index: float(metric.auroc(probability[:, index], target[index], task="binary")) for index in drawn}
+    named = set(sorted(drawn, key=area.__getitem__)[:_LEGEND])
 
+    def fill(figure: Any, axes: Sequence[Any]) -> None:
         axis = axes[0]
-        shown = [1] if len(classes) == 2 else range(len(classes))
-        shades = [_TRAIN] if len(classes) == 2 else matplotlib.colormaps["tab20"](np.linspace(0, 1, len(classes)))
-        for index, shade in zip(shown, shades, strict=True):
-            target = (labels == index).int()
-            false, true, _ = metric.roc(probability[:, index], target, task="binary")
-            area = float(metric.auroc(probability[:, index], target, task="binary"))
-            axis.plot(false, true, color=shade, lw=2, label=f"{classes[index]}: AUC {area:.3f}")
+        for index, shade in zip(drawn, _shades(len(drawn)), strict=True):
+            false, true, _ = metric.roc(probability[:, index], target[index], task="binary")
+            label = f"{_shown(classes[index])}: AUC {area[index]:.3f}" if index in named else None
+            axis.plot(false, true, color=shade, lw=1 if several else 2, label=label)
         axis.plot([0, 1], [0, 1], color="grey", ls=":", lw=1, label="chance")
         axis.set_xlabel("false positive rate")
         axis.set_ylabel("true positive rate")
@@ -245,9 +275,13 @@ def roc(path: Path, probability: Tensor, labels: Tensor, classes: Sequence[str])
         axis.set_aspect("equal")
         axis.set_xlim(-0.01, 1.01)
         axis.set_ylim(-0.01, 1.01)
-        axis.legend(fontsize=7, loc="lower right")
+        if len(drawn) > len(named):
+            axis.plot([], [], alpha=0, label=f"(the {len(named)} worst of {len(drawn)})")
+        outside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        axis.legend(fontsize=7, **(outside if several else {"loc": "lower right"}))
 
-    _draw(path, (4.4, 4.2), 1, fill)
+    beside = 0.6 + 0.06 * (11 + max(len(_shown(name)) for name in classes))  # the legend
+    _draw(path, (4.4 + (beside if several else 0.0), 4.2), 1, fill)
 
 
 def layers_over_time(path: Path, epochs: Sequence[dict[str, Any]], loss: str) -> None:
@@ -259,17 +293,21 @@ def layers_over_time(path: Path, epochs: Sequence[dict[str, Any]], loss: str) ->
 
         layers = list(dict.fromkeys(name for r in epochs for name in r["val"] if name != "loss"))
         shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(layers), 1)))
+        named = {round(place) for place in np.linspace(0, len(layers) - 1, min(len(layers), _LEGEND))}
         for axis, part in zip(axes, ("train", "val"), strict=True):
-            for name, shade in zip(layers, shades, strict=True):
+            for place, (name, shade) in enumerate(zip(layers, shades, strict=True)):
                 known = [r for r in epochs if name in r[part]]  # greedy: in the layer's own epochs
                 curve = [r[part][name] for r in known]
-                axis.plot([r["epoch"] for r in known], curve, color=shade, lw=1.5, marker="o", ms=3, label=name)
+                label = _shown(name) if place in named else None
+                axis.plot([r["epoch"] for r in known], curve, color=shade, lw=1.5, marker="o", ms=3, label=label)
             axis.set_title({"train": "training", "val": "validation"}[part])
             axis.set_xlabel("epoch")
             axis.set_ylabel(f"{loss.replace('_', ' ')} loss of a layer")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        columns = 1 + (len(layers) - 1) // 14
-        axes[-1].legend(fontsize=7, ncols=columns, loc="center left", bbox_to_anchor=(1.0, 0.5))
+            axis.set_xlim(epochs[0]["epoch"] - 0.5, epochs[-1]["epoch"] + 0.5)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if len(layers) > len(named):
+            axes[-1].plot([], [], alpha=0, label=f"({len(named)} of {len(layers)})")
+        axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     _draw(path, (10.0, 3.8), 2, fill)
 
@@ -281,19 +319,20 @@ def embeddings(
     from sklearn.manifold import TSNE
 
     def fill(figure: Any, axes: Sequence[Any]) -> None:
-        import matplotlib
-
-        shades = [_TRAIN, _VAL] if len(classes) == 2 else matplotlib.colormaps["tab20"](np.linspace(0, 1, len(classes)))
+        dot = min(6.0, max(2.5, 40 / math.sqrt(len(labels))))
         for axis, (moment, rows) in zip(axes, features.items(), strict=True):
             perplexity = min(30.0, (len(rows) - 1) / 3)
             places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows)
-            for index, (name, shade) in enumerate(zip(classes, shades, strict=True)):
+            for index, (name, shade) in enumerate(zip(classes, _shades(len(classes)), strict=True)):
                 chosen = (labels == index).numpy()
-                axis.plot(*places[chosen].T, "o", color=shade, ms=2.5, alpha=0.6, mew=0, label=name)
+                label = _shown(name) if index < _LEGEND else None
+                axis.plot(*places[chosen].T, "o", color=shade, ms=dot, alpha=0.6, mew=0, label=label)
             axis.set_title(moment)
             axis.set_xticks([])
             axis.set_yticks([])
-        axes[-1].legend(fontsize=7, markerscale=2)
+        if len(classes) > _LEGEND:
+            axes[-1].plot([], [], alpha=0, label=f"({_LEGEND} of {len(classes)})")
+        axes[-1].legend(fontsize=7, markerscale=5 / dot, loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.suptitle(f"t-SNE of {len(labels)} test images' features", fontsize=11)
 
-    _draw(path, (3.6 * len(features), 3.9), len(features), fill)
+    _draw(path, (3.6 * len(features) + 0.5 + 0.06 * min(30, max(map(len, classes))), 3.9), len(features), fill)

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -75,13 +76,13 @@ def train(
     if backbone is None:
         check_backbone(config)
     if first and resume is None:
-        _check_place(config)
+        check_place(Path(config.out), config.name)
     if data is None:
         with fabric.rank_zero_first(local=True):  # it unpacks or downloads, the others find it done
             data = prepare(config, _decode_bar(bars))
     _greet(config, data, device, log)
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    network = build(config, data.image_size, len(data.classes), backbone).to(device)
+    network = build(config, data.image_size, len(data.classes), backbone, log=log).to(device)
     parallel.same_weights(network)
     _speed_up(network, config, device, layers)
     stages = {name: _stage(name, network, config, data, layers) for name in config.stages}
@@ -248,11 +249,16 @@ def _new_directory(config: Config, data: Data) -> Path:
     return out / name
 
 
-def _check_place(config: Config) -> None:
-    """UserError for a name that is taken, before anything is read or decoded."""
-    out = Path(config.out)
-    if (out.exists() and not out.is_dir()) or (config.name is not None and (out / config.name).exists()):
-        raise _taken(out, config.name or "")
+def check_place(out: Path, name: str | None = None) -> None:
+    """UserError for a name that is taken or a folder that cannot be written, before anything is read or decoded."""
+    if (out.exists() and not out.is_dir()) or (name is not None and (out / name).exists()):
+        raise _taken(out, name or "")
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=".ffcl-"):
+            pass
+    except OSError as error:
+        raise UserError(f"out {out}: cannot be written ({error.strerror})") from None
 
 
 def _taken(out: Path, name: str) -> UserError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError, first_line
-
-_log = logging.getLogger("ffcl_fast.train")
 
 
 def require(path: str | Path) -> None:
@@ -45,8 +42,9 @@ def read(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_into(backbone: nn.Module, path: str | Path) -> None:
-    """Copy every tensor that fits by name and shape; a first convolution for colour and a head do not.
+def load_into(backbone: nn.Module, path: str | Path) -> str:
+    """Copy every tensor that fits by name and shape; a first convolution for colour and a head do not. Returns a line
+    that says how many were found, and which were not.
 
     Where the names are another library's but the file lists the same shapes in the same order (as the EfficientNets of
     PyPI do beside timm's), tensors are matched by their place.
@@ -60,10 +58,20 @@ def load_into(backbone: nn.Module, path: str | Path) -> None:
         fits = _by_place(own, given) or fits
     if 2 * len(fits) < len(own):
         raise UserError(f"init {path}: only {len(fits)} of the backbone's {len(own)} tensors are in it")
-    left = sorted(set(own) - set(fits))
-    if left:
-        _log.info("init %s: kept fresh: %s", path, ", ".join(left))
     backbone.load_state_dict(fits, strict=False)
+    line = f"init {path}: {len(fits)} of the backbone's {len(own)} tensors found in it"
+    fresh = [name for name in own if name not in fits]
+    if fresh:
+        line += f", as drawn: {_some(fresh)}"
+    used = set(map(id, fits.values()))
+    unused = [name for name, value in given.items() if id(value) not in used]
+    return line + (f"; not used of the file: {_some(unused)}" if unused else "")
+
+
+def _some(names: list[str]) -> str:
+    """The first three names and how many more there are."""
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
 
 
 def _by_place(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:

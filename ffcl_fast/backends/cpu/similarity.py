@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import native, panels
 
-# Floats of exp(S) that a forward pass keeps for its backward pass: 24 MiB, and half as much again of S between two sets
-# of rows up to WIDE, whose panels are the smaller ones. With the panels' own buffers (at most 32 MiB, 20 up to WIDE, see
-# csrc/similarity_engine.h) all workspace stays under 64 MB at any N.
+# Floats of exp(S) that a forward pass keeps for its backward pass: 24 MiB, and half as much again between two sets of
+# rows up to WIDE. With the panels' own buffers (at most 32 MiB, 20 up to WIDE, see csrc/similarity_engine.h) all
+# workspace stays under 64 MB at any N.
 CACHE_BUDGET = 6 << 20
 WIDE = 2048
 CACHE_HEADER = 16
