@@ -101,6 +101,20 @@ def test_pictures_of_an_evaluation_fit_the_page(tmp_path, figures, rng, count, n
     assert {path.name for path in tmp_path.iterdir()} == {"roc.png", "layers.png", "confusion.png"}
 
 
+def test_goodness_of_the_layers_stands_beside_their_losses(tmp_path, figures):
+    epochs = history("local", 4)
+    for record in epochs:
+        layers = [name for name in record["val"] if name != "loss"]
+        record["val"] |= {f"goodness of {name}": 3.0 * record["epoch"] for name in layers}
+    report.layers_over_time(tmp_path / "layers.png", epochs, "pair_cosine")
+    (figure,) = figures
+    assert_whole(figure)
+    loss, goodness = figure.axes[1], figure.axes[2]
+    assert goodness.get_ylabel().startswith("goodness") and loss.get_ylabel() == "pair cosine loss of a layer"
+    assert [list(line.get_ydata()) for line in goodness.lines] == [[3.0 * r["epoch"] for r in epochs]] * 4
+    assert len(loss.lines) == 4
+
+
 def test_embeddings_show_every_sample_beside_the_legend(tmp_path, figures, rng):
     labels = torch.arange(30) % 3
     rows = torch.randn(30, 4, generator=rng).numpy()

@@ -18,6 +18,7 @@ from .errors import UserError
 # layer gets, if not the activation itself.
 Visit = Callable[[str, Tensor], Tensor | None]
 
+GOODNESS = "goodness of "  # and a layer's name: its mean of squares in the records of a validation
 _SHORTCUTS = ("downsample", "shortcut")  # what ResNets call the convolution beside a block
 
 

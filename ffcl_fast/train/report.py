@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from .checkpoint import Progress, write_atomically, write_text
+from .local import GOODNESS
 
 # Okabe and Ito's palette: told apart with any kind of colour vision
 _TRAIN, _VAL, _BEST, _TEST = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -137,8 +138,7 @@ def _losses(axis: Any, stage: str, history: list[dict[str, Any]], best: int, los
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
     epochs = [record["epoch"] for record in history]
-    seen = dict.fromkeys(name for record in history for name in record["val"])
-    layers = [name for name in seen if name not in ("loss", "accuracy")]
+    layers = _layers(history)
     shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(layers), 1)))
     for name, shade in zip(layers, shades, strict=False):
         known = [r for r in history if name in r["val"]]  # greedy: in the layer's own epochs
@@ -284,32 +284,42 @@ def roc(path: Path, probability: Tensor, labels: Tensor, classes: Sequence[str])
     _draw(path, (4.4 + (beside if several else 0.0), 4.2), 1, fill)
 
 
+def _layers(history: Sequence[dict[str, Any]]) -> list[str]:
+    """The layers that have a loss of their own, in order of depth."""
+    seen = dict.fromkeys(name for record in history for name in record["val"])
+    return [name for name in seen if name not in ("loss", "accuracy") and not name.startswith(GOODNESS)]
+
+
 def layers_over_time(path: Path, epochs: Sequence[dict[str, Any]], loss: str) -> None:
-    """Each layer's local loss (its goodness, turned round) against epochs, training beside validation."""
+    """Each layer's local loss against epochs, in training and validation, and its goodness (mean of squares) there."""
+    layers = _layers(epochs)
+    parts = {("train", ""): "training", ("val", ""): "validation"}
+    if any(GOODNESS + name in r["val"] for r in epochs for name in layers):
+        parts["val", GOODNESS] = "validation"
+    loss_label = f"{loss.replace('_', ' ')} loss of a layer"
 
     def fill(figure: Any, axes: Sequence[Any]) -> None:
         import matplotlib
         from matplotlib.ticker import MaxNLocator
 
-        layers = list(dict.fromkeys(name for r in epochs for name in r["val"] if name != "loss"))
         shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(layers), 1)))
         named = {round(place) for place in np.linspace(0, len(layers) - 1, min(len(layers), _LEGEND))}
-        for axis, part in zip(axes, ("train", "val"), strict=True):
+        for axis, ((part, prefix), title) in zip(axes, parts.items(), strict=True):
             for place, (name, shade) in enumerate(zip(layers, shades, strict=True)):
-                known = [r for r in epochs if name in r[part]]  # greedy: in the layer's own epochs
-                curve = [r[part][name] for r in known]
+                known = [r for r in epochs if prefix + name in r[part]]  # greedy: in the layer's own epochs
+                curve = [r[part][prefix + name] for r in known]
                 label = _shown(name) if place in named else None
                 axis.plot([r["epoch"] for r in known], curve, color=shade, lw=1.5, marker="o", ms=3, label=label)
-            axis.set_title({"train": "training", "val": "validation"}[part])
+            axis.set_title(title)
             axis.set_xlabel("epoch")
-            axis.set_ylabel(f"{loss.replace('_', ' ')} loss of a layer")
+            axis.set_ylabel("goodness of a layer: mean of squares" if prefix else loss_label)
             axis.set_xlim(epochs[0]["epoch"] - 0.5, epochs[-1]["epoch"] + 0.5)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(layers) > len(named):
             axes[-1].plot([], [], alpha=0, label=f"({len(named)} of {len(layers)})")
         axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
-    _draw(path, (10.0, 3.8), 2, fill)
+    _draw(path, (2.0 + 4.0 * len(parts), 3.8), len(parts), fill)
 
 
 def embeddings(

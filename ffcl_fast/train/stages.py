@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-from ffcl_fast.functional import goodness_normalize
+from ffcl_fast.functional import goodness, goodness_normalize
 
 from . import parallel
 from .batches import EpochSampler, Views, augmentation, derive_seed, loader, scaled
@@ -23,7 +23,7 @@ from .checkpoint import Checkpoints, Progress
 from .config import Config
 from .data import Data, Split
 from .errors import UserError, first_line
-from .local import walk
+from .local import GOODNESS, walk
 from .model import Classifier
 from .objectives import objective
 
@@ -73,18 +73,22 @@ class LocalStage:
     def step(self, batch: Sequence[Tensor], train: bool) -> dict[str, Tensor]:
         first, second, third = batch
         losses: dict[str, Tensor] = {}
+        squares: dict[str, Tensor] = {}  # in validation, whatever the loss: how each layer's goodness develops
         raw = self.objective.gradient is not None
 
         def visit(name: str, activation: Tensor) -> Tensor | None:
             if self.active in (None, name):
-                losses[name] = self._learn(activation, third, train, raw and name in self.walk.before_relu)
+                relu = raw and name in self.walk.before_relu
+                losses[name] = self._learn(activation, third, train, relu)
+                if not train:
+                    squares[f"{GOODNESS}{name}"] = goodness(activation, "mean_squares", relu=relu).mean()
             if name == self.active:
                 raise _LastLayer
             return goodness_normalize(activation.detach()) if self.objective.normalize else None
 
         with contextlib.suppress(_LastLayer):
             self.walk(torch.cat([scaled(first), scaled(second)]), visit, raw)
-        return {"loss": torch.stack(list(losses.values())).mean(), **losses}
+        return {"loss": torch.stack(list(losses.values())).mean(), **losses, **squares}
 
     def _learn(self, activation: Tensor, third: Tensor, train: bool, relu: bool) -> Tensor:
         """The loss of a layer, back-propagated in training where any of the layer's parameters learns."""
