@@ -158,7 +158,7 @@ class Engine {
     const int64_t row_tasks = (p.rows_padded + ROW_TASK - 1) / ROW_TASK;
     // Sums of 128 words, then sums of those: a fraction of the rounding error of one long sum, and the operands of a
     // step (8 KB of B in AVX2's tiles) stay in L1.
-    constexpr int64_t depth = 128;
+    constexpr int64_t depth = 128, ahead = depth * NR * MR / ROW_TASK;  // words of the next step of B for each tile
     parallel(row_tasks * col_tasks, threads, [&](int64_t task, int) {
       alignas(64) float partial[ROW_TASK * NR];
       const int64_t rt = task / col_tasks, ct = task % col_tasks;
@@ -173,6 +173,7 @@ class Engine {
           for (int64_t i = first; i < last; i += MR) {
             Tile t;
             clear(t);
+            prefetch(b + (d + depth) * NR + (i - first) / MR * ahead, ahead * 4);
             multiply<1, MR>(t, q_dims + i * dim_words + d * MR, b + d * NR, complete ? dim_words - d : depth);
             if (d > 0) add_tile(t, partial + (i - first) * NR, NR);
             if (!complete) {
@@ -271,7 +272,7 @@ class Engine {
   // dq rows [first, first + ROW_TASK) of the panel, dimensions [d0, d1). G's tiles are read by broadcast, 64 bytes of a
   // row at a time.
   void row_product(const Panel& p, int64_t first, int64_t d0, int64_t d1, float* dq) {
-    constexpr int64_t depth = 256 * PER_WORD, tile_words = NR / PER_WORD;
+    constexpr int64_t depth = 256 * PER_WORD, tile_words = NR / PER_WORD, ahead = depth / PER_WORD * NR * MR / ROW_TASK;
     const int64_t last = smaller(p.rows_padded, first + ROW_TASK), tiles_a_step = depth / NR;
     for (int64_t j0 = 0; j0 < p.tiles; j0 += tiles_a_step)
       for (int64_t d = d0; d < d1; d += NR)
@@ -279,6 +280,8 @@ class Engine {
           Tile t;
           clear(t);
           const Word* b = k_rows + d * cb / PER_WORD + (p.first_tile + j0) * tile_words * NR;
+          prefetch(b + NR * cb / PER_WORD + (i - first) / MR * ahead, ahead * 4);
+          if (i + MR <= p.rows && d + NR <= a.dim) prefetch_tile(dq + (p.r0 + i) * a.dim + d, a.dim);
           for (int64_t j = j0; j < smaller(p.tiles, j0 + tiles_a_step); ++j, b += tile_words * NR)
             multiply<tile_words, 1>(t, gradients().by_column + (j * p.rows_padded + i) * tile_words, b, tile_words);
           add_rows(t, dq + (p.r0 + i) * a.dim + d, p.rows - i, a.dim - d);
@@ -300,7 +303,7 @@ class Engine {
 
   // dk^T of column tiles [j0, j1), 192 dimensions at a time so that q_rows' part stays in L2.
   void column_product(const Panel& p, int64_t j0, int64_t j1) {
-    constexpr int64_t depth = 256 * PER_WORD, dims = 192;
+    constexpr int64_t depth = 256 * PER_WORD, dims = 192, ahead = depth / PER_WORD * NR * MR / dims;
     for (int64_t d0 = 0; d0 < dim_mr; d0 += dims)
       for (int64_t j = j0; j < j1; ++j)
         for (int64_t i = 0; i < p.rows_padded; i += depth)
@@ -308,6 +311,9 @@ class Engine {
             float* c = dkt + d * cb + (p.first_tile + j) * NR;
             Tile t;
             load_tile(t, c, cb);
+            prefetch_tile(c + MR * cb, cb);
+            prefetch(gradients().by_row + (j * p.rows_padded + i + depth) / PER_WORD * NR + (d - d0) / MR * ahead,
+                     ahead * 4);
             multiply<1, MR>(t, q_rows + (d * p.rows_padded + i * MR) / PER_WORD,
                             gradients().by_row + (j * p.rows_padded + i) / PER_WORD * NR,
                             smaller(depth, p.rows_padded - i) / PER_WORD);

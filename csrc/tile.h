@@ -154,6 +154,16 @@ FFCL_INLINE void multiply(Tile& c, const Word* a, const Word* b, int64_t depth) 
   }
 }
 
+// Asks for the lines of [p, p + n) ahead of their use: what comes next in L3 is not what the hardware's prefetchers
+// expect, at the end of a page or where rows of a tile lie far apart.
+FFCL_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+FFCL_INLINE void prefetch_tile(const float* p, int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) prefetch(p + r * stride, NR * 4);
+}
+
 // Packed copies in words, zero-padded ---------------------------------------------------------------------------------
 
 FFCL_INLINE int64_t words_of(int64_t elements) { return (elements + PER_WORD - 1) / PER_WORD; }
