@@ -10,12 +10,13 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from train_cases import TinyNet, tiny, write_image_folder
+from train_cases import TinyNet, layer_records, tiny, write_image_folder
 
 from ffcl_fast.train import run as run_module
 from ffcl_fast.train import stages, train
 from ffcl_fast.train.config import STAGES
 from ffcl_fast.train.errors import Interrupted, UserError
+from ffcl_fast.train.local import GOODNESS
 from ffcl_fast.train.run import Run, resumed_config
 
 
@@ -87,7 +88,7 @@ def test_metrics_json_holds_every_epoch_and_the_test(finished):
         losses = [record["val"]["loss"] for record in stage["epochs"]]
         assert stage["best_epoch"] == 1 + losses.index(min(losses))
         assert all(record["images_per_second"] > 0 and record["trace"] for record in stage["epochs"])
-    assert set(metrics["stages"]["local"]["epochs"][0]["val"]) == {"loss", "stem", "stages.0", "stages.1"}
+    assert set(metrics["stages"]["local"]["epochs"][0]["val"]) == layer_records("stem", "stages.0", "stages.1")
     assert set(metrics["stages"]["downstream"]["epochs"][0]["val"]) == {"loss", "accuracy"}
     assert set(metrics["test"]) == set(METRICS) and all(0 <= v <= 1 for v in metrics["test"].values())
 
@@ -264,7 +265,9 @@ def test_two_classes_learn_from_an_image_folder(tmp_path, seed, loss):
 def test_the_leaf_variant_trains_layer_by_layer(tmp_path):
     run = quiet(tiny(tmp_path, stages="local", local_layers="leaves", epochs_local=3, epoch_samples=0, lr=0.003))
     first, *_, last = run.metrics["stages"]["local"]["epochs"]
-    assert set(first["val"]) == {"loss", "stem", *(f"stages.{i}.{part}" for i in (0, 1) for part in ("conv", "bn"))}
+    layers = ("stem", *(f"stages.{i}.{part}" for i in (0, 1) for part in ("conv", "bn")))
+    assert set(first["val"]) == layer_records(*layers)
+    assert all(first["val"][GOODNESS + name] > 0 for name in layers)
     assert last["val"]["loss"] < first["val"]["loss"]
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ffcl_fast.train import Config, checkpoint
+from ffcl_fast.train.local import GOODNESS
 
 
 class Block(nn.Module):
@@ -38,6 +39,11 @@ class TinyNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(self.stages(self.drop(torch.relu(self.stem(x))))).flatten(1)
+
+
+def layer_records(*layers: str) -> set[str]:
+    """What a validation of the local stage records of these layers."""
+    return {"loss", *layers, *(GOODNESS + name for name in layers)}
 
 
 def tiny(out: Path, **settings: object) -> Config:
