@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .machine import target
 from .provider import Family, Inputs, Provider
-from .workloads import Workload, prepared
+from .workloads import ON_GPU, Workload, prepared
 
-ON_GPU = target() == "cuda"
 BASELINE = "triton" if ON_GPU else "cpu"  # the provider that every other one's time is divided by
 _MAX_ROUNDS = 200
 _COMPARED_ROUNDS = 5

@@ -154,7 +154,7 @@ FFCL_INLINE void multiply(Tile& c, const Word* a, const Word* b, int64_t depth) 
   }
 }
 
-// Asks for the lines of [p, p + n) ahead of their use: what comes next in L3 is not what the hardware's prefetchers
+// Asks for the lines of these bytes ahead of their use: what comes next in L3 is not what the hardware's prefetchers
 // expect, at the end of a page or where rows of a tile lie far apart.
 FFCL_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);

@@ -145,12 +145,13 @@ def ablate(
     factory = options.pop("backbone_factory", None)
     prepared: dict[tuple, Data] = {}
     runs = _runs(plan, out)
-    for _, config, directory in runs:
-        if not is_finished(directory):
-            device_for(config)
-            check_place(out)
-            if factory is None:
-                check_backbone(config)
+    due = [config for _, config, directory in runs if not is_finished(directory)]
+    if due:
+        check_place(out)
+    for config in due:
+        device_for(config)
+        if factory is None:
+            check_backbone(config)
     for title, config, directory in runs:
         if is_finished(directory):
             continue
