@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.workloads import SCALING, cases
+from benchmarks.cases import cases
+from benchmarks.workloads import SCALING
 
 
 @cases(SCALING)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.workloads import SMALL, cases
+from benchmarks.cases import cases
+from benchmarks.workloads import SMALL
 
 
 @cases(SMALL)

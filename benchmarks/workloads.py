@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 from torch import Generator
 
@@ -188,11 +187,3 @@ if ON_GPU:
     BF16, MEMORY = [], []  # bfloat16 is the rule there, and every timed run measures its peak memory
 
 TIMED = (SIMILARITY, WIDE, RAGGED, ACCURACY, SMALL, SCALING, GOODNESS, BF16)
-
-
-def cases(workloads: list[Workload]) -> pytest.MarkDecorator:
-    """``@cases(SIMILARITY)``: a test for each provider of each workload, ``-k`` choosing among them."""
-    return pytest.mark.parametrize(
-        ("workload", "provider"),
-        [pytest.param(w, name, id=f"{w.name}:{name}") for w in workloads for name in w.providers()],
-    )
