@@ -251,6 +251,14 @@ MUTANTS = (
     ),
     Mutant(
         "triton",
+        "the ids of columns are those of rows",
+        _TRITON + "launch.py",
+        "return rows, rows if col_ids is None or col_ids is row_ids else _ranges(col_ids, tile.grain)",
+        "return rows, rows",
+        _INTERPRETED.format("common_id and pair"),
+    ),
+    Mutant(
+        "triton",
         "a row is not its positive's positive",
         _TRITON + "positives.py",
         "both += share_of(grad, slope, col_slope, other, mask, grad_stride) * factor",
@@ -305,6 +313,30 @@ MUTANTS = (
         "g2.x[j] = masked<T>(h2, c[0] * a1 - c[2] * a2, relu);",
         "g2.x[j] = masked<T>(h2, c[0] * a1 - c[1] * a2, relu);",
         "tests/test_cuda_goodness.py -k pair_cosine",
+    ),
+    Mutant(
+        "cuda",
+        "a group reads its sums before its last products are done",
+        "csrc/similarity_sm90.cu",
+        "products_wait<0>();",
+        "products_wait<1>();",
+        "tests/test_cuda_similarity.py -k 'test_pair and sm90'",
+    ),
+    Mutant(
+        "cuda",
+        "the groups do not wait for their turn",
+        "csrc/similarity_sm90.cu",
+        "if (n > 0) barrier_wait(ring.turn, (n - 1) % 2);",
+        "",
+        "tests/test_cuda_similarity.py -k 'test_pair and sm90'",
+    ),
+    Mutant(
+        "cuda",
+        "a failed launch goes on to the next",
+        "csrc/similarity_sm80.cu",
+        "if (status != ok) return status;\n    FinishArgs",
+        "FinishArgs",
+        "tests/test_cuda_launches.py -k 'any_launch and similarity_forward'",
     ),
     # --- the functions, and the losses across processes
     Mutant(
