@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -136,16 +137,21 @@ def _scaling(results: Results):
         (left, "time", "seconds", _seconds, "time, forward + backward"),
         (right, memory, "peak_bytes", _bytes, "peak memory beyond inputs and gradients"),
     ):
-        ticks: set[int] = set()
-        for provider, (label, colour, marker) in series.items():
-            records = sorted(
+        curves = {
+            provider: sorted(
                 (r for r in results["records"] if _on_curve(r, provider) and part in r), key=lambda r: r["shape"][0]
             )
+            for provider in series
+        }
+        ticks = sorted({r["shape"][0] for records in curves.values() for r in records})
+        for provider, (label, colour, marker) in series.items():
+            records = curves[provider]
             points = [(r["shape"][0], r[part][value]) for r in records if r[part].get(value)]
-            ticks.update(r["shape"][0] for r in records)
             if not points:
                 continue
-            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=label)
+            seen = dict(points)  # no line across a size that was left out
+            heights = [seen.get(n, nan) for n in ticks]
+            axes.plot(ticks, heights, color=colour, marker=marker, markersize=4, label=label)
             lost = [r["shape"][0] for r in records if r[part].get("problem", "").startswith("out of memory")]
             if lost:
                 n, y = points[-1]
@@ -155,7 +161,7 @@ def _scaling(results: Results):
                               textcoords="offset points", ha="right", fontsize=8, color=colour)  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks(sorted(ticks), [_thousands(n) for n in sorted(ticks)])
+        axes.set_xticks(ticks, [_thousands(n) for n in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(unit))
         axes.grid(alpha=0.3)

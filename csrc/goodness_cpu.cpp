@@ -6,7 +6,6 @@
 // rounding error does not grow with the length of the row.
 #include "goodness.h"
 
-#include "pages.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -183,7 +182,6 @@ int for_each_row(int64_t rows, int64_t dim, int threads, F&& row) {
   return ok;
 }
 
-int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 bool valid(const Activations& a) { return a.h && a.rows > 0 && a.dim > 0; }
 bool valid(const Maps& m) { return m.h && m.samples > 0 && m.channels > 0 && m.positions > 0; }
 
@@ -191,7 +189,6 @@ bool valid(const Maps& m) { return m.h && m.samples > 0 && m.channels > 0 && m.p
 
 int goodness_forward(const Activations& in, bool mean, double eps, float* goodness, void* out) {
   if (!valid(in) || !goodness) return bad_argument;
-  prefer_huge_pages(out, in.rows * in.dim * element_size(in.dtype));
   return by_type(in.dtype, in.relu, [&](auto type, auto relu) {
     using T = decltype(type);
     constexpr bool R = decltype(relu)::value;
@@ -214,7 +211,6 @@ int goodness_forward(const Activations& in, bool mean, double eps, float* goodne
 int goodness_backward(const Activations& in, bool mean, double eps, const float* goodness, const float* grad_goodness,
                       const void* grad_out, void* dh) {
   if (!valid(in) || !goodness || !dh) return bad_argument;
-  prefer_huge_pages(dh, in.rows * in.dim * element_size(in.dtype));
   return by_type(in.dtype, in.relu, [&](auto type, auto relu) {
     using T = decltype(type);
     constexpr bool R = decltype(relu)::value;
@@ -259,8 +255,6 @@ int goodness_backward(const Activations& in, bool mean, double eps, const float*
 int pair_cosine_forward(const Activations& in, const void* other, int64_t other_stride, const float* target,
                         double margin, double scale, float* loss, float* coefficients, void* out1, void* out2) {
   if (!valid(in) || !other || !target || !loss || !coefficients) return bad_argument;
-  prefer_huge_pages(out1, in.rows * in.dim * element_size(in.dtype));
-  prefer_huge_pages(out2, in.rows * in.dim * element_size(in.dtype));
   return by_type(in.dtype, in.relu, [&](auto type, auto relu) {
     using T = decltype(type);
     constexpr bool R = decltype(relu)::value;
@@ -293,8 +287,6 @@ int pair_cosine_forward(const Activations& in, const void* other, int64_t other_
 int pair_cosine_backward(const Activations& in, const void* other, int64_t other_stride, const float* coefficients,
                          const float* grad, void* out1, void* out2) {
   if (!valid(in) || !other || !coefficients || !grad) return bad_argument;
-  prefer_huge_pages(out1, in.rows * in.dim * element_size(in.dtype));
-  prefer_huge_pages(out2, in.rows * in.dim * element_size(in.dtype));
   return by_type(in.dtype, in.relu, [&](auto type, auto relu) {
     using T = decltype(type);
     constexpr bool R = decltype(relu)::value;
@@ -408,7 +400,6 @@ int pool_goodness_forward(const Maps& in, bool mean, float* goodness, float* poo
 int pool_goodness_backward(const Maps& in, bool mean, const float* pooled, const float* grad_goodness,
                            const float* grad_pooled, void* dh) {
   if (!valid(in) || !pooled || !dh) return bad_argument;
-  prefer_huge_pages(dh, in.samples * in.channels * in.positions * element_size(in.dtype));
   return by_type(in.dtype, in.relu, [&](auto type, auto relu) {
     using T = decltype(type);
     constexpr bool R = decltype(relu)::value;
