@@ -109,6 +109,12 @@ def test_the_table_has_mean_and_sample_deviation_and_the_gain_seed_by_seed():
         ("seeds: [0, 0]", "seeds: expected different"),
         ("seeds: [a]", "seeds: expected whole"),
         ("lr: 1", "unknown key 'lr'"),
+        ("1: 2\na: 3", "unknown key 1"),
+        ("? 0x" + "f" * 5000 + "\n: 1", "unknown key a number"),
+        ("seeds: [0x" + "f" * 5000 + "]", "seeds: expected whole"),
+        ("rows: [{name: a, settings: {1: 2}}]", "unknown setting 1"),
+        ("rows: [{name: a}, {name: b, settings: {lr: 1, lr: 2}}]", "key 'lr' is given twice"),
+        ("rows: [{name: " + "x" * 300 + "}]", "name: expected at most 255 bytes"),
     ],
 )
 def test_a_wrong_plan_is_named_in_one_line(tmp_path, capsys, text, named):
@@ -145,6 +151,88 @@ def test_a_run_that_was_begun_is_listed_with_the_time_of_its_stored_epochs(tmp_p
     ]  # fmt: skip
     with pytest.raises(UserError, match="lr: .*was run with"):
         listing(Plan(plan.rows, {**SMALL, "lr": 0.5}, [0]), tmp_path)
+
+
+EPOCH = {"epoch": 1, "train": {"loss": 1.0, "layer": 1.0}, "val": {"loss": 1.0, "layer": 1.0}, "seconds": 5.0}
+METRICS = {
+    "status": "finished",
+    "data": {"classes": ["a", "b"]},
+    "backbone": "net",
+    "own_backbone": False,
+    "parameters": 9,
+    "versions": {},
+    "machine": {},
+    "seconds": 12.5,
+    "test": {"accuracy": 0.5, "macro_f1": 0.5, "precision": 0.5, "recall": 0.5, "auc": 0.5},
+    "stages": {"local": {"best_epoch": 1, "epochs": [EPOCH]}, "downstream": {"best_epoch": 1, "epochs": [EPOCH]}},
+}
+GONE = object()
+
+
+@pytest.fixture
+def stored_run(tmp_path):
+    """Arguments of ``ffcl ablate``, and the folder of its only run, which is finished."""
+    file, out = tmp_path / "plan.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump({"seeds": [0], "settings": SMALL, "rows": [{"name": "a"}]}))
+    plan = read_plan(file, {})
+    folder = out / "runs" / "a-s0"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(plan.config(plan.rows[0], 0, out).as_dict()))
+    (folder / "metrics.json").write_text(json.dumps(METRICS))
+    return ["ablate", "--config", str(file), "--out", str(out)], folder
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        ("", {"status": "finished"}, "own_backbone is missing"),
+        ("data", [], "data: expected a mapping, got []"),
+        ("data.classes", GONE, "data.classes is missing"),
+        ("seconds", "long", "seconds: expected a number, got 'long'"),
+        ("parameters", True, "parameters: expected a whole number, got True"),
+        ("stages", None, "stages: expected a mapping, got None"),
+        ("stages.local", {}, "stages.local.epochs is missing"),
+        ("stages.local.epochs", [], "stages.local.best_epoch: expected one of its 0 epochs, got 1"),
+        ("stages.local.epochs", [1], "stages.local.epochs, number 1: expected a mapping, got 1"),
+        ("stages.local.epochs", [{**EPOCH, "val": {"loss": None}}], "number 1: val.loss: expected a number, got None"),
+        ("stages.downstream.best_epoch", 99, "stages.downstream.best_epoch: expected one of its 1 epochs, got 99"),
+        ("stages.downstream", GONE, "no downstream stage"),
+        ("test", GONE, "test is missing"),
+        ("test.auc", GONE, "test.auc is missing"),
+        ("test.auc", 10**400, "too large"),
+    ],
+)
+def test_damaged_metrics_are_named_in_one_line_and_nothing_is_changed(stored_run, capsys, place, value, told):
+    arguments, folder = stored_run
+    metrics = json.loads(json.dumps(METRICS))
+    *path, last = place.split(".")
+    holder = metrics
+    for name in path:
+        holder = holder[name]
+    if not last:
+        metrics = value
+    elif value is GONE:
+        del holder[last]
+    else:
+        holder[last] = value
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    before = sorted(folder.parent.parent.rglob("*"))
+    for command in (["evaluate", str(folder)], arguments, [*arguments, "--dry-run"]):
+        code = cli.main(command)
+        out, err = capsys.readouterr()
+        assert code == 2 and not out and len(err.strip().splitlines()) == 1, (command, out, err)
+        assert str(folder) in err and told in err
+        assert "metrics.json" in err or "no downstream stage" in told
+    assert sorted(folder.parent.parent.rglob("*")) == before
+
+
+def test_sound_metrics_are_those_of_a_run_that_is_done(stored_run, capsys):
+    arguments, folder = stored_run
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    assert capsys.readouterr().out == "[1/1] a, seed 0: done in 12 s\n0 of 1 runs to go\n"
+    assert cli.main(arguments) == 0
+    found = json.loads((folder.parent.parent / "ablation.json").read_text())
+    assert found["rows"][0]["runs"][0]["stages"]["local"] == {"best_epoch": 1, "epochs": 1, "val": EPOCH["val"]}
 
 
 def test_flags_win_over_the_file(tmp_path):

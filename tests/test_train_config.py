@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import yaml
 
-from ffcl_fast.train.config import FIELDS, PRESETS, Config, base_type, load_config
+from ffcl_fast.train.config import FIELDS, PRESETS, Config, base_type, load_config, read_yaml
 from ffcl_fast.train.errors import UserError
 
 
@@ -50,6 +50,8 @@ def test_a_written_config_reads_back_the_same(tmp_path):
         ("data", 5),
         ("name", "a/b"),
         ("name", ".."),
+        ("name", "x" * 256),
+        ("name", "\u00e9" * 128),
     ],
 )
 def test_an_impossible_value_is_named_in_one_line(name, value):
@@ -64,6 +66,8 @@ def test_an_impossible_value_is_named_in_one_line(name, value):
         ("learning_rate: 1", "learning_rate"),
         ("- lr", "list"),
         ("lr: [", "not YAML"),
+        ("seed: 1\nlr: 1\nseed: 1", "key 'seed' is given twice.* line 3"),
+        ('a: {b: 1, "b": 2}', "key 'b' is given twice"),
         ("lr: !!python/object/apply:os.getcwd []", "not YAML"),
     ],
 )
@@ -73,6 +77,15 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path, text, named):
     with pytest.raises(UserError, match=named) as caught:
         load_config({}, file)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_keys_merged_from_elsewhere_are_not_given_twice(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}\n")
+    assert read_yaml(tmp_path / "c.yaml") == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 3, "y": 4}}
+
+
+def test_the_longest_name_a_folder_can_have_is_taken():
+    assert load_config({"name": "x" * 255}).name == "x" * 255
 
 
 def test_a_missing_or_binary_file_is_named(tmp_path):

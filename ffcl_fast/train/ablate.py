@@ -29,14 +29,14 @@ from typing import Any
 import torch
 
 from .checkpoint import write_text
-from .config import FIELDS, Config, load_config, read_yaml
+from .config import FIELDS, Config, load_config, read_yaml, shown
 from .data import Data, prepare
 from .errors import Interrupted, UserError
 from .model import check_backbone
 from .parallel import device_for
 from .report import error_bars
 from .run import CONFIG, METRICS, check_place, is_finished, resumed_config, train
-from .scoring import CHECKPOINTS
+from .scoring import CHECKPOINTS, finished
 
 SEEDS = (0, 1, 2)
 JSON, TABLE, PLOT = "ablation.json", "ablation.md", "ablation.png"
@@ -104,9 +104,9 @@ def read_plan(file: str | Path | None, flags: Mapping[str, Any], seeds: str | No
     Raises UserError that names what is wrong in it.
     """
     values = {} if file is None else read_yaml(file)
-    unknown = sorted(set(values) - {"seeds", "settings", "rows"})
+    unknown = [key for key in values if key not in ("seeds", "settings", "rows")]
     if unknown:
-        raise UserError(f"config {file}: unknown key {unknown[0]!r}; an ablation has seeds, settings and rows")
+        raise UserError(f"config {file}: unknown key {shown(unknown[0])}; an ablation has seeds, settings and rows")
     settings = values.get("settings") or {}
     rows = values.get("rows")
     if not isinstance(settings, dict):
@@ -116,19 +116,19 @@ def read_plan(file: str | Path | None, flags: Mapping[str, Any], seeds: str | No
     parsed = ROWS if rows is None else [_row(row, file) for row in rows]
     for name in {**settings, **{key: 0 for row in parsed for key in row.settings}}:
         if name not in FIELDS:
-            raise UserError(f"config {file}: unknown setting {name!r}; settings are {', '.join(FIELDS)}")
+            raise UserError(f"config {file}: unknown setting {shown(name)}; settings are {', '.join(FIELDS)}")
     numbers = values.get("seeds", list(SEEDS)) if seeds is None else seeds.split(",")
     try:
         numbers = [int(str(number)) for number in numbers]
     except (TypeError, ValueError):
-        raise UserError(f"seeds: expected whole numbers such as 0,1,2, got {numbers!r}") from None
+        raise UserError(f"seeds: expected whole numbers such as 0,1,2, got {shown(numbers)}") from None
     return Plan(parsed, {**settings, **flags}, numbers)
 
 
 def _row(values: dict[str, Any], file: Any) -> Row:
     settings = values.get("settings") or {}
     if set(values) - {"name", "settings"} or not isinstance(values.get("name"), str) or not isinstance(settings, dict):
-        raise UserError(f"config {file}: a row has a name and settings, got {values!r}")
+        raise UserError(f"config {file}: a row has a name and settings, got {shown(values)}")
     return Row(values["name"], settings)
 
 
@@ -138,8 +138,8 @@ def ablate(
     """Run what ``out`` does not hold yet, and return what ``ablation.json`` then says.
 
     ``options`` go to every :func:`ffcl_fast.train.train` (``backbone_factory()`` makes its ``backbone`` anew).
-    Raises UserError for a run in ``out`` that has other settings, and as ``train`` does; what can be told of any run
-    without its data is told before the first.
+    Raises UserError for a run in ``out`` that has other settings or damaged metrics, and as ``train`` does; what can be
+    told of any run without its data is told before the first.
     """
     out = Path(out)
     factory = options.pop("backbone_factory", None)
@@ -175,7 +175,7 @@ def ablate(
 def listing(plan: Plan, out: str | Path) -> list[str]:
     """What :func:`ablate` would run: a line a run, with the time that it took so far, and one on them all.
 
-    Raises UserError for a run in ``out`` that has other settings. Reads no data and writes nothing.
+    Raises UserError for a run in ``out`` that has other settings or damaged metrics. Reads no data and writes nothing.
     """
     lines, to_run = [], []
     took: dict[str, list[float]] = {}  # settings apart from the seed -> seconds of its finished runs
@@ -199,13 +199,16 @@ def listing(plan: Plan, out: str | Path) -> list[str]:
 
 
 def _runs(plan: Plan, out: Path) -> list[tuple[str, Config, Path]]:
-    """Title, settings and folder of every run, seeds outermost. Raises UserError where a folder holds another run."""
+    """Title, settings and folder of every run, seeds outermost. Raises UserError where a folder holds another run,
+    or a finished one of damaged metrics."""
     pairs = [(row, seed) for seed in plan.seeds for row in plan.rows]
     runs = []
     for number, (row, seed) in enumerate(pairs, 1):
         config = plan.config(row, seed, out)
         directory = Path(config.out) / str(config.name)
         _refuse_another(directory, config)
+        if is_finished(directory):
+            finished(directory)
         runs.append((f"[{number}/{len(pairs)}] {row.name}, seed {seed}", config, directory))
     return runs
 
@@ -216,7 +219,7 @@ def _seconds(directory: Path) -> float:
         metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
         epochs = [record for stage in metrics["stages"].values() for record in stage["epochs"]]
         return float(metrics.get("seconds") or sum(record["seconds"] for record in epochs))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return 0.0
 
 
@@ -272,7 +275,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
 
 
 def _summary(directory: Path, seed: int) -> dict[str, Any]:
-    metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
+    metrics = finished(directory)
     stages = {
         name: {
             "best_epoch": s["best_epoch"],

@@ -7,6 +7,7 @@ imports torch, so that ``ffcl --help`` stays quick.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -23,6 +24,7 @@ GOODNESS = ("sum_squares", "mean_squares")
 OBJECTIVES = ("logistic", "silu", "symba", "two_threshold")  # ffcl_fast.functional.OBJECTIVES, which needs torch
 
 LARGEST_FILE = 1 << 18  # characters of a YAML file that are read
+LONGEST_NAME = 255  # bytes of a folder's name, as most file systems have it
 
 # What a preset sets; every value can still be overridden. `quick` is sized for 2 CPU cores and under 5 minutes,
 # `paper` for the settings seen in the authors' notebook (shared description: batch 10, 64 x 64, 50 epochs, seed 48).
@@ -148,7 +150,10 @@ class Config:
             given = ",".join(self.stages)
             raise UserError(f"stages: expected some of {', '.join(STAGES)}, in this order, got {given!r}")
         if self.name is not None and (self.name in ("", ".", "..") or set(self.name) & set("/\\\0")):
-            raise UserError(f"name: expected a plain folder name, got {self.name!r}")
+            raise UserError(f"name: expected a plain folder name, got {shown(self.name)}")
+        size = len((self.name or "").encode("utf-8", "surrogatepass"))
+        if size > LONGEST_NAME:
+            raise UserError(f"name: expected at most {LONGEST_NAME} bytes, got {size}: {shown(self.name)}")
 
     def epochs(self, stage: str) -> int:
         """Epochs at most of a stage."""
@@ -176,7 +181,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     name, (kind, optional), limits = field.name, base_type(field.name), field.metadata
     if value is None and optional:
         return None
-    wrong = UserError(f"{name}: expected {_wanted(kind, limits)}, got {_shown(value)}")
+    wrong = UserError(f"{name}: expected {_wanted(kind, limits)}, got {shown(value)}")
     if kind is tuple:
         value = value.split(",") if isinstance(value, str) else value
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
@@ -208,7 +213,7 @@ def _number(value: Any, kind: type) -> int | float | None:
         return None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """``value`` for a message, whatever a file held."""
     try:
         text = repr(value)
@@ -233,6 +238,27 @@ def _wanted(kind: type, limits: Mapping[str, Any]) -> str:
     return " ".join([text, " and ".join(bounds)]).strip()
 
 
+@functools.cache
+def _loader() -> type:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """PyYAML's safe one lets the last of equal keys win; this one refuses them, as YAML itself does."""
+
+        def compose_mapping_node(self, anchor: Any) -> Any:  # before merged keys (<<) come in, which may be equal
+            node = super().compose_mapping_node(anchor)
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if (key.tag, key.value) in seen:
+                        problem = f"key {shown(key.value)} is given twice"
+                        raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                    seen.add((key.tag, key.value))
+            return node
+
+    return Loader
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, {} for an empty one. Raises UserError for anything else."""
     import yaml
@@ -242,7 +268,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             text = file.read(LARGEST_FILE + 1)
         if len(text) > LARGEST_FILE:
             raise UserError(f"config {path}: larger than {LARGEST_FILE >> 10} KiB, which no settings need")
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _loader())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
     except RecursionError:
@@ -261,7 +287,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     values = read_yaml(path)
     unknown = [key for key in values if key not in FIELDS]
     if unknown:
-        raise UserError(f"config {path}: unknown setting {_shown(unknown[0])}; settings are {', '.join(FIELDS)}")
+        raise UserError(f"config {path}: unknown setting {shown(unknown[0])}; settings are {', '.join(FIELDS)}")
     return values
 
 
@@ -270,5 +296,5 @@ def load_config(flags: Mapping[str, Any], file: str | Path | None = None) -> Con
     given = {**(read_file(file) if file is not None else {}), **flags}
     preset = given.get("preset", Config.preset)
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {_shown(preset)}")
+        raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {shown(preset)}")
     return Config(**{**PRESETS[preset], **given})

@@ -305,7 +305,7 @@ def layers_over_time(path: Path, epochs: Sequence[dict[str, Any]], loss: str) ->
         shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(layers), 1)))
         named = {round(place) for place in np.linspace(0, len(layers) - 1, min(len(layers), _LEGEND))}
         for axis, ((part, prefix), title) in zip(axes, parts.items(), strict=True):
-            for place, (name, shade) in enumerate(zip(layers, shades, strict=True)):
+            for place, (name, shade) in enumerate(zip(layers, shades, strict=False)):
                 known = [r for r in epochs if prefix + name in r[part]]  # greedy: in the layer's own epochs
                 curve = [r[part][prefix + name] for r in known]
                 label = _shown(name) if place in named else None

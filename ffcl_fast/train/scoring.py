@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .batches import derive_seed, scaled
 from .checkpoint import Checkpoints, load_weights, write_text
-from .config import Config, load_config
+from .config import Config, load_config, shown
 from .data import Data, Split, prepare
 from .errors import UserError
 from .model import Classifier, build
@@ -20,6 +20,7 @@ from .parallel import device_for
 from .stages import EVALUATION_BATCH
 
 METRICS = "metrics.json"
+SCORES = ("accuracy", "macro_f1", "precision", "recall", "auc")
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 EMBEDDED = 1000  # test images at most in the picture of embeddings: t-SNE takes seconds for so many
@@ -74,19 +75,85 @@ def scores(probability: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
+_NUMBER = int | float
+_KINDS = {
+    dict: "a mapping",
+    list: "a list",
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    _NUMBER: "a number",
+}
+_READ = {
+    "own_backbone": bool,
+    "backbone": str,
+    "parameters": int,
+    "seconds": _NUMBER,
+    "data": dict,
+    "versions": dict,
+    "machine": dict,
+    "stages": dict,
+}
+
+
+def _part(holder: dict[str, Any], name: str, kind: Any, where: str = "") -> Any:
+    """``holder[name]``, which must be a ``kind``; ValueError that names it, after ``where``, and says what is wrong."""
+    if name not in holder:
+        raise ValueError(f"{where}{name} is missing")
+    value = holder[name]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where}{name}: expected {_KINDS[kind]}, got {shown(value)}")
+    if kind == _NUMBER:
+        float(value)  # OverflowError of a whole number that no float can hold
+    return value
+
+
+def _check(metrics: dict[str, Any]) -> None:
+    """ValueError that says what a finished run's metrics lack of what is read from them."""
+    for name, kind in _READ.items():
+        _part(metrics, name, kind)
+    _part(metrics["data"], "classes", list, "data.")
+    for name in metrics["stages"]:
+        where = f"stages.{name}."
+        stage = _part(metrics["stages"], name, dict, "stages.")
+        epochs = _part(stage, "epochs", list, where)
+        best = _part(stage, "best_epoch", int, where)
+        if not 1 <= best <= len(epochs):
+            raise ValueError(f"{where}best_epoch: expected one of its {len(epochs)} epochs, got {shown(best)}")
+        for number, record in enumerate(epochs, 1):
+            inside = f"{where}epochs, number {number}: "
+            if not isinstance(record, dict):
+                raise ValueError(f"{inside}expected a mapping, got {shown(record)}")
+            _part(record, "epoch", _NUMBER, inside)
+            for part in ("train", "val"):
+                for key in _part(record, part, dict, inside):
+                    _part(record[part], key, _NUMBER, f"{inside}{part}.")
+    if "downstream" in metrics["stages"]:
+        test = _part(metrics, "test", dict)
+        for name in SCORES:
+            _part(test, name, _NUMBER, "test.")
+
+
 def finished(directory: Path) -> dict[str, Any]:
-    """``metrics.json`` of a finished run. Raises UserError where there is no such run or it is not finished."""
+    """``metrics.json`` of a finished run that classifies, with all that is read from it in its place. Raises UserError
+    where there is no such run, it is not finished, or the file is damaged."""
     if not directory.is_dir():
         raise UserError(f"run {directory}: no such folder")
     try:
         metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
-        status = metrics["status"]
+        if not isinstance(metrics, dict):
+            raise ValueError(f"expected a mapping, got {shown(metrics)}")
+        status = _part(metrics, "status", str)
+        if status == "finished":
+            _check(metrics)
     except FileNotFoundError:
         raise UserError(f"run {directory}: has no {METRICS}, so it is not a run of ffcl train") from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"run {directory}: {METRICS} is damaged ({error})") from None
     if status != "finished":
         raise UserError(f"run {directory}: not finished; go on with: ffcl train --resume {directory}")
+    if "downstream" not in metrics["stages"]:
+        raise UserError(f"run {directory}: has no downstream stage, so nothing that classifies")
     return metrics
 
 
@@ -115,8 +182,6 @@ def evaluate(
     metrics = finished(directory)
     if metrics["own_backbone"] and backbone is None:
         raise UserError(f"run {directory}: its backbone was a module of the caller's; use ffcl_fast.train.evaluate")
-    if "test" not in metrics:
-        raise UserError(f"run {directory}: has no downstream stage, so nothing that classifies")
     config = load_config(flags or {}, directory / CONFIG)
     device = device_for(config)
     data = prepare(config, progress)
