@@ -141,10 +141,11 @@ def device_line(results: Results, measured: str = "measured ") -> str:
     commits = sorted({s["commit"] for s in stamps})
     when = sorted(s["when"] for s in stamps)
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "triton")
-    return (
-        f"{device['name']}, {device['threads']} threads, kernels compiled for {device['isa']}; {packages}; {measured}"
-        f"{when[0][:10]}{'' if when[0][:10] == when[-1][:10] else ' to ' + when[-1][:10]} at {', '.join(commits)}."
-    )
+    line = f"{device['name']}, {device['threads']} threads, kernels compiled for {device['isa']}; {packages}; "
+    if not when:
+        return f"{line}nothing measured."
+    span = f"{when[0][:10]}{'' if when[0][:10] == when[-1][:10] else ' to ' + when[-1][:10]}"
+    return f"{line}{measured}{span} at {', '.join(commits)}."
 
 
 def full_report(all_results: list[Results]) -> str:
@@ -236,7 +237,8 @@ def readme_block(all_results: list[Results]) -> str:
         found = verdicts(results)
         met = sum(verdict.state == MET for _, verdict in found)
         count = f"**{met} of {len(found)} CPU bars met**, speeds and sizes that this project set itself."
-        parts += [*images, f"{count} Measured on {device_line(results, measured='')}", "\n".join(_unmet(found))]
+        unmet = [*_unmet(found), _slower(results)]
+        parts += [*images, f"{count} Measured on {device_line(results, measured='')}", "\n".join(unmet)]
         parts += [*_folded("Every CPU bar", bars_table(results))]
     parts += _folded("The kernels that a GPU has run, and the GPU bars", gpu_table(all_results))
     return "\n\n".join(parts)
@@ -250,6 +252,18 @@ def _unmet(found: list[tuple[bars.Bar, Verdict]]) -> list[str]:
         for bar, verdict in found
         if verdict.state == state
     ]
+
+
+def _slower(results: Results) -> str:
+    """A line on every stored comparison, in a bar or not, in which a rival is faster than our CPU kernels."""
+    compared = [r for r in results["records"] if r["kind"] == "rival" and "over_ours" in r.get("time", {})]
+    lost = sorted((r for r in compared if r["time"]["over_ours"] < 1), key=lambda r: r["time"]["over_ours"])
+    named = "; ".join(
+        f"{FAMILIES[r['family']].title if r['family'] in FAMILIES else r['family']}, {bars.size(r)}: {r['provider']}"
+        f" ({r['time']['over_ours']:.2f} x)"
+        for r in lost
+    )
+    return f"- rivals are faster in {len(lost) or 'none'} of {len(compared)} comparisons{': ' + named if lost else ''}"
 
 
 def _folded(summary: str, body: str) -> list[str]:

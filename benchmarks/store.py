@@ -15,6 +15,30 @@ _SCHEMA = 1
 
 Record = dict[str, Any]
 
+# What the reports read without asking: names, and the types that each may have.
+_NUMBER = (int, float)
+_OPTIONAL = (int, float, type(None))
+_DEVICE = {"slug": (str,), "kind": (str,), "name": (str,), "isa": (str,), "threads": (int,), "flags": (list,)}
+_RECORD = {"workload": (str,), "family": (str,), "shape": (list,), "provider": (str,), "kind": (str,)}
+_STAMP = {"when": (str,), "commit": (str,)}
+_MEASURED = {
+    "time": {
+        "seconds": _NUMBER,
+        "forward_seconds": _NUMBER,
+        "tflops": _OPTIONAL,
+        "peak_bytes": _OPTIONAL,
+        "rel_error": _OPTIONAL,
+        "deterministic": (bool, type(None)),
+        "fraction_of_ceiling": _OPTIONAL,
+    },
+    "memory": {"peak_bytes": _NUMBER, "input_bytes": _NUMBER, "gradient_bytes": _NUMBER},
+}
+_RATIO = {"over_ours": _NUMBER, "over_ours_quartiles": (list,), "rounds": (int,)}
+_TRAINER = {"batch": (int,), "pixels": (int,), "backbone": (str,), "steps": (dict,)}
+_STEP = {"time": {"images_per_second": _NUMBER}, "memory": {"peak_bytes": _NUMBER}}
+_SPEEDUP = {"over": (str,), "speedup": _NUMBER, "speedup_quartiles": (list,), "loss_difference": _NUMBER,
+            "rounds": (int,)}  # fmt: skip
+
 
 def stamp() -> dict[str, str]:
     """When, on what and from which sources something was measured."""
@@ -50,14 +74,49 @@ def merge(
 
 
 def load(path: Path) -> dict[str, Any]:
-    """One device's measurements. Raises ValueError naming the file where it is no such thing."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    """One device's measurements. Raises ValueError naming the file, and the record, where it is no such thing."""
+    found = _json(path)
     if not isinstance(found, dict) or found.get("schema") != _SCHEMA:
         raise ValueError(f"{path} is no results file of schema {_SCHEMA}")
+    _require(f"{path}", found, {"device": (dict,), "versions": (dict,), "records": (list,)})
+    _require(f"{path}: device", found["device"], _DEVICE)
+    if found["device"]["kind"] not in ("cpu", "gpu"):
+        raise ValueError(f"{path}: device: kind must be cpu or gpu; got {found['device']['kind']!r}")
+    for number, record in enumerate(found["records"]):
+        _check_record(f"{path}: record {number}", record)
     return found
+
+
+def _check_record(where: str, record: Any) -> None:
+    _require(where, record, _RECORD)
+    where += f" ({record['workload']}, {record['provider']})"
+    if not record["shape"] or not all(isinstance(n, int) for n in record["shape"]):
+        raise ValueError(f"{where}: shape must be a list of integers; got {record['shape']!r}")
+    for part, fields in _MEASURED.items():
+        if part in record:
+            _require(f"{where}: {part}", record[part], _STAMP)
+            _require(f"{where}: {part}", record[part], {"problem": (str,)} if "problem" in record[part] else fields)
+    if "over_ours" in record.get("time", {}):
+        _require(f"{where}: time", record["time"], _RATIO)
+
+
+def _require(where: str, found: Any, fields: dict[str, tuple[type, ...]]) -> None:
+    """Raise ValueError where ``found`` is not an object that has ``fields``, each of one of its types."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} must be an object; got {found!r:.60}")
+    for name, types in fields.items():
+        if name not in found:
+            raise ValueError(f"{where} has no {name!r}")
+        if not isinstance(found[name], types):
+            expected = " or ".join(t.__name__ for t in types)
+            raise ValueError(f"{where}: {name} must be {expected}; got {found[name]!r:.60}")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 def _trainer(path: Path) -> dict[str, Any]:
@@ -65,10 +124,16 @@ def _trainer(path: Path) -> dict[str, Any]:
     beside = path.parent / "trainer" / path.name
     if not beside.exists():
         return {}
-    try:
-        return {"trainer": json.loads(beside.read_text(encoding="utf-8"))}
-    except ValueError as error:
-        raise ValueError(f"{beside} is not valid JSON: {error}") from None
+    found = _json(beside)
+    _require(f"{beside}", found, _TRAINER)
+    for name, step in found["steps"].items():
+        _require(f"{beside}: {name}", step, {})
+        for part, fields in _STEP.items():
+            if part in step:
+                _require(f"{beside}: {name}: {part}", step[part], fields)
+        if {"over", "speedup"} & step.get("time", {}).keys():
+            _require(f"{beside}: {name}: time", step["time"], _SPEEDUP)
+    return {"trainer": found}
 
 
 def load_all(folder: Path) -> list[dict[str, Any]]:

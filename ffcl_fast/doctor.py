@@ -29,6 +29,7 @@ from . import __version__, backends, functional
 from .backends import native
 
 _ROWS, _WIDTH = 261, 96  # no multiple of any block
+_INTERPRETED_ROWS = 37  # likewise; Triton's interpreter takes seconds for what a GPU does in microseconds
 _REPEATS = 3
 # how the environment variables begin that change what runs, or how fast
 _SETTINGS = (
@@ -71,7 +72,7 @@ def _check_pool(x: dict[str, Tensor], backend: str) -> Tensor:
 
 
 def _check_many(x: dict[str, Tensor], backend: str) -> Tensor:
-    layers = [x["q"], x["k"][:100]]
+    layers = [x["q"], x["k"][: len(x["k"]) // 2]]
     return torch.cat(functional.goodness_many(layers, "mean_squares", backend=backend)).sum()
 
 
@@ -121,7 +122,10 @@ def examine() -> dict[str, Any]:
 
 def _choice(op: str, x: Tensor) -> dict[str, str]:
     """What ``"auto"`` runs for tensors like ``x`` on this machine, and why."""
-    backend, reason = backends._auto(op, x)
+    try:
+        backend, reason = backends._auto(op, x)
+    except Exception as error:  # its choice does not load: the checks tell of that, and of what works instead
+        return {"backend": "none", "reason": _told(error)}
     if backend == "cpu" and native.module is None:
         reason += f"; in plain PyTorch over row panels: {native.problem}"
     return {"backend": backend, "reason": reason}
@@ -221,9 +225,14 @@ def _memory() -> str:
 
 def _inputs(device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(_ROWS, _WIDTH, generator=random).to(device, dtype) for _ in range(2))
-    target = torch.randint(0, 2, (_ROWS,), generator=random).mul(2).sub(1).to(device)
+    rows = _INTERPRETED_ROWS if _interpreted() else _ROWS
+    q, k = (torch.randn(rows, _WIDTH, generator=random).to(device, dtype) for _ in range(2))
+    target = torch.randint(0, 2, (rows,), generator=random).mul(2).sub(1).to(device)
     return {"q": q, "k": k, "target": target}
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _run(function: Callable, inputs: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,6 +266,9 @@ def _check(op: str, function: Callable, inputs: dict[str, Tensor]) -> list[dict[
             problem = backends.load(backend).unavailable(op, inputs["q"])
         except (ImportError, RuntimeError) as error:
             problem = str(error)
+        except Exception as error:  # there, and broken
+            rows.append({"backend": backend, **_failed(error)})
+            continue
         if problem:
             rows.append({"backend": backend, "verdict": "unavailable", "reason": problem})
             continue
@@ -300,7 +312,7 @@ def _measured(
 
 def _milliseconds(function: Callable, inputs: dict[str, Tensor], backend: str, device: str) -> float:
     times = []
-    for _ in range(_REPEATS):
+    for _ in range(1 if _interpreted() else _REPEATS):
         began = time.perf_counter()
         _run(function, inputs, backend)
         if device == "cuda":

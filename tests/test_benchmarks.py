@@ -184,6 +184,26 @@ def _results(**times) -> dict:
     return {"schema": 1, "device": {"kind": "cpu", "flags": [], "name": "a CPU"}, "records": records}
 
 
+def _record(workload: str, provider: str, **parts) -> dict:
+    """A record with all that a stored one has to have; ``parts`` are its measurements, or change the rest of it."""
+    needed = {
+        "time": {"seconds": 1.0, "forward_seconds": 0.5, "tflops": 1.0, "peak_bytes": 1, "rel_error": 1e-7,
+                 "deterministic": True, "fraction_of_ceiling": 0.5},
+        "memory": {"peak_bytes": 1, "input_bytes": 1, "gradient_bytes": 1},
+    }  # fmt: skip
+    stamp = {"commit": "abc", "when": "2026-01-01T00:00Z"}
+    family, _, shape = workload.partition("-")
+    record = {
+        "workload": workload,
+        "provider": provider,
+        "family": family,
+        "units": 4,
+        "shape": [int(n) for n in shape.split("x")],
+        "kind": "ours" if provider == "cpu" else "rival",
+    }
+    return record | {name: stamp | needed[name] | value if name in needed else value for name, value in parts.items()}
+
+
 def _time(ratio: float) -> dict:
     return {"over_ours": ratio, "over_ours_quartiles": [ratio, ratio], "rounds": 5}
 
@@ -240,19 +260,20 @@ def test_kernels_count_as_unmeasured_until_a_gpu_has_run_them():
 
 
 def test_merging_keeps_what_was_not_measured_anew(tmp_path):
-    record = {"workload": "w", "provider": "p", "time": {"seconds": 1.0}}
-    path = store.merge(tmp_path, [record, {"workload": "v", "provider": "p", "time": {"seconds": 2.0}}])
-    store.merge(tmp_path, [{"workload": "w", "provider": "p", "memory": {"peak_bytes": 3}}])
+    one, other = _record("w-1", "p", time={"seconds": 1.0}), _record("v-1", "p", time={"seconds": 2.0})
+    path = store.merge(tmp_path, [one, other])
+    anew = _record("w-1", "p", memory={"peak_bytes": 3})
+    store.merge(tmp_path, [anew])
     found = {r["workload"]: r for r in store.load(path)["records"]}
-    assert found["w"] == record | {"memory": {"peak_bytes": 3}} and found["v"]["time"] == {"seconds": 2.0}
+    assert found == {"w-1": one | {"memory": anew["memory"]}, "v-1": other}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_what_another_machine_measured_is_filed_under_its_own_name(tmp_path, capsys):
     """A GPU's results file, and gpu.json of tools.gpu_measure, merged on a machine that has no GPU."""
-    own = store.merge(tmp_path / "here", [{"workload": "w", "provider": "cpu", "time": {"seconds": 1.0}}])
+    own = store.merge(tmp_path / "here", [_record("w-1", "cpu", time={"seconds": 1.0})])
     gpu = {"slug": "gpu-made-up", "kind": "gpu", "name": "Made up", "isa": "sm_90", "threads": 1, "flags": []}
-    record = {"workload": "clip-64x8", "provider": "triton", "family": "clip", "time": {"seconds": 2.0}}
+    record = _record("clip-64x8", "triton", time={"seconds": 2.0})
     theirs = store.merge(tmp_path / "there", [record], gpu, {"torch": "2.14"})
     assert theirs.name == "gpu-made-up.json"
 
@@ -276,11 +297,11 @@ def test_what_another_machine_measured_is_filed_under_its_own_name(tmp_path, cap
     for path in (theirs, tmp_path / "gpu.json"):
         assert report.main(["--results", str(tmp_path / "here"), "--merge", str(path)]) == 0
     assert sorted(p.name for p in own.parent.iterdir()) == sorted([own.name, "gpu-made-up.json"])
-    assert [r["workload"] for r in store.load(own)["records"]] == ["w"]
+    assert [r["workload"] for r in store.load(own)["records"]] == ["w-1"]
     found = store.load(own.parent / "gpu-made-up.json")
     assert found["device"]["name"] == "Made up" and found["versions"]["torch"] == "2.14"
     times = {(r["workload"], r["provider"]): r["time"] for r in found["records"]}
-    assert len(times) == 7 and times["clip-64x8", "triton"] == {"seconds": 2.0}
+    assert len(times) == 7 and times["clip-64x8", "triton"] == record["time"]
     time = times["clip-65536x512", "triton"]
     assert (time["seconds"], time["forward_seconds"]) == (0.016, 0.004)
     assert (time["device_seconds"], time["forward_device_seconds"]) == (0.008, 0.002)
@@ -309,18 +330,87 @@ def test_a_file_that_is_no_results_file_is_named(tmp_path, text, capsys):
     assert "cpu-x.json" in capsys.readouterr().err
 
 
+_SOUND = {
+    "schema": 1,
+    "device": {"slug": "cpu-x", "kind": "cpu", "name": "x", "isa": "avx2", "threads": 2, "flags": []},
+    "versions": {"torch": "2.14"},
+    "records": [_record("clip-64x8", "open_clip", time=_time(2.0), memory={})],
+}
+
+
+@pytest.mark.parametrize("records", (_SOUND["records"], [], [_record("clip-64x8", "cpu")]))
+def test_a_sound_file_has_its_report_also_where_nothing_was_measured(tmp_path, records, capsys):
+    (tmp_path / "cpu-x.json").write_text(json.dumps(_SOUND | {"records": records}))
+    readme = tmp_path / "README.md"
+    readme.write_text(report.BEGIN + report.END)
+    assert report.main(["--results", str(tmp_path)]) == 0
+    assert ("nothing measured" in capsys.readouterr().out) == ("time" not in str(records))
+    assert report.main(["--results", str(tmp_path), "--check", str(readme)]) == 1
+
+
+@pytest.mark.parametrize(
+    "keys,value,told",
+    (
+        (["device"], None, "has no 'device'"),
+        (["device"], [], "device must be dict; got []"),
+        (["device", "kind"], None, "device has no 'kind'"),
+        (["device", "kind"], "tpu", "device: kind must be cpu or gpu; got 'tpu'"),
+        (["versions"], None, "has no 'versions'"),
+        (["records"], None, "has no 'records'"),
+        (["records"], {}, "records must be list; got {}"),
+        (["records", 0], {}, "record 0 has no 'workload'"),
+        (["records", 0], 7, "record 0 must be an object; got 7"),
+        (["records", 0, "shape"], [], "record 0 (clip-64x8, open_clip): shape must be a list of integers; got []"),
+        (["records", 0, "kind"], None, "record 0 has no 'kind'"),
+        (["records", 0, "time"], {}, "record 0 (clip-64x8, open_clip): time has no 'when'"),
+        (["records", 0, "time", "seconds"], None, "record 0 (clip-64x8, open_clip): time has no 'seconds'"),
+        (["records", 0, "time", "seconds"], "1", "time: seconds must be int or float; got '1'"),
+        (["records", 0, "time", "over_ours_quartiles"], None, "time has no 'over_ours_quartiles'"),
+        (["records", 0, "memory", "peak_bytes"], None, "memory has no 'peak_bytes'"),
+    ),
+)
+def test_what_a_results_file_lacks_is_told_in_one_line(tmp_path, keys, value, told, capsys):
+    """``value``: what stands there instead, None for nothing."""
+    found = json.loads(json.dumps(_SOUND))
+    *way, last = keys
+    inside = found
+    for key in way:
+        inside = inside[key]
+    if value is None:
+        del inside[last]
+    else:
+        inside[last] = value
+    (tmp_path / "cpu-x.json").write_text(json.dumps(found))
+    assert report.main(["--results", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cpu-x.json" in error and told in error
+
+
+def test_every_comparison_that_a_rival_wins_is_in_the_readme_block():
+    won = [
+        _record("siglip-512x512", "open_clip", time=_time(0.87)),
+        _record("goodness_normalize-65536x512", "eager, compiled", time=_time(0.27)),
+    ]
+    others = [
+        _record("clip-512x512", "open_clip", time=_time(1.0)),
+        _record("clip-512x512", "open_clip, compiled", time={"problem": "not installed"}),
+        _record("clip-512x512", "product", kind="ceiling", time=_time(0.5)),
+        _record("clip-512x512", "cpu-bf16", kind="ours", time=_time(0.5)),
+    ]
+    told = (
+        "- rivals are faster in 2 of 3 comparisons: ReLU + goodness + normalise, 65536 x 512: eager, compiled (0.27 x);"
+        " SigLIP, learnable scale and bias, 512 x 512: open_clip (0.87 x)"
+    )
+    assert told in report.readme_block([_SOUND | {"records": won + others}, _gpu()]).splitlines()
+    block = report.readme_block([_SOUND | {"records": others}]).splitlines()
+    assert "- rivals are faster in none of 1 comparisons" in block
+
+
 def test_readme_block_is_written_and_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "_ROOT", tmp_path)
     monkeypatch.setattr(report, "IMAGES", tmp_path / "images")
-    records = [
-        {"workload": CLIP.name + "-8192x128", "provider": "open_clip", "family": "clip", "shape": [8192, 128],
-         "kind": "rival", "time": {**_time(4.0), "commit": "abc", "when": "2026-01-01T00:00Z"}}
-    ]  # fmt: skip
-    records += [
-        {"workload": f"nt_xent-{n}x128", "provider": "cpu", "family": "nt_xent", "shape": [n, 128], "kind": "ours",
-         "time": {"seconds": n / 1e5, "commit": "abc", "when": "2026-01-01T00:00Z"}}
-        for n in (256, 512, 1024)
-    ]  # fmt: skip
+    records = [_record(CLIP.name + "-8192x128", "open_clip", time=_time(4.0))]
+    records += [_record(f"nt_xent-{n}x128", "cpu", time={"seconds": n / 1e5}) for n in (256, 512, 1024)]
     path = store.merge(tmp_path / "results", records)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
@@ -496,9 +586,12 @@ def test_verdicts_on_the_trainer_and_its_tables(tmp_path, speedup, local, states
     unequal["trainer"]["steps"]["ours, leaf modules, channels last"]["time"]["loss_difference"] = 0.1
     assert bars.CPU[-2].check(unequal).state == bars.MISSED
     assert bars.CPU[-2].check(_results()).state == bars.CPU[-1].check(_results()).state == bars.NOT_MEASURED
-    (tmp_path / "trainer" / path.name).write_text("{")
-    with pytest.raises(ValueError, match="trainer"):
-        store.load_all(tmp_path)
+    lacking = _trainer(speedup, local)
+    del lacking["steps"]["ours, leaf modules"]["time"]["loss_difference"]
+    for text, told in (("{", "JSON"), ("{}", "has no 'batch'"), (json.dumps(lacking), "has no 'loss_difference'")):
+        (tmp_path / "trainer" / path.name).write_text(text)
+        with pytest.raises(ValueError, match=f"trainer.*{told}"):
+            store.load_all(tmp_path)
 
 
 def test_ablations_in_the_documentation_are_checked_against_the_runs(tmp_path, monkeypatch, capsys):

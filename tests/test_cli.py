@@ -245,6 +245,38 @@ def test_doctor_goes_on_where_a_backend_raises(capsys, monkeypatch):
     assert "pair_cosine          cpu   float32   panels " in out
 
 
+@pytest.mark.parametrize("name", ("triton", "cpu"))
+def test_doctor_goes_on_where_a_backend_does_not_load(capsys, monkeypatch, name):
+    """Also where it is the one that "auto" would take."""
+    from ffcl_fast import backends
+
+    real = backends.load
+
+    def load(asked):
+        if asked == name:
+            raise AttributeError("module 'triton' has no attribute 'jit'")
+        return real(asked)
+
+    monkeypatch.setattr(backends, "load", load)
+    code, out, _ = run(capsys, "doctor", "--json")
+    findings = json.loads(out)
+    failed = {(c["backend"], c["reason"]) for c in findings["checks"] if c["verdict"] == "FAILED"}
+    told = "AttributeError: module 'triton' has no attribute 'jit'"
+    assert code == 1 and failed == {(name, told)}
+    assert {c["backend"] for c in findings["checks"] if c["verdict"] == "ok"} >= {"panels", "reference"}
+    picks = {(c["backend"], c["reason"]) for c in findings["choices"] if c["device"] == "cpu"}
+    assert picks == {("none", told)} if name == "cpu" else {backend for backend, _ in picks} == {"cpu"}
+
+
+def test_doctor_takes_few_rows_under_triton_s_interpreter(monkeypatch):
+    from ffcl_fast import doctor
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert doctor._inputs("cpu", torch.float32)["q"].shape == (doctor._INTERPRETED_ROWS, doctor._WIDTH)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert doctor._inputs("cpu", torch.float32)["q"].shape == (doctor._ROWS, doctor._WIDTH)
+
+
 def test_doctor_reports_other_bits(capsys, monkeypatch):
     from ffcl_fast.backends import panels
 
