@@ -627,3 +627,11 @@ def test_ablations_in_the_documentation_are_checked_against_the_runs(tmp_path, m
         assert ablation_report.main(["--check", str(page)]) == 2
     (tmp_path / "runs" / "broken.json").write_text('{"rows": []}')
     assert ablation_report.main(["--check", str(page)]) == 2 and "broken.json" in capsys.readouterr().err
+
+
+def test_the_documentation_reads_records_without_the_tests_packages():
+    """The environment of `make docs` has the extras of training and of the documentation alone."""
+    absent = "pytest", "hypothesis", "lightly", "open_clip", "info_nce", "pytorch_metric_learning"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent}))\nfrom benchmarks import plots, report, store"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
