@@ -6,7 +6,7 @@ import pytest
 import torch
 from train_cases import TinyNet, tiny
 
-from ffcl_fast.functional import goodness, goodness_loss, info_nce, nt_xent, sup_con
+from ffcl_fast.functional import clip, goodness, goodness_loss, info_nce, nt_xent, siglip, sup_con
 from ffcl_fast.train import config as settings
 from ffcl_fast.train.batches import Views, augmentation, scaled
 from ffcl_fast.train.data import Split
@@ -89,7 +89,10 @@ def test_contrastive_losses_are_those_of_pooled_activations(tmp_path, rng):
         "info_nce": info_nce(p1, p2, temperature=0.3),
         "nt_xent": nt_xent(p1, p2, temperature=0.3),
         "sup_con": sup_con(unit, labels, temperature=0.3),
+        "clip": clip(*unit.unbind(1), 1 / 0.3),
+        "siglip": siglip(*unit.unbind(1), 1 / 0.3, -10.0),
     }
+    assert expected.keys() == set(settings.CONTRASTIVE)
     for name, value in expected.items():
         got = objective(name, tiny(tmp_path, temperature=0.3))
         assert got.items == "views"

@@ -97,7 +97,18 @@ def test_the_gradients_of_a_step_are_those_of_one_process(tmp_path):
             )
 
 
-GRADIENTS = ("pair_cosine", "info_nce", "nt_xent", "sup_con", "mean_squares", "focal", "weighted", "weighted, three")
+GRADIENTS = (
+    "pair_cosine",
+    "info_nce",
+    "nt_xent",
+    "sup_con",
+    "clip",
+    "siglip",
+    "mean_squares",
+    "focal",
+    "weighted",
+    "weighted, three",
+)
 
 
 def gradients(case: str, seed: int, rows: slice) -> dict[str, torch.Tensor]:

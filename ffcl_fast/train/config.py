@@ -19,7 +19,8 @@ from typing import Any
 from .errors import UserError
 
 STAGES = ("local", "global", "downstream")
-CONTRASTIVE = ("info_nce", "nt_xent", "sup_con")  # these compare two views of each sample with the rest of the batch
+# These compare two views of each sample with the rest of the batch.
+CONTRASTIVE = ("info_nce", "nt_xent", "sup_con", "clip", "siglip")
 GOODNESS = ("sum_squares", "mean_squares")
 OBJECTIVES = ("logistic", "silu", "symba", "two_threshold")  # ffcl_fast.functional.OBJECTIVES, which needs torch
 
@@ -98,7 +99,7 @@ class Config:
         None, "threshold of a goodness; default 2 for the mean, the layer's size for the sum of squares"
     )
     temperature: float | None = _option(
-        None, "of a contrastive loss; default 0.1 info_nce, 0.5 nt_xent, 0.07 sup_con", above=0.0
+        None, "of a contrastive loss; default 0.1 info_nce and siglip, 0.5 nt_xent, 0.07 sup_con and clip", above=0.0
     )
     view_augment: str = _option(
         "crops",

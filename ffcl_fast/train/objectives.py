@@ -9,17 +9,37 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from ffcl_fast.functional import pool_goodness
+from ffcl_fast.functional import clip, pool_goodness, siglip
 from ffcl_fast.functional.pair_cosine import pair_cosine_gradient
 from ffcl_fast.losses import GoodnessLoss, InfoNCELoss, LayerwiseLoss, NTXentLoss, PairCosineLoss, SupConLoss
 
 from . import parallel
 from .config import CONTRASTIVE, GOODNESS, Config
 
+SIGLIP_BIAS = -10.0
+
+
+def _clip(temperature: float = 0.07) -> Callable[[Tensor, Tensor], Tensor]:
+    """CLIP's loss of pooled views, its scale held at what CLIP's training begins with (Radford et al. 2021)."""
+    return lambda x, y: clip(F.normalize(x, dim=1), F.normalize(y, dim=1), 1 / temperature)
+
+
+def _siglip(temperature: float = 0.1) -> Callable[[Tensor, Tensor], Tensor]:
+    """The sigmoid loss of pooled views, scale and bias held at SigLIP's first values (Zhai et al. 2023)."""
+    return lambda x, y: siglip(F.normalize(x, dim=1), F.normalize(y, dim=1), 1 / temperature, SIGLIP_BIAS)
+
+
 # The copied libraries' own temperatures are the losses' defaults.
-_CONTRASTIVE: dict[str, Callable[..., Any]] = {"info_nce": InfoNCELoss, "nt_xent": NTXentLoss, "sup_con": SupConLoss}
+_CONTRASTIVE: dict[str, Callable[..., Any]] = {
+    "info_nce": InfoNCELoss,
+    "nt_xent": NTXentLoss,
+    "sup_con": SupConLoss,
+    "clip": _clip,
+    "siglip": _siglip,
+}
 
 
 @dataclass(frozen=True)
