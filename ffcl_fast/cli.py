@@ -238,10 +238,11 @@ def _evaluate(flags: dict[str, Any]) -> int:
     from .train.scoring import evaluate
 
     run = flags.pop("run")
-    result = evaluate(run, flags)
-    test = result["test"]
-    print(f"{run}: accuracy {100 * test['accuracy']:.2f} % on {result['images']} test images, {_rest(test)}")
-    for picture in result["pictures"]:
+
+    def told(test: dict[str, float], images: int) -> None:
+        _say(f"{run}: accuracy {100 * test['accuracy']:.2f} % on {images} test images, {_rest(test)}")
+
+    for picture in evaluate(run, flags, on_scores=told)["pictures"]:
         print(picture)
     return 0
 

@@ -42,9 +42,14 @@ def test_train_says_how_well_and_where(tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_evaluate_repeats_the_test_metrics_and_draws(trained, capsys):
+def test_evaluate_repeats_the_test_metrics_and_draws(trained, capsys, monkeypatch):
+    from ffcl_fast.train import report
+
+    told = []
+    draw = report.roc
+    monkeypatch.setattr(report, "roc", lambda *a: (told.append(capsys.readouterr().out), draw(*a)))
     code, out, _ = run(capsys, "evaluate", str(trained))
-    assert code == 0
+    assert code == 0 and "accuracy" in told[0], "the metrics do not wait for the pictures"
     for name in ("confusion_matrix.png", "roc.png", "layers.png", "embeddings.png"):
         assert str(trained / name) in out and (trained / name).read_bytes().startswith(b"\x89PNG")
     stored = json.loads((trained / "metrics.json").read_text())["test"]

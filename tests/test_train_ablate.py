@@ -235,6 +235,13 @@ def test_sound_metrics_are_those_of_a_run_that_is_done(stored_run, capsys):
     assert found["rows"][0]["runs"][0]["stages"]["local"] == {"best_epoch": 1, "epochs": 1, "val": EPOCH["val"]}
 
 
+def test_a_dry_run_looks_whether_the_data_is_there(stored_run, tmp_path, capsys):
+    arguments, _ = stored_run
+    assert cli.main([*arguments, "--seeds", "0,1", "--data", str(tmp_path / "no.tar"), "--dry-run"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1 and "data" in err and "no.tar" in err
+
+
 def test_flags_win_over_the_file(tmp_path):
     values = {"seeds": [1], "settings": {"lr": 0.1, "batch_size": 8}, "rows": [{"name": "a"}]}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))

@@ -72,6 +72,21 @@ def test_learning_curves_say_which_losses_and_fit_the_page(tmp_path, figures, st
         assert axis.get_ylim()[0] < -0.9  # losses below 0 are seen
 
 
+@pytest.mark.parametrize("pairs", ["uniform", "balanced"])
+def test_the_pair_cosine_of_a_constant_network_is_drawn(tmp_path, figures, pairs):
+    config = {"seed": 0, "local_loss": "pair_cosine", "global_loss": "sup_con", "pairs": pairs, "margin": 0.25}
+    metrics = {"data": {"name": "d", "images": {"train": [30, 10]}}, "backbone": "b", "config": config}
+    stages = ["local", "global"]
+    progress = Progress("global", 1, {s: history(s, 3) for s in stages}, dict.fromkeys(stages, 1))
+    report.learning_curves(tmp_path / "curves.png", metrics, progress)
+    (figure,) = figures
+    assert_whole(figure)
+    legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in figure.axes]
+    different = {"uniform": 2 * 0.75 * 0.25, "balanced": 0.5}[pairs]
+    assert f"a constant network: {different * 0.75:.2f}" in legends[0]
+    assert not any("constant" in text for text in legends[1])
+
+
 def test_a_loss_that_falls_through_decades_has_plain_numbers_beside_it(tmp_path, figures):
     metrics = {"data": {"name": "x$y$z"}, "backbone": "b", "config": {"seed": 0}, "test": {"accuracy": 0.5, "auc": 0.5}}
     report.learning_curves(

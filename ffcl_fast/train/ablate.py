@@ -30,7 +30,7 @@ import torch
 
 from .checkpoint import write_text
 from .config import FIELDS, Config, load_config, read_yaml, shown
-from .data import Data, prepare
+from .data import Data, kind_of, prepare
 from .errors import Interrupted, UserError
 from .model import check_backbone
 from .parallel import device_for
@@ -175,7 +175,8 @@ def ablate(
 def listing(plan: Plan, out: str | Path) -> list[str]:
     """What :func:`ablate` would run: a line a run, with the time that it took so far, and one on them all.
 
-    Raises UserError for a run in ``out`` that has other settings or damaged metrics. Reads no data and writes nothing.
+    Raises UserError for a run in ``out`` that has other settings or damaged metrics, and where the data of one that is
+    to run does not exist. Reads no data and writes nothing.
     """
     lines, to_run = [], []
     took: dict[str, list[float]] = {}  # settings apart from the seed -> seconds of its finished runs
@@ -187,6 +188,7 @@ def listing(plan: Plan, out: str | Path) -> list[str]:
             took.setdefault(row, []).append(seconds)
             state = f"done in {seconds:.0f} s"
         else:
+            kind_of(config.data)
             to_run.append((row, seconds))
             state = f"begun, {seconds:.0f} s so far" if (directory / CONFIG).is_file() else "to run"
         lines.append(f"{title}: {state}")

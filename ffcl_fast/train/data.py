@@ -69,15 +69,33 @@ def prepare(config: Config, progress: Callable | None = None) -> Data:
     """
     from . import folder, sources
 
-    name = config.data
+    name, kind = config.data, kind_of(config.data)
     if name is None:
         note = "no --data given: training on scikit-learn's embedded digits (nothing to download)"
         data = sources.digits(config, (note,))
-    elif name == "digits":
+    elif kind == "digits":
         data = sources.digits(config)
-    elif sources.is_medmnist(name):
+    elif kind == "medmnist":
         data = sources.medmnist_data(config, name)
-    elif name.endswith(".npz") and os.path.isfile(name):
+    else:
+        data = folder.load(config, Path(name), progress)
+    for part in ("train", "val", "test"):
+        present = torch.bincount(getattr(data, part).labels, minlength=len(data.classes))
+        missing = [c for c, n in zip(data.classes, present.tolist(), strict=True) if n == 0]
+        if missing:
+            raise UserError(f"data {data.name}: no image of class {missing[0]!r} in {part}")
+    return data
+
+
+def kind_of(name: str | None) -> str:
+    """``digits``, ``medmnist`` or ``path``: what the setting ``data`` names. Raises UserError where that is nothing."""
+    from . import sources
+
+    if name in (None, "digits"):
+        return "digits"
+    if sources.is_medmnist(name):
+        return "medmnist"
+    if name.endswith(".npz") and os.path.isfile(name):
         place, file = os.path.split(name)
         if sources.is_medmnist(file[:-4]):
             raise UserError(f"data {name}: give MedMNIST's by name: --data {file[:-4]} --data-dir {place or '.'}")
@@ -85,16 +103,9 @@ def prepare(config: Config, progress: Callable | None = None) -> Data:
             f"data {name}: .npz files are MedMNIST's, under their own names (pneumoniamnist.npz, ...); rename it, then"
             f" give --data NAME --data-dir {place or '.'}, or give a folder or .tar of images"
         )
-    elif os.path.exists(name):
-        data = folder.load(config, Path(name), progress)
-    else:
-        raise UserError(f"data {name!r}: no such file or folder, nor digits, nor a MedMNIST name (pneumoniamnist, ...)")
-    for part in ("train", "val", "test"):
-        present = torch.bincount(getattr(data, part).labels, minlength=len(data.classes))
-        missing = [c for c, n in zip(data.classes, present.tolist(), strict=True) if n == 0]
-        if missing:
-            raise UserError(f"data {data.name}: no image of class {missing[0]!r} in {part}")
-    return data
+    if os.path.exists(name):
+        return "path"
+    raise UserError(f"data {name!r}: no such file or folder, nor digits, nor a MedMNIST name (pneumoniamnist, ...)")
 
 
 def hold_out(labels: np.ndarray, groups: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -121,6 +121,9 @@ def learning_curves(path: Path, metrics: dict[str, Any], progress: Progress) -> 
     def fill(figure: Any, axes: Sequence[Any]) -> None:
         for axis, stage in zip(axes, stages, strict=False):
             loss = "classification" if stage == "downstream" else metrics["config"][f"{stage}_loss"]
+            if loss == "pair_cosine":
+                level = constant_loss(metrics["data"]["images"]["train"], metrics["config"])
+                axis.axhline(level, color="grey", ls=":", lw=1, label=f"a constant network: {level:.2f}")
             _losses(axis, stage, progress.history[stage], progress.best[stage], loss.replace("_", " "))
         if "downstream" in stages:
             _accuracy(axes[-1], progress.history["downstream"], metrics["test"]["accuracy"])
@@ -131,6 +134,13 @@ def learning_curves(path: Path, metrics: dict[str, Any], progress: Progress) -> 
         figure.suptitle(textwrap.fill(title, 36 * columns, break_on_hyphens=False), fontsize=12)
 
     _draw(path, (3.5 * columns, 3.4), columns, fill)
+
+
+def constant_loss(counts: Sequence[int], config: dict[str, Any]) -> float:
+    """The pair cosine loss of a network that maps every image to one point, so that every cosine is 1: the share of
+    pairs of two classes, each costing 1 - margin. A stage that ends above it has learned less than nothing."""
+    equal = 0.5 if config["pairs"] == "balanced" else sum(n * n for n in counts) / sum(counts) ** 2
+    return (1 - equal) * (1 - config["margin"])
 
 
 def _losses(axis: Any, stage: str, history: list[dict[str, Any]], best: int, loss: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +168,18 @@ def _untrained(config: Config, data: Data, backbone: nn.Module | None) -> Classi
 
 
 def evaluate(
-    run: str | Path, flags: dict[str, Any] | None = None, backbone: nn.Module | None = None, progress: Any = None
+    run: str | Path,
+    flags: dict[str, Any] | None = None,
+    backbone: nn.Module | None = None,
+    progress: Any = None,
+    on_scores: Callable[[dict[str, float], int], None] = lambda scores, images: None,
 ) -> dict[str, Any]:
     """Test metrics of the finished run in folder ``run``; writes ``evaluation.json`` and pictures beside it: confusion
     matrix, ROC, each layer's loss over time, and the embeddings before training and after each stage.
 
     flags: settings of the data's place (data, data_dir, workers, device) that differ from the run's own.
     backbone: an untrained copy of the module that was given to ``train``, if one was.
+    on_scores: called with the metrics and the number of test images once they are known: pictures take longer.
     Returns the metrics and the paths written. Raises UserError for anything wrong with the run or its data.
     """
     from . import report
@@ -194,6 +200,7 @@ def evaluate(
     probability = probabilities(network.to(device), data.test, config.batch_size)
     result = scores(probability, data.test.labels)
     write_text(directory / "evaluation.json", json.dumps({"data": data.summary(), "test": result}, indent=1))
+    on_scores(result, len(data.test))
     pictures = {
         "confusion": directory / "confusion_matrix.png",
         "roc": directory / "roc.png",
