@@ -39,6 +39,8 @@ help:
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@$(PYTHON) -c 'import shutil; free = shutil.disk_usage(".").free >> 30; \
+	  free < 8 and print(f"warning: {free} GiB of disk are free here; the environment takes 6.2, tests and builds 1 more")'
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 

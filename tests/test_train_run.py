@@ -279,6 +279,24 @@ def test_more_than_two_classes_learn_with_every_loss(tmp_path, loss):
     assert run.metrics["test"]["accuracy"] > 0.5
 
 
+def test_a_folder_appears_with_its_settings_or_not_at_all(tmp_path, monkeypatch):
+    """A run killed while its folder is made could neither be resumed nor begun again."""
+    seen = []
+
+    def killed(path, text):
+        seen.append(sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(tmp_path, name="r"), backbone=TinyNet())
+    assert seen == [[]] and not any(tmp_path.iterdir())
+    train(tiny(tmp_path, name="r", stages=("downstream",)), backbone=TinyNet())
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "r").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_an_error_before_anything_is_stored_leaves_the_name_free(tmp_path, monkeypatch):
     config = tiny(tmp_path, name="again", seed=5)
     real = stages.Trainer._finite

@@ -93,8 +93,6 @@ def train(
             stack.push(_free_the_name(directory))
         if first:
             stack.callback(lock(directory))
-        if first and resume is None:
-            write_text(directory / CONFIG, report.yaml_text(config.as_dict()))
         checkpoints = Checkpoints(directory / CHECKPOINTS, log)
         progress = fabric.broadcast((checkpoints.latest() or Progress(config.stages[0])) if first else None)
         board = stack.enter_context(report.Board(directory, progress)) if first else None
@@ -229,7 +227,8 @@ def _stage(name: str, network: Classifier, config: Config, data: Data, layers: S
 
 
 def _new_directory(config: Config, data: Data) -> Path:
-    """A folder that did not exist before: runs are never written over."""
+    """A folder that did not exist before, its settings in it: no run is written over, and none is ever without them,
+    whenever it is killed, since it could not be resumed."""
     out = Path(config.out)
     name = config.name
     if name is None:
@@ -241,10 +240,18 @@ def _new_directory(config: Config, data: Data) -> Path:
             name = f"{base}-{taken}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / name).mkdir()
+        if (out / name).exists():
+            raise FileExistsError
+        with tempfile.TemporaryDirectory(dir=out, prefix=".ffcl-") as scratch:
+            whole = Path(scratch, "run")
+            whole.mkdir()
+            write_text(whole / CONFIG, report.yaml_text(config.as_dict()))
+            whole.rename(out / name)
     except FileExistsError:
         raise _taken(out, name) from None
     except OSError as error:
+        if (out / name).exists():  # since a moment ago
+            raise _taken(out, name) from None
         raise UserError(f"out {out}: cannot be written ({error.strerror})") from None
     return out / name
 
