@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from .pretrain import config as pretrain_config
 from .train.config import FIELDS, base_type, load_config
 from .train.errors import UserError
+from .train.kinds import kind_of
 
 _EVALUATE = ("data", "data_dir", "workers", "device")  # settings that may differ between training and evaluation
 
@@ -206,6 +207,7 @@ def _train(flags: dict[str, Any]) -> int:
     file, resume = flags.pop("config"), flags.pop("resume")
     if resume is None:
         config = load_config(flags, file)
+        kind_of(config.data)  # before the imports, which take seconds
     elif file is not None:
         raise UserError("config: cannot be given with --resume, which keeps the run's own settings")
     from .train.parallel import restarts

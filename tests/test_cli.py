@@ -168,11 +168,16 @@ def test_evaluate_names_what_is_wrong_with_a_run(trained, tmp_path, capsys, dama
     assert code == 2 and str(folder) in err and len(err.strip().splitlines()) == 1
 
 
-def test_help_does_not_import_torch_and_version_is_told(capsys):
-    script = "import sys; from ffcl_fast.cli import main; code = main(['--help']); assert 'torch' not in sys.modules"
+@pytest.mark.parametrize(
+    "arguments, code, told", [(["--help"], 0, "train"), (["train", "--data", "nope"], 2, "'nope'")]
+)
+def test_help_and_a_wrong_name_of_data_do_not_wait_for_torch(arguments, code, told):
+    script = f"import sys; from ffcl_fast.cli import main; code = main({arguments}); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script + "; sys.exit(code)"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "train" in done.stdout
+    assert done.returncode == code and told in done.stdout + done.stderr, done
+
+
+def test_the_version_is_told(capsys):
     assert run(capsys, "--version")[:2] == (0, "ffcl 0.1.0\n")
     assert run(capsys)[0] == 2
     assert "--epochs-local" in run(capsys, "train", "--help")[1]

@@ -30,8 +30,9 @@ import torch
 
 from .checkpoint import write_text
 from .config import FIELDS, Config, load_config, read_yaml, shown
-from .data import Data, kind_of, prepare
+from .data import Data, prepare
 from .errors import Interrupted, UserError
+from .kinds import kind_of
 from .model import check_backbone
 from .parallel import device_for
 from .report import error_bars

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .config import Config
 from .errors import UserError
+from .kinds import kind_of
 
 SMALLEST_VALIDATION = 100  # fewer images than this cannot choose a checkpoint (the published X-ray split has 16)
 VALIDATION_SHARE = 10  # one part in this many of train is held out where there is no usable validation split
@@ -85,27 +85,6 @@ def prepare(config: Config, progress: Callable | None = None) -> Data:
         if missing:
             raise UserError(f"data {data.name}: no image of class {missing[0]!r} in {part}")
     return data
-
-
-def kind_of(name: str | None) -> str:
-    """``digits``, ``medmnist`` or ``path``: what the setting ``data`` names. Raises UserError where that is nothing."""
-    from . import sources
-
-    if name in (None, "digits"):
-        return "digits"
-    if sources.is_medmnist(name):
-        return "medmnist"
-    if name.endswith(".npz") and os.path.isfile(name):
-        place, file = os.path.split(name)
-        if sources.is_medmnist(file[:-4]):
-            raise UserError(f"data {name}: give MedMNIST's by name: --data {file[:-4]} --data-dir {place or '.'}")
-        raise UserError(
-            f"data {name}: .npz files are MedMNIST's, under their own names (pneumoniamnist.npz, ...); rename it, then"
-            f" give --data NAME --data-dir {place or '.'}, or give a folder or .tar of images"
-        )
-    if os.path.exists(name):
-        return "path"
-    raise UserError(f"data {name!r}: no such file or folder, nor digits, nor a MedMNIST name (pneumoniamnist, ...)")
 
 
 def hold_out(labels: np.ndarray, groups: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:

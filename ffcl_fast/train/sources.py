@@ -43,15 +43,6 @@ def digits(config: Config, notes: tuple[str, ...] = ()) -> Data:
     )
 
 
-def is_medmnist(name: str) -> bool:
-    """Whether ``name`` is a MedMNIST data set, ``pneumoniamnist`` or with a size as in ``pneumoniamnist_224``."""
-    if "mnist" not in name or "/" in name or os.path.exists(name):
-        return False
-    import medmnist
-
-    return name.partition("_")[0] in medmnist.INFO
-
-
 def medmnist_data(config: Config, name: str) -> Data:
     """A MedMNIST data set through the ``medmnist`` package's own loader; a local file wins over a download."""
     import medmnist

@@ -1,0 +1,35 @@
+"""What the setting ``data`` names. Nothing here imports torch, so that a name that is wrong is told at once."""
+
+from __future__ import annotations
+
+import os
+
+from .errors import UserError
+
+
+def kind_of(name: str | None) -> str:
+    """``digits``, ``medmnist`` or ``path``: what the setting ``data`` names. Raises UserError where that is nothing."""
+    if name in (None, "digits"):
+        return "digits"
+    if is_medmnist(name):
+        return "medmnist"
+    if name.endswith(".npz") and os.path.isfile(name):
+        place, file = os.path.split(name)
+        if is_medmnist(file[:-4]):
+            raise UserError(f"data {name}: give MedMNIST's by name: --data {file[:-4]} --data-dir {place or '.'}")
+        raise UserError(
+            f"data {name}: .npz files are MedMNIST's, under their own names (pneumoniamnist.npz, ...); rename it, then"
+            f" give --data NAME --data-dir {place or '.'}, or give a folder or .tar of images"
+        )
+    if os.path.exists(name):
+        return "path"
+    raise UserError(f"data {name!r}: no such file or folder, nor digits, nor a MedMNIST name (pneumoniamnist, ...)")
+
+
+def is_medmnist(name: str) -> bool:
+    """Whether ``name`` is a MedMNIST data set, ``pneumoniamnist`` or with a size as in ``pneumoniamnist_224``."""
+    if "mnist" not in name or "/" in name or os.path.exists(name):
+        return False
+    import medmnist
+
+    return name.partition("_")[0] in medmnist.INFO
