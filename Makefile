@@ -103,7 +103,7 @@ fuzz: $(VENV)/.fuzz
 # a training, whole learning curves, two minutes of fuzzing.
 test-long: $(VENV)/.fuzz
 	@FFCL_EXAMPLES=100 OMP_NUM_THREADS=2 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-draws.xml \
-		tests/test_properties.py tests/test_hard_numbers.py
+		tests/test_properties*.py tests/test_hard_numbers.py
 	@FFCL_LONG=1 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-calls.xml tests/test_contracts.py -k ten_thousand
 	@FFCL_KILLS=20 OMP_NUM_THREADS=2 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-kills.xml \
 		tests/test_train_resume.py -k killed
