@@ -95,10 +95,10 @@ def similarity_lse(
     q = prepare(q, normalize, backend)
     k = None if k is None else prepare(k, normalize, backend)
     row_lse, col_lse = raw_lse(q, k, scale, row_ids, col_ids, mode, both, backend)
-    if not normalize:  # which makes NaN of infinity
-        of_rows, of_cols = nothing_or_nan(q, k, row_ids, col_ids, mode)
-        row_lse = row_lse + of_rows
-        col_lse = None if col_lse is None else col_lse + of_cols
+    spoilt = None if normalize else nothing_or_nan(q, k, row_ids, col_ids, mode)  # a division makes NaN of infinity
+    if spoilt is not None:
+        row_lse = row_lse + spoilt[0]
+        col_lse = None if col_lse is None else col_lse + spoilt[1]
     return row_lse, (row_lse if k is None else col_lse) if both else None
 
 
