@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 # Tests with a target of their own: what they need or cost is not for every run.
 PROCESSES := $(addprefix tests/test_,across_memory.py faults.py rank_tools.py pretrain.py pretrain_inputs.py pretrain_processes.py)
-EMULATED := $(addprefix tests/test_cuda_,similarity.py goodness.py launches.py)
+EMULATED := $(addprefix tests/test_cuda_,similarity.py goodness.py alignment.py launches.py)
 SANITIZED := tests/test_sanitize.py
 PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
@@ -111,7 +111,7 @@ test-long: $(VENV)/.fuzz
 	@$(PY) tests/fuzz/run.py --seconds $(SECONDS) --junit-xml build/long-fuzz.xml
 	@$(PY) -m tools.long_results $(foreach run,draws calls kills fuzz,build/long-$(run).xml)
 
-# Every mutant of tools/mutants.py that has not been run on these sources; results in docs/results/mutants.json.
+# Every mutant of tools/mutants/ that has not been run on these sources; results in docs/results/mutants.json.
 mutate: $(VENV)/.test
 	@$(PY) -m tools.mutate $(ARGS)
 
