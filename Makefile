@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 # Tests with a target of their own: what they need or cost is not for every run.
 PROCESSES := $(addprefix tests/test_,across_memory.py faults.py rank_tools.py pretrain.py pretrain_inputs.py pretrain_processes.py)
-EMULATED := $(addprefix tests/test_cuda_,similarity.py goodness.py launches.py)
+EMULATED := $(addprefix tests/test_cuda_,similarity.py goodness.py alignment.py launches.py)
 SANITIZED := tests/test_sanitize.py
 PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
@@ -103,7 +103,7 @@ fuzz: $(VENV)/.fuzz
 # a training, whole learning curves, two minutes of fuzzing.
 test-long: $(VENV)/.fuzz
 	@FFCL_EXAMPLES=100 OMP_NUM_THREADS=2 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-draws.xml \
-		tests/test_properties.py tests/test_hard_numbers.py
+		tests/test_properties*.py tests/test_hard_numbers.py
 	@FFCL_LONG=1 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-calls.xml tests/test_contracts.py -k ten_thousand
 	@FFCL_KILLS=20 OMP_NUM_THREADS=2 $(PY) -m pytest -q $(ARGS) --junit-xml=build/long-kills.xml \
 		tests/test_train_resume.py -k killed
@@ -111,7 +111,7 @@ test-long: $(VENV)/.fuzz
 	@$(PY) tests/fuzz/run.py --seconds $(SECONDS) --junit-xml build/long-fuzz.xml
 	@$(PY) -m tools.long_results $(foreach run,draws calls kills fuzz,build/long-$(run).xml)
 
-# Every mutant of tools/mutants.py that has not been run on these sources; results in docs/results/mutants.json.
+# Every mutant of tools/mutants/ that has not been run on these sources; results in docs/results/mutants.json.
 mutate: $(VENV)/.test
 	@$(PY) -m tools.mutate $(ARGS)
 

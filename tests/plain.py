@@ -5,6 +5,8 @@ Every function computes in the dtype of its inputs and differentiates under auto
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,7 @@ def info_nce(
     logit = (q * p).sum(1) / temperature
     if negatives is None:
         s = q @ p.T / temperature
-        out = torch.eye(len(q), dtype=torch.bool) if ids is None else ids[:, None] == ids[None, :]
+        out = torch.eye(len(q), dtype=torch.bool, device=q.device) if ids is None else ids[:, None] == ids[None, :]
     elif negatives.dim() == 3:
         s = (q[:, None] * F.normalize(negatives, dim=2)).sum(2) / temperature
         out = None
@@ -41,7 +43,7 @@ def nt_xent(x, y, temperature=0.5, ids=None, decoupled=False) -> Tensor:
     s = z @ z.T / temperature
     n = len(x)
     logit = s.diagonal(n).repeat(2)
-    ids = (torch.arange(n) if ids is None else ids).repeat(2)
+    ids = (torch.arange(n, device=z.device) if ids is None else ids).repeat(2)
     s = s.masked_fill(ids[:, None] == ids[None, :], -torch.inf)
     if decoupled:
         odds = s.logsumexp(1) - logit
@@ -49,20 +51,35 @@ def nt_xent(x, y, temperature=0.5, ids=None, decoupled=False) -> Tensor:
     return torch.cat((logit[:, None], s), 1).logsumexp(1) - logit
 
 
-def sup_con(features, labels, temperature=0.07, one=False) -> Tensor:
-    """(); anchors without a positive are left out of the mean."""
+def sup_con(features, labels=None, temperature=0.07, one=False, mask=None, base_temperature=0.07) -> Tensor:
+    """(); anchors without a positive are left out of the mean. ``mask`` (B, B) weighs samples, without labels."""
     n, views, _ = features.shape
     z = features.transpose(0, 1).reshape(n * views, -1)
-    labels = labels.repeat(views)
+    if mask is None:
+        labels = torch.arange(n, device=z.device) if labels is None else labels
+        mask = labels[:, None] == labels[None, :]
     anchors = n if one else n * views
     s = z[:anchors] @ z.T / temperature
-    itself = torch.eye(n * views, dtype=torch.bool)[:anchors]
-    positive = (labels[:anchors, None] == labels[None, :]) & ~itself
+    itself = torch.eye(n * views, dtype=torch.bool, device=z.device)[:anchors]
+    positive = mask.to(z.dtype).repeat(views, views)[:anchors].masked_fill(itself, 0.0)
     log_p = s - s.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
     count = positive.sum(1)
-    rows = -(log_p * positive).sum(1)[count > 0] / count[count > 0]
-    factor = temperature / 0.07
+    rows = -torch.where(positive > 0, log_p * positive, 0.0).sum(1)[count > 0] / count[count > 0]
+    factor = temperature / base_temperature
     return rows.mean() * factor if rows.numel() else features.sum() * 0
+
+
+def margin_sup_con(features, labels, margin=0.0, temperature=0.1) -> Tensor:
+    """(); the sum over rows of the mean over their positives, with min(s + margin, 1) for a positive's cosine."""
+    z = F.normalize(features, dim=1)
+    s = z @ z.T
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (labels[:, None] == labels[None, :]) & ~itself
+    s = torch.where(positive, (s + margin).clamp(max=1.0), s) / temperature
+    count = positive.sum(1)
+    lse = s.masked_fill(itself, -torch.inf).logsumexp(1)
+    rows = (lse - torch.where(positive, s, 0.0).sum(1) / count)[count > 0]
+    return rows.mean() if rows.numel() else features.sum() * 0
 
 
 def clip(x, y, scale, ids=None) -> Tensor:
@@ -70,7 +87,7 @@ def clip(x, y, scale, ids=None) -> Tensor:
     if ids is not None:
         same = (ids[:, None] == ids[None, :]).fill_diagonal_(False)
         s = s.masked_fill(same, -torch.inf)
-    labels = torch.arange(len(x))
+    labels = torch.arange(len(x), device=x.device)
     return (F.cross_entropy(s, labels) + F.cross_entropy(s.T, labels)) / 2
 
 
@@ -82,16 +99,32 @@ def siglip(x, y, scale, bias, negative_only=False) -> Tensor:
     return -F.logsigmoid(z * s).sum() / len(x)
 
 
-def goodness(h, mean=False, relu=False) -> Tensor:
-    a = (F.relu(h) if relu else h).flatten(1)
-    squares = a * a
-    return squares.mean(1) if mean else squares.sum(1)
+def goodness(h, mean=False, relu=False, groups=None, channels=False) -> Tensor:
+    """(N,); (N, groups); without dimension 1 where over the channels alone."""
+    a = F.relu(h) if relu else h
+    if channels:
+        squares = (a * a).movedim(1, -1)
+    else:
+        squares = (a * a).flatten(1) if groups is None else (a * a).reshape(len(h), groups, -1)
+    return squares.mean(-1) if mean else squares.sum(-1)
+
+
+def objective(g_pos, g_neg, name="logistic", threshold=2.0, alpha=4.0, constants=(1.0, 1.0, None, None, 0.0)) -> Tensor:
+    """Of goodness: Hinton 2022's and its SiLU form, SymBa's, and SCFF's with its (a, b, t1, t2, lambda)."""
+    if name == "symba":
+        return F.softplus(-alpha * (g_pos - g_neg)).mean()
+    if name == "two_threshold":
+        a, b, t1, t2, penalty = constants
+        t1, t2 = (threshold if t is None else t for t in (t1, t2))
+        near = F.softplus(a * (t1 - g_pos)).mean() + F.softplus(b * (g_neg - t2)).mean()
+        return near + penalty * g_pos.square().mean().sqrt()
+    x = torch.cat((threshold - g_pos, g_neg - threshold))
+    return (F.softplus(x) if name == "logistic" else x * torch.sigmoid(x)).mean()
 
 
 def goodness_loss(positive, negative, threshold=2.0) -> Tensor:
     """Hinton 2022, of the mean squares after ReLU."""
-    high, low = (goodness(h, mean=True, relu=True) for h in (positive, negative))
-    return torch.cat((F.softplus(threshold - high), F.softplus(low - threshold))).mean()
+    return objective(*(goodness(h, mean=True, relu=True) for h in (positive, negative)), threshold=threshold)
 
 
 def normalize(h, eps=1e-6, relu=False) -> Tensor:
@@ -113,25 +146,42 @@ FEW = 8  # different numbers: plain PyTorch may have so many right by luck
 
 
 def agree(
-    ours, written_out, inputs: list[Tensor], terms: float = 0.0, gradient_terms: float = 0.0, scalar_terms: float = 0.0
+    ours,
+    written_out,
+    inputs: list[Tensor],
+    terms: float = 0.0,
+    gradient_terms: float | list[float] = 0.0,
+    scalar_terms: float = 0.0,
+    factors: list[Tensor | float] | None = None,
 ) -> None:
     """Value and gradients of ``ours`` against ``written_out`` in float64 by the project's rule; no input is changed.
 
     A loss of several rows gets a random upstream gradient, so that a row taken for another shows. What is not finite
-    (a row without any pair) has no gradient. ``terms``, ``gradient_terms``, ``scalar_terms``: of what size the
-    numbers are whose difference a value, a gradient or a scale's gradient may be, see ``assert_close_to_reference``.
+    (a row without any pair) has no gradient. ``terms``, ``gradient_terms`` (of all or of each), ``scalar_terms``: of
+    what size the numbers are whose difference a value, a gradient or a scale's gradient may be, see
+    ``assert_close_to_reference``. ``factors``: powers of two that bring the value and each gradient to one size, so
+    that a row's error is measured by that row; ``terms`` and the others are sizes after that.
     """
     before = [x.clone() for x in inputs]
     mine = _run(ours, inputs)
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True)), "an input was changed"
+    compare(mine, written_out, inputs, terms, gradient_terms, scalar_terms, factors)
+
+
+def compare(
+    mine: list[Tensor | None], written_out, inputs, terms=0.0, gradient_terms=0.0, scalar_terms=0.0, factors=None
+) -> None:
+    """As :func:`agree`, of a value and gradients that are known."""
     plainly, truth = _run(written_out, inputs), _run(written_out, [x.double() for x in inputs])
     repeated = any(_repeated(x) for x in inputs)  # all that comes of equal rows is right or wrong together
     spread = None
-    for number, (x, eager, exact) in enumerate(zip(mine, plainly, truth, strict=True)):
+    factors = factors or [1.0] * len(truth)
+    each = gradient_terms if isinstance(gradient_terms, list) else [gradient_terms] * len(inputs)
+    for number, (x, eager, exact, by) in enumerate(zip(mine, plainly, truth, factors, strict=True)):
         if exact is None:
             assert x is None or not x.any()
             continue
-        name, factor, size = ("value", 2, terms) if number == 0 else (f"gradient {number}", 3, gradient_terms)
+        name, factor, size = ("value", 2, terms) if number == 0 else (f"gradient {number}", 3, each[number - 1])
         if number and not x.dim():
             size = max(size, scalar_terms)
             x = x.to(inputs[0].dtype)  # a scale's gradient is summed from those of the embeddings, in their dtype
@@ -140,17 +190,29 @@ def agree(
         if repeated or exact.float().unique().numel() <= FEW:
             spread = spread or _spread(written_out, inputs)
             eager = torch.where(exact.isfinite(), exact + spread[number], exact)
-        assert_close_to_reference(x, eager, exact, factor, name, size)
+        # All of it at a root mean square near 1, where float16 does not end.
+        usual = float(torch.where(exact.isfinite(), exact * by, 0.0).square().mean().sqrt())
+        to_one = 2.0 ** -round(math.log2(usual)) if usual > 1e-30 else 1.0
+        by = by * to_one
+        assert_close_to_reference((x.double() * by).to(x.dtype), eager * by, exact * by, factor, name, size * to_one)
 
 
 def _run(function, inputs: list[Tensor]) -> list[Tensor | None]:
     """The value and the gradients of every input."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     value = function(*leaves)
-    weight = torch.randn(value.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    weight = upstream(value)
+    if not value.requires_grad:
+        return [value, *[None] * len(leaves)]
     finite = torch.where(value.isfinite(), value, 0.0)
-    gradients = torch.autograd.grad((finite * weight.to(value.dtype)).sum(), leaves, allow_unused=True)
+    gradients = torch.autograd.grad((finite * weight).sum(), leaves, allow_unused=True)
     return [value.detach(), *gradients]
+
+
+def upstream(value: Tensor) -> Tensor:
+    """The gradient that :func:`agree` gives a value."""
+    weight = torch.randn(value.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    return weight.to(value.device, value.dtype)
 
 
 def _repeated(x: Tensor) -> bool:
@@ -169,7 +231,7 @@ def _spread(function, inputs: list[Tensor]) -> list[Tensor | None]:
         near = []
         for x in inputs:
             row = x[:1] if _repeated(x) else x
-            row = row * (1 + 0.03 * torch.randn(row.shape, generator=random, dtype=torch.float64))
+            row = row * (1 + 0.03 * torch.randn(row.shape, generator=random, dtype=torch.float64).to(x.device))
             near.append(row.to(x.dtype).expand(x.shape))
         runs = zip(_run(function, near), _run(function, [x.double() for x in near]), strict=True)
         squares.append([None if y is None else (x.double() - y).nan_to_num(0.0, 0.0, 0.0).square() for x, y in runs])

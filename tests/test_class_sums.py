@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawing import drawn, sizes, tensors, widths
 from hypothesis import given
 from hypothesis import strategies as st
-from test_properties import drawn, sizes, tensors, widths
 
 from ffcl_fast.functional import contrastive
 from ffcl_fast.functional.class_sums import class_sums, fixed_point_sums

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import every_loss
+import forked
 import pytest
 import torch
 from every_loss import LOSSES
@@ -296,34 +295,13 @@ def _child(numbers: list, sender) -> None:
     sender.close()
 
 
-@pytest.mark.parametrize("method", ("fork", "spawn"))
-def test_other_processes_compute_the_same(method, monkeypatch):
-    """After a fork, which leaves OpenMP without its threads, and in a process of its own."""
+def test_a_process_of_its_own_computes_the_same(monkeypatch):
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     monkeypatch.setenv("PYTHONPATH", paths)
     monkeypatch.setattr(sys, "path", [*paths.split(os.pathsep), *sys.path])
     torch.set_num_threads(2)
     expected = _everything(3)
-    if method == "fork":
-        # Straight away: nothing of the parent's test runner may run on in a copy. Without what a fork leaves behind:
-        # autograd's own threads, and OpenMP's, which PyTorch's products would wait for.
-        child = os.fork()
-        if child == 0:
-            torch.set_num_threads(1)
-            with torch.no_grad():
-                same = all(torch.allclose(LOSSES[n](*_leaves(3)), v[0], rtol=1e-4) for n, v in expected.items())
-            os._exit(0 if same else 1)
-        for _ in range(3000):
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                break
-            time.sleep(0.1)
-        else:
-            os.kill(child, signal.SIGKILL)
-            pytest.fail("the child hangs")
-        assert os.waitstatus_to_exitcode(status) == 0
-        return
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=([], sender))
     process.start()
@@ -334,26 +312,15 @@ def test_other_processes_compute_the_same(method, monkeypatch):
     assert not _different(expected, ours)
 
 
-FORK = """
-import os, torch
-import ffcl_fast.functional
-torch.set_num_threads(2)
-x = torch.randn(600, 64)
-(torch.randn(1000, 1000) @ torch.randn(1000, 1000)).sum()  # PyTorch's own threads run, none of our kernels has
-scale = torch.tensor(5.0)
-child = os.fork()
-if child == 0:
-    torch.ops.ffcl_fast.similarity_forward(x, x, scale, None, None, 0, True, False, "cpu")
-    os._exit(0)
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
 @pytest.mark.skipif(native.module is None, reason="ffcl_fast was built without its compiled part")
-def test_the_first_kernel_may_run_in_a_fork():
-    """On two threads, where PyTorch's products would wait for those that the fork left behind."""
-    done = subprocess.run([sys.executable, "-c", FORK], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
-    assert done.returncode == 0
+@pytest.mark.parametrize("work", forked.WORK)
+def test_a_fork_computes_the_same(work):
+    """Forward and backward, before the fork and in it; tests/forked.py kills a child that hangs."""
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, str(ROOT / "tests" / "forked.py"), work]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 GROWTH = """

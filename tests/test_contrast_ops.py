@@ -134,6 +134,13 @@ def test_float32(backend, call, shape):
 
 
 @pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("number", (1, 3))
+def test_classes_longer_than_a_task(backend, number):
+    """A thread takes 32768 elements at a time, 81 of these rows, and the whole of a class that starts among them."""
+    compare(classes(90, 400, torch.float32, number))
+
+
+@pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("call", CALLS)
 def test_short_floats(backend, call, dtype):

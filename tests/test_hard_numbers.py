@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ffcl_fast.functional as fn
+from ffcl_fast.functional.similarity import EXCLUDE
+from ffcl_fast.reference import excluded_pairs
 
 BACKENDS = ("cpu", "panels")
 FRESH = "FFCL_EXAMPLES" in os.environ
@@ -269,3 +271,33 @@ def test_a_number_that_is_none_is_seen_in_the_loss(name, value, backend):
                 assert not POISONED[name](*pair, backend).isfinite()
             else:
                 assert POISONED[name](*pair, backend).isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("exclude", EXCLUDE)
+@pytest.mark.parametrize("other", ("pair", "pair of unit rows", "self"))
+def test_a_number_that_is_none_is_seen_in_every_normaliser_it_enters(other, exclude, value, backend):
+    """And in no other. Against keys of one sign every logit of a row may be minus infinity, whose exponential is 0."""
+    n, m = 41, 41 if other == "self" else 29
+    ids = [torch.randint(6, (r,)) for r in (n, m)] if exclude not in (None, "diagonal") else [None, None]
+    ids[1] = ids[0] if other == "self" else ids[1]
+    left_out = excluded_pairs(n, m, *ids, EXCLUDE[exclude])
+    kept = torch.ones(n, m, dtype=torch.bool) if left_out is None else ~left_out
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for side in ("q", "k")[: 2 if other != "self" else 1]:
+            q, k = torch.randn(n, 19), torch.randn(m, 19)
+            row, at = torch.randint(m, ()), torch.randint(19, ())
+            for x in (q, k):
+                x[:, at] = x[:, at].abs()
+            q, k = q.to(dtype), k.to(dtype)
+            (q if side == "q" else k)[row, at] = value
+            rows, cols = torch.zeros(n, dtype=torch.bool), torch.zeros(m, dtype=torch.bool)
+            (rows if side == "q" else cols)[row] = True
+            cols = rows if other == "self" else cols
+            spoilt = kept & (rows[:, None] | cols[None, :])
+            options = {"exclude": exclude, "normalize": other == "pair of unit rows", "row_ids": ids[0]}
+            options["col_ids"] = None if other == "self" else ids[1]
+            found = fn.similarity_lse(q, None if other == "self" else k, 7.0, backend=backend, **options)
+            for lse, hit, own in zip(found, (spoilt.any(1), spoilt.any(0)), (rows, cols), strict=True):
+                assert lse[hit].isnan().all() and not lse[~(hit | own)].isnan().any()

@@ -1,4 +1,4 @@
-"""The mutants of tools/mutants.py fit the sources, and all that have been run were seen; running them: make mutate."""
+"""The mutants of tools/mutants/ fit the sources, and all that have been run were seen; running them: make mutate."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends, ops
 from . import _checks
+from .finite import nothing_or_nan
 
 EXCLUDE = {
     None: ops.EXCLUDE_NONE,
@@ -63,7 +64,8 @@ def similarity_lse(
 
     Returns:
         row_lse (N,) and col_lse (M,), or None instead of col_lse where ``both`` is false. For self-similarity both are
-        the same tensor. A row or column with every pair left out has -inf and no gradient.
+        the same tensor. A row or column with every pair left out has -inf and no gradient. An element that is infinite
+        or NaN makes NaN of its row's sum, and of every other that its row enters.
 
     Raises:
         TypeError: a dtype that is not supported or not the same.
@@ -93,6 +95,10 @@ def similarity_lse(
     q = prepare(q, normalize, backend)
     k = None if k is None else prepare(k, normalize, backend)
     row_lse, col_lse = raw_lse(q, k, scale, row_ids, col_ids, mode, both, backend)
+    spoilt = None if normalize else nothing_or_nan(q, k, row_ids, col_ids, mode)  # a division makes NaN of infinity
+    if spoilt is not None:
+        row_lse = row_lse + spoilt[0]
+        col_lse = None if col_lse is None else col_lse + spoilt[1]
     return row_lse, (row_lse if k is None else col_lse) if both else None
 
 

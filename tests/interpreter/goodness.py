@@ -322,6 +322,13 @@ def test_linear_goodness_in_chunks_of_rows(monkeypatch):
     assert ours.isnan().nonzero().tolist() == [[3]]
 
 
+def test_a_sum_of_more_slots_than_a_step_takes():
+    for partials in (torch.randn(20, 150), torch.randn(150, 20).T):
+        out = torch.empty(20)
+        rows.add_parts(partials, out, 0.5)
+        torch.testing.assert_close(out, partials.sum(1) / 2)
+
+
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.compiled_autograd as _compiled_autograd
+from drawing import drawn, dtypes, sizes, tensors, widths
 from goodness_cases import DTYPES
 from gpu_cases import unit
 from guards import guarded, inside_nan  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
 from positives_cases import check_positives
-from test_properties import drawn, dtypes, sizes, tensors, widths
 
 from ffcl_fast import functional, ops
 

@@ -1,0 +1,112 @@
+"""The CUDA kernels, broken and compiled for the CPU."""
+
+from .mutant import Mutant
+
+_GOODNESS = "tests/test_cuda_goodness.py -k '{}'"
+
+MUTANTS = (
+    Mutant(
+        "cuda",
+        "a partial sum of rows is left out",
+        "csrc/similarity_sm80.cu",
+        "row_sums[i] + row_sums[MAX_SPAN * TILE + i];",
+        "row_sums[i];",
+        "tests/test_cuda_similarity.py -k 'test_pair and sm80'",
+    ),
+    Mutant(
+        "cuda",
+        "the rescue asks the mask for the mirrored pair",
+        "csrc/similarity_sm80.cu",
+        "if (!(is_col ? kept(whole, other, own) : kept(whole, own, other))) continue;",
+        "if (!(is_col ? kept(whole, own, other) : kept(whole, own, other))) continue;",
+        "tests/test_cuda_similarity.py -k 'rescue or without_a_pair'",
+    ),
+    Mutant(
+        "cuda",
+        "a long row's last packs are read once too few",
+        "csrc/goodness_rows.cuh",
+        "for (int64_t i = lane + KEEP * LANES; i < packs; i += LANES) add(P::load(h + i * N));",
+        "for (int64_t i = lane + KEEP * LANES; i < packs - 1; i += LANES) add(P::load(h + i * N));",
+        "tests/test_cuda_goodness.py -k test_goodness",
+    ),
+    Mutant(
+        "cuda",
+        "the second gradient of a pair is projected by the first's norm",
+        "csrc/pair_cosine.cu",
+        "g2.x[j] = masked<T>(h2, c[0] * a1 - c[2] * a2, relu);",
+        "g2.x[j] = masked<T>(h2, c[0] * a1 - c[1] * a2, relu);",
+        "tests/test_cuda_goodness.py -k pair_cosine",
+    ),
+    Mutant(
+        "cuda",
+        "a group reads its sums before its last products are done",
+        "csrc/similarity_sm90.cu",
+        "products_wait<0>();",
+        "products_wait<1>();",
+        "tests/test_cuda_similarity.py -k 'test_pair and sm90'",
+    ),
+    Mutant(
+        "cuda",
+        "the groups do not wait for their turn",
+        "csrc/similarity_sm90.cu",
+        "if (n > 0) barrier_wait(ring.turn, (n - 1) % 2);",
+        "",
+        "tests/test_cuda_similarity.py -k 'test_pair and sm90'",
+    ),
+    Mutant(
+        "cuda",
+        "a failed launch goes on to the next",
+        "csrc/similarity_sm80.cu",
+        "if (status != ok) return status;\n    FinishArgs",
+        "FinishArgs",
+        "tests/test_cuda_launches.py -k 'any_launch and similarity_forward'",
+    ),
+    Mutant(
+        "cuda",
+        "the gradient of every layer is weighted by the first's",
+        "csrc/goodness.cu",
+        "Backward<T, N, 32>::run(s, h, row, nullptr, grad + l.first_row, nullptr, dh);",
+        "Backward<T, N, 32>::run(s, h, row, nullptr, grad, nullptr, dh);",
+        _GOODNESS.format("test_many_layers"),
+    ),
+    Mutant(
+        "cuda",
+        "a row past the last is written",
+        "csrc/goodness.cu",
+        "if (row < s.rows) Kernel",
+        "if (row <= s.rows) Kernel",
+        _GOODNESS.format("test_goodness"),
+    ),
+    Mutant(
+        "cuda",
+        "packs are read from rows that are not a pack's multiple apart",
+        "csrc/goodness.cu",
+        "const bool wide = g.dim % N == 0 && g.stride % N == 0 && aligned(h)",
+        "const bool wide = g.dim % N == 0 && aligned(h)",
+        "tests/test_cuda_alignment.py -k goodness",
+    ),
+    Mutant(
+        "cuda",
+        "a pack's last elements have the gradient of its first's channel",
+        "csrc/pool_goodness.cu",
+        "      position = 0;\n      ++channel;",
+        "      position = 0;",
+        _GOODNESS.format("test_pool"),
+    ),
+    Mutant(
+        "cuda",
+        "the first group's share of a channel is left out",
+        "csrc/pool_goodness.cu",
+        "for (int g = 0; g < groups; ++g) sum +=",
+        "for (int g = 1; g < groups; ++g) sum +=",
+        _GOODNESS.format("test_pool and NLC"),
+    ),
+    Mutant(
+        "cuda",
+        "a block's last channels are as many as its first's",
+        "csrc/pool_goodness.cu",
+        "channels = least(STAGED_CHANNELS, m.channels - first)",
+        "channels = STAGED_CHANNELS",
+        _GOODNESS.format("test_pool and NCL"),
+    ),
+)
