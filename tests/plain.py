@@ -192,7 +192,7 @@ def compare(
             eager = torch.where(exact.isfinite(), exact + spread[number], exact)
         # All of it at a root mean square near 1, where float16 does not end.
         usual = float(torch.where(exact.isfinite(), exact * by, 0.0).square().mean().sqrt())
-        to_one = 2.0 ** -round(math.log2(usual)) if usual > 1e-30 else 1.0
+        to_one = 2.0 ** -round(math.log2(max(usual, size, 1e-6)))
         by = by * to_one
         assert_close_to_reference((x.double() * by).to(x.dtype), eager * by, exact * by, factor, name, size * to_one)
 
