@@ -46,7 +46,7 @@ $(VENV)/.made:
 
 # The package itself, editable, with what the trainer needs. The build tools are pinned too, hence no isolation.
 $(VENV)/.train: $(VENV)/.made $(PACKAGE)
-	@echo "installing into $(VENV): PyTorch and the rest, then compiling csrc/; silent, some minutes the first time"
+	@echo "installing into $(VENV): PyTorch and the rest, then compiling csrc/; silent, 3 to 15 minutes the first time"
 	@$(PIP) setuptools pybind11 cmake ninja
 	@$(PIP) --no-build-isolation -e '.[train]'
 	@touch $@

@@ -175,6 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         else:
             problem = "out of memory; try a smaller --batch-size or --image-size"
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("ffcl_fast"):
+            raise
+        problem = f"{error.name} is not installed; what training needs comes with: pip install 'ffcl-fast[train]'"
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -214,7 +218,8 @@ def _train(flags: dict[str, Any]) -> int:
     from .train.run import CONFIG, CURVES, is_finished, resumed_config, train
 
     if resume is None and restarts() and config.name and (Path(config.out) / config.name / CONFIG).is_file():
-        resume = str(Path(config.out) / config.name)  # torchrun has started this run's processes anew
+        # torchrun has started processes anew: those of this run, or of one that may not have the name
+        resume, flags = str(Path(config.out) / config.name), config.as_dict()
     directory = None
     if resume is not None:
         directory = Path(resume)

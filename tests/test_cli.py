@@ -177,6 +177,24 @@ def test_help_and_a_wrong_name_of_data_do_not_wait_for_torch(arguments, code, to
     assert done.returncode == code and told in done.stdout + done.stderr, done
 
 
+def test_a_package_that_is_not_there_is_named_with_the_extra_that_has_it(tmp_path, capsys, monkeypatch):
+    (tmp_path / "c.yaml").write_text("seed: 1\n")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    code, _, err = run(capsys, "train", "--config", str(tmp_path / "c.yaml"))
+    assert code == 2 and len(err.splitlines()) == 1 and "yaml is not installed" in err and "[train]" in err
+
+
+def test_a_restart_by_torchrun_takes_no_run_of_other_settings(trained, capsys, monkeypatch):
+    """The folder of that name may be an older run's, which a first start refuses."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    here = ["--out", str(trained.parent), "--name", trained.name]
+    code, out, err = run(capsys, "train", *SMALL, *here, "--local-loss", "clip")
+    assert code == 2 and "local_loss" in err and "finished" not in out
+    code, _, err = run(capsys, "train", "--data", "digits", *here)  # settings that are left at their defaults count
+    assert code == 2 and "keeps its own" in err
+    assert run(capsys, "train", *SMALL, *here)[:2] == (0, f"{trained} is finished already\n")
+
+
 def test_the_version_is_told(capsys):
     assert run(capsys, "--version")[:2] == (0, "ffcl 0.1.0\n")
     assert run(capsys)[0] == 2

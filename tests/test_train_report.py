@@ -73,7 +73,7 @@ def test_learning_curves_say_which_losses_and_fit_the_page(tmp_path, figures, st
 
 
 @pytest.mark.parametrize("pairs", ["uniform", "balanced"])
-def test_the_pair_cosine_of_a_constant_network_is_drawn(tmp_path, figures, pairs):
+def test_the_pair_cosine_of_a_network_blind_to_the_class_is_drawn(tmp_path, figures, pairs):
     config = {"seed": 0, "local_loss": "pair_cosine", "global_loss": "sup_con", "pairs": pairs, "margin": 0.25}
     metrics = {"data": {"name": "d", "images": {"train": [30, 10]}}, "backbone": "b", "config": config}
     stages = ["local", "global"]
@@ -83,8 +83,23 @@ def test_the_pair_cosine_of_a_constant_network_is_drawn(tmp_path, figures, pairs
     assert_whole(figure)
     legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in figure.axes]
     different = {"uniform": 2 * 0.75 * 0.25, "balanced": 0.5}[pairs]
-    assert f"a constant network: {different * 0.75:.2f}" in legends[0]
-    assert not any("constant" in text for text in legends[1])
+    assert f"blind to the class: {different * 0.75:.2f}" in legends[0]
+    assert not any("blind" in text for text in legends[1])
+
+
+@pytest.mark.parametrize("margin", [-0.5, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("counts", [[1, 1], [30, 10], [5] * 10])
+def test_no_cosine_that_all_pairs_share_costs_less_than_the_line(counts, margin):
+    n = sum(counts)
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    target = torch.where(labels[:, None] == labels[None, :], 1, -1)
+    losses = []
+    for cosine in np.linspace(0.0, 1.0, 101):
+        x = torch.tensor([1.0, 0.0]).repeat(n * n, 1)
+        y = torch.tensor([cosine, (1 - cosine**2) ** 0.5], dtype=torch.float32).repeat(n * n, 1)
+        losses.append(float(torch.nn.functional.cosine_embedding_loss(x, y, target.flatten(), margin)))
+    line = report.blind_loss(counts, {"pairs": "uniform", "margin": margin})
+    assert line == pytest.approx(min(losses), abs=1e-4)
 
 
 def test_a_loss_that_falls_through_decades_has_plain_numbers_beside_it(tmp_path, figures):

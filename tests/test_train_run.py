@@ -150,6 +150,43 @@ def test_a_damaged_newest_checkpoint_costs_one_epoch_only(finished, tmp_path, mo
     assert same(finished, resumed)
 
 
+def test_a_damaged_best_epoch_costs_its_stage_that_epoch_only(tmp_path, monkeypatch):
+    """The newest checkpoint is sound, so every resume would come to the damaged one again."""
+    real, epochs = stages.Trainer._validate, iter(range(100))
+    monkeypatch.setattr(stages.Trainer, "_validate", lambda *a: {**real(*a), "loss": float(next(epochs))})
+    lines = []
+
+    on_epoch = run_module.report.Board.epoch
+
+    def told_of(self, stage, record):
+        on_epoch(self, stage, record)
+        if stage == "local" and record["epoch"] == 3:
+            (weights,) = (tmp_path / "r" / "checkpoints" / "local-0001").glob("weights*")
+            weights.write_bytes(weights.read_bytes()[:-1])
+
+    monkeypatch.setattr(run_module.report.Board, "epoch", told_of)
+    config = tiny(tmp_path, name="r", stages=("local", "downstream"), epochs_local=3)
+    run = quiet(config, log=lines.append)
+    told = [line for line in lines if "damaged" in line]
+    assert len(told) == 1 and "local-0001" in told[0] and "going on with epoch 3" in told[0]
+    assert run.metrics["stages"]["local"]["best_epoch"] == 3 and run.metrics["status"] == "finished"
+
+
+@pytest.mark.parametrize("loss", ["siglip", "pair_cosine"])
+def test_a_contrast_is_validated_in_batches_of_the_trainings_size(tmp_path, monkeypatch, loss):
+    """Its loss grows with the rows that it contrasts."""
+    sizes: dict[bool, set[int]] = {True: set(), False: set()}
+    real = stages.LocalStage.step
+
+    def step(self, batch, train):
+        sizes[train].add(len(batch[0]))
+        return real(self, batch, train)
+
+    monkeypatch.setattr(stages.LocalStage, "step", step)
+    quiet(tiny(tmp_path, stages=("local",), local_loss=loss, batch_size=16, epoch_samples=64))
+    assert sizes[True] == {16} and (sizes[False] == {16}) == (loss == "siglip")
+
+
 def test_a_full_disk_leaves_the_last_epoch_to_resume_from(finished, tmp_path, monkeypatch):
     real, calls = torch.save, []
 

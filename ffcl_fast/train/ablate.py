@@ -150,6 +150,7 @@ def ablate(
     if due:
         check_place(out)
     for config in due:
+        kind_of(config.data)
         device_for(config)
         if factory is None:
             check_backbone(config)
@@ -176,8 +177,8 @@ def ablate(
 def listing(plan: Plan, out: str | Path) -> list[str]:
     """What :func:`ablate` would run: a line a run, with the time that it took so far, and one on them all.
 
-    Raises UserError for a run in ``out`` that has other settings or damaged metrics, and where the data of one that is
-    to run does not exist. Reads no data and writes nothing.
+    Raises UserError for a run in ``out`` that has other settings or damaged metrics, and for one that is to run whose
+    data, device or backbone does not exist. Reads no data and writes nothing.
     """
     lines, to_run = [], []
     took: dict[str, list[float]] = {}  # settings apart from the seed -> seconds of its finished runs
@@ -190,6 +191,8 @@ def listing(plan: Plan, out: str | Path) -> list[str]:
             state = f"done in {seconds:.0f} s"
         else:
             kind_of(config.data)
+            device_for(config)
+            check_backbone(config)
             to_run.append((row, seconds))
             state = f"begun, {seconds:.0f} s so far" if (directory / CONFIG).is_file() else "to run"
         lines.append(f"{title}: {state}")

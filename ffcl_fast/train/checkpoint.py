@@ -168,12 +168,18 @@ class Checkpoints:
 
     def load(self, stage: str, epoch: int, network: nn.Module, step: int = 0) -> dict[str, Any]:
         """Fill ``network`` from that moment's checkpoint and return the optimiser and schedule state."""
-        folder = self.directory / Progress(stage, epoch, step=step).folder
-        problem = _damage(folder)
+        problem = self.damage(stage, epoch, step)
         if problem is not None:
-            raise UserError(f"checkpoint {folder}: damaged ({problem})")
+            raise UserError(problem)
+        folder = self.directory / Progress(stage, epoch, step=step).folder
         load_weights(folder / _WEIGHTS, network)
         return load_state(folder / _STATE, {"optimizer": dict, "schedule": dict})
+
+    def damage(self, stage: str, epoch: int, step: int = 0) -> str | None:
+        """A line on what is wrong with that moment's checkpoint, or None."""
+        folder = self.directory / Progress(stage, epoch, step=step).folder
+        problem = _damage(folder)
+        return None if problem is None else f"checkpoint {folder}: damaged ({problem})"
 
     def clear(self) -> None:
         """Delete all: the run is finished, and :meth:`finish_stage` has stored each stage's weights."""

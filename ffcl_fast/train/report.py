@@ -122,8 +122,8 @@ def learning_curves(path: Path, metrics: dict[str, Any], progress: Progress) -> 
         for axis, stage in zip(axes, stages, strict=False):
             loss = "classification" if stage == "downstream" else metrics["config"][f"{stage}_loss"]
             if loss == "pair_cosine":
-                level = constant_loss(metrics["data"]["images"]["train"], metrics["config"])
-                axis.axhline(level, color="grey", ls=":", lw=1, label=f"a constant network: {level:.2f}")
+                level = blind_loss(metrics["data"]["images"]["train"], metrics["config"])
+                axis.axhline(level, color="grey", ls=":", lw=1, label=f"blind to the class: {level:.2f}")
             _losses(axis, stage, progress.history[stage], progress.best[stage], loss.replace("_", " "))
         if "downstream" in stages:
             _accuracy(axes[-1], progress.history["downstream"], metrics["test"]["accuracy"])
@@ -136,11 +136,14 @@ def learning_curves(path: Path, metrics: dict[str, Any], progress: Progress) -> 
     _draw(path, (3.5 * columns, 3.4), columns, fill)
 
 
-def constant_loss(counts: Sequence[int], config: dict[str, Any]) -> float:
-    """The pair cosine loss of a network that maps every image to one point, so that every cosine is 1: the share of
-    pairs of two classes, each costing 1 - margin. A stage that ends above it has learned less than nothing."""
+def blind_loss(counts: Sequence[int], config: dict[str, Any]) -> float:
+    """The least pair cosine loss of a network that does not tell classes apart: every pair has the same cosine, 1 (each
+    image is mapped to one point) or as far below as costs no pair of two classes anything. A stage that does not fall
+    below has learned nothing of the classes."""
     equal = 0.5 if config["pairs"] == "balanced" else sum(n * n for n in counts) / sum(counts) ** 2
-    return (1 - equal) * (1 - config["margin"])
+    margin = config["margin"]
+    # many images cannot all point away from each other: their mean cosine is not below 0
+    return min(equal * (1 - c) + (1 - equal) * max(0.0, c - margin) for c in (1.0, max(0.0, margin)))
 
 
 def _losses(axis: Any, stage: str, history: list[dict[str, Any]], best: int, loss: str) -> None:

@@ -68,15 +68,18 @@ def train(
     """
     if resume is not None and is_finished(Path(resume)):
         raise UserError(f"run {resume}: is finished already")
+    if resume is None:  # by every process, and before they wait for each other
+        check_place(Path(config.out), config.name)
     fabric = parallel.fabric_for(config)
+    if 0 < config.epoch_samples < fabric.world_size:
+        wanted = f"0 or at least one for each of {fabric.world_size} processes"
+        raise UserError(f"epoch_samples: expected {wanted}, got {config.epoch_samples}")
     first = fabric.is_global_zero  # only the first process writes and speaks
     log, bars = (log, bars) if first else ((lambda line: None), False)
     device = fabric.device
     began = time.time()
     if backbone is None:
         check_backbone(config)
-    if first and resume is None:
-        check_place(Path(config.out), config.name)
     if data is None:
         with fabric.rank_zero_first(local=True):  # it unpacks or downloads, the others find it done
             data = prepare(config, _decode_bar(bars))
@@ -87,11 +90,9 @@ def train(
     _speed_up(network, config, device, layers)
     stages = {name: _stage(name, network, config, data, layers) for name in config.stages}
     with ExitStack() as stack:
-        directory = Path(resume) if resume is not None else _new_directory(config, data) if first else None
+        directory = Path(resume) if resume is not None else _new_directory(config, data, stack) if first else None
         directory = fabric.broadcast(directory)
-        if first and resume is None:
-            stack.push(_free_the_name(directory))
-        if first:
+        if first and resume is not None:
             stack.callback(lock(directory))
         checkpoints = Checkpoints(directory / CHECKPOINTS, log)
         progress = fabric.broadcast((checkpoints.latest() or Progress(config.stages[0])) if first else None)
@@ -226,9 +227,9 @@ def _stage(name: str, network: Classifier, config: Config, data: Data, layers: S
     return DownstreamStage(network, config, data.train)
 
 
-def _new_directory(config: Config, data: Data) -> Path:
-    """A folder that did not exist before, its settings in it: no run is written over, and none is ever without them,
-    whenever it is killed, since it could not be resumed."""
+def _new_directory(config: Config, data: Data, held: ExitStack) -> Path:
+    """A folder that did not exist before, with its settings and locked while ``held``: no run is written over, and none
+    is ever without its settings, whenever it is killed, since it could not be resumed."""
     out = Path(config.out)
     name = config.name
     if name is None:
@@ -245,6 +246,7 @@ def _new_directory(config: Config, data: Data) -> Path:
         with tempfile.TemporaryDirectory(dir=out, prefix=".ffcl-") as scratch:
             whole = Path(scratch, "run")
             whole.mkdir()
+            held.callback(lock(whole))  # before anybody else can find it
             write_text(whole / CONFIG, report.yaml_text(config.as_dict()))
             whole.rename(out / name)
     except FileExistsError:
@@ -253,6 +255,7 @@ def _new_directory(config: Config, data: Data) -> Path:
         if (out / name).exists():  # since a moment ago
             raise _taken(out, name) from None
         raise UserError(f"out {out}: cannot be written ({error.strerror})") from None
+    held.push(_free_the_name(out / name))
     return out / name
 
 
@@ -271,7 +274,8 @@ def check_place(out: Path, name: str | None = None) -> None:
 def _taken(out: Path, name: str) -> UserError:
     if not out.is_dir():
         return UserError(f"out {out}: is not a folder")
-    hint = "" if is_finished(out / name) else f", or go on with it: --resume {out / name}"
+    can = (out / name / CONFIG).is_file() and not is_finished(out / name)
+    hint = f", or go on with it: --resume {out / name}" if can else ""
     return UserError(f"run {out / name}: exists already and is left as it is; choose another --name{hint}")
 
 

@@ -199,8 +199,8 @@ def evaluate(
     load_weights(checkpoints.stage_weights("downstream"), network)
     probability = probabilities(network.to(device), data.test, config.batch_size)
     result = scores(probability, data.test.labels)
-    write_text(directory / "evaluation.json", json.dumps({"data": data.summary(), "test": result}, indent=1))
     on_scores(result, len(data.test))
+    write_text(directory / "evaluation.json", json.dumps({"data": data.summary(), "test": result}, indent=1))
     pictures = {
         "confusion": directory / "confusion_matrix.png",
         "roc": directory / "roc.png",

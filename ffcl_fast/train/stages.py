@@ -251,8 +251,16 @@ class Trainer:
             progress.epoch, progress.step, progress.partial = record["epoch"], 0, {}
             save()
             self.on_epoch(progress, record)
-        if progress.best[stage.name] != progress.epoch:
-            self.checkpoints.load(stage.name, progress.best[stage.name], self.network)
+        best = progress.best[stage.name]
+        if best != progress.epoch:
+            problem = self.checkpoints.damage(stage.name, best)
+            if problem is None:
+                self.checkpoints.load(stage.name, best, self.network)
+            else:
+                self.checkpoints.log(
+                    f"{problem}, the best of its stage; going on with epoch {progress.epoch}, the last"
+                )
+                progress.best[stage.name] = progress.epoch
 
     def _train_epoch(
         self, stage: Stage, optimizer: Adam, progress: Progress, save: Callable[[], None]
@@ -312,8 +320,12 @@ class Trainer:
         augment = augmentation(kind, self.data.image_size) if stage.items == "views" else None
         views = self._views(self.data.val, augment, stage, seed)
         order = seed if config.validation_samples else None
-        size = max(config.batch_size, EVALUATION_BATCH)
+        # a loss against the rest of the batch depends on how many that are: as many as in training, in every batch
+        contrast = stage.items == "views"
+        size = config.batch_size * self.fabric.world_size if contrast else max(config.batch_size, EVALUATION_BATCH)
         sampler = EpochSampler(len(views), size, config.validation_samples, order)
+        if contrast and len(sampler.batches) > 1 and len(sampler.batches[-1]) < size:
+            del sampler.batches[-1]
         self.network.eval()
         total = _Mean()
         for batch in self._batches(views, sampler):
