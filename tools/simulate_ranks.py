@@ -19,7 +19,6 @@ import queue
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -50,7 +49,7 @@ class Network:
         self.world, self.machine, self.block = world, machine, block
         self.clock, self.sent = [0.0] * world, [0.0] * world
         self.link = [0.0] * world  # until when a rank's link is busy with what it sends
-        self.boxes: dict[tuple[int, int], queue.Queue] = defaultdict(queue.Queue)
+        self._boxes: dict[tuple[int, int], queue.Queue] = {}
         self.barrier = threading.Barrier(world, timeout=WAIT)
         self.board: list = [None] * world
         self.local = threading.local()
@@ -58,6 +57,11 @@ class Network:
     @property
     def rank(self) -> int:
         return self.local.rank
+
+    def box(self, rank: int, hops: int) -> queue.Queue:
+        """Where ``rank`` finds what comes from so many places away. A defaultdict would make two where a sender and a
+        receiver ask at once, and lose the message."""
+        return self._boxes.setdefault((rank, hops), queue.Queue())
 
     def together(self, value: Tensor, cost: float, size: float) -> list[Tensor]:
         """Everyone's value; all clocks meet, then advance by ``cost``."""
@@ -99,10 +103,10 @@ class SimulatedRing(Ring):
         network.sent[rank] += size
         network.link[rank] = max(network.link[rank], network.clock[rank]) + size / network.machine.bandwidth
         arrival = network.link[rank] + network.machine.latency
-        network.boxes[(rank - hops) % self.world, hops].put(([x.clone() for x in tensors], arrival))
+        network.box((rank - hops) % self.world, hops).put(([x.clone() for x in tensors], arrival))
 
         def wait() -> list[Tensor]:
-            received, when = network.boxes[rank, hops].get(timeout=WAIT)
+            received, when = network.box(rank, hops).get(timeout=WAIT)
             network.clock[rank] = max(network.clock[rank], when)
             assert all(x.shape[0] == rows for x in received)
             return received
