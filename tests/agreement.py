@@ -44,8 +44,8 @@ def assert_agrees(
         assert x.shape == y.shape == z.shape, f"{name}: shapes {x.shape}, {y.shape}, {z.shape}"
         size = z.norm().clamp_min(scale * 2.0**-52 / TOLERANCE)
         if given is not None and given.dim() == 0 and inputs[0].dim() == 2:
-            # The gradient of a scale is a sum over rows, <q_i, dq_i> / scale, and may cancel to any size; so may each of
-            # these, the difference of two cosines that are rounded themselves: |q_i| |dq_i| does not.
+            # The gradient of a scale is a sum over rows, <q_i, dq_i> / scale, and may cancel to any size; so may each
+            # of these, the difference of two cosines that are rounded themselves: |q_i| |dq_i| does not.
             rows = inputs[0].double().norm(dim=1) * exact[1].norm(dim=1)
             size = max(size, rows.sum() / given.double().abs())
         apart, error, other = (float((u.double() - v.double()).norm() / size) for u, v in ((x, y), (x, z), (y, z)))
