@@ -246,7 +246,7 @@ def test_an_infinite_element_spoils_no_other_row():
         alone = q[torch.arange(20) != 3].clone().requires_grad_()
         functional.similarity_lse(alone, k, 10.0, backend="triton")[0].sum().backward()
         assert torch.equal(x.grad[torch.arange(20) != 3], alone.grad)
-        assert row_lse[3] == torch.inf
+        assert row_lse[3].isnan()
 
 
 def test_the_cache_has_what_rounding_took_from_the_normalisers():
