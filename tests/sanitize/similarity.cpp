@@ -87,8 +87,8 @@ double lse(const std::vector<double>& s, int64_t first, int64_t n, int64_t step)
   return largest + std::log(sum);
 }
 
-// dq = scale G k, dk = scale G^T q against what the kernel wrote; either may be empty.
-bool near_gradients(const Problem& p, const std::vector<double>& g, const Rows& q, const Rows& k, const Numbers<float>& dq,
+// dq = scale G k, dk = scale G^T q against what the kernel wrote; either may be empty. `s`: the logits.
+bool near_gradients(const Problem& p, const std::vector<double>& s, const std::vector<double>& g, const Rows& q, const Rows& k, const Numbers<float>& dq,
                     const Numbers<float>& dk) {
   Compare near_q("dq"), near_k("dk");
   double largest = 1e-20;  // of a term: where the terms cancel, the error is theirs; float32 ends far below
@@ -104,8 +104,12 @@ bool near_gradients(const Problem& p, const std::vector<double>& g, const Rows& 
     const std::vector<double> truth = product(turned.data(), dense(q).data(), p.cols, p.dim, p.rows, false);
     for (int64_t i = 0; i < dk.count; ++i) near_k(dk[i], p.scale * truth[static_cast<size_t>(i)]);
   }
-  // Products of pairs in bfloat16 round G to it.
-  const double tolerance = std::strstr(ffcl::isa_name(ffcl::current_isa()), "bf16") ? 1e-2 : 1e-3;
+  // Products of pairs in bfloat16 round G to it. A logit is rounded to 2^-24 of its size, as product and as sum, and that
+  // is the relative error of its exponential.
+  double logit = 0;
+  for (double x : s)
+    if (std::isfinite(x)) logit = std::fmax(logit, std::fabs(x));
+  const double tolerance = (std::strstr(ffcl::isa_name(ffcl::current_isa()), "bf16") ? 1e-2 : 1e-3) + logit * 0x1p-23;
   const bool a = near_q.near(tolerance, largest * p.length, p.name), b = near_k.near(tolerance, largest * p.length, p.name);
   return a && b;
 }
@@ -166,7 +170,7 @@ bool check_similarity(Random& random, bool large) {
       if (p.self) g[at] += row_grad[j] * std::exp(s[at] - row_truth[static_cast<size_t>(j)]);
       if (both) g[at] += col_grad[j] * std::exp(s[at] - col_truth[static_cast<size_t>(j)]);
     }
-  return near_gradients(p, g, q, k, dq, dk) && right;
+  return near_gradients(p, s, g, q, k, dq, dk) && right;
 }
 
 bool check_siglip(Random& random, bool large) {
@@ -200,5 +204,5 @@ bool check_siglip(Random& random, bool large) {
   near_loss(loss[0], truth), near_bias(dbias[0], bias_truth);
   bool right = near_loss.near(1e-4, 1e-3, p.name);
   right = near_bias.near(1e-4, static_cast<double>(p.rows), p.name) && right;
-  return near_gradients(p, g, q, k, dq, dk) && right;
+  return near_gradients(p, s, g, q, k, dq, dk) && right;
 }
