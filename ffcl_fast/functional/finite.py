@@ -26,13 +26,13 @@ def nothing_or_nan(
     rows = _spoilt(q)
     cols = rows if k is None else _spoilt(k)
     col_ids = row_ids if k is None else col_ids
-    sums = []
-    for own, other, own_ids, other_ids in ((rows, cols, row_ids, col_ids), (cols, rows, col_ids, row_ids)):
+
+    def sums(own: Tensor, own_ids: Tensor | None, other: Tensor, other_ids: Tensor | None) -> Tensor:
         hit = own | _meets(other, other_ids, own, own_ids, exclude)
-        sums.append(torch.where(hit, torch.nan, 0.0).to(acc))
-        if k is None:
-            return sums[0], sums[0]
-    return sums[0], sums[1]
+        return torch.where(hit, torch.nan, 0.0).to(acc)
+
+    of_rows = sums(rows, row_ids, cols, col_ids)
+    return of_rows, of_rows if k is None else sums(cols, col_ids, rows, row_ids)
 
 
 def _known_finite(x: Tensor) -> bool:

@@ -150,10 +150,7 @@ def ablate(
     if due:
         check_place(out)
     for config in due:
-        kind_of(config.data)
-        device_for(config)
-        if factory is None:
-            check_backbone(config)
+        _check_without_data(config, factory is not None)
     for title, config, directory in runs:
         if is_finished(directory):
             continue
@@ -174,6 +171,14 @@ def ablate(
     return write(plan, out)
 
 
+def _check_without_data(config: Config, own_backbone: bool = False) -> None:
+    """UserError for what of a run does not exist, as far as that can be told before its data is read."""
+    kind_of(config.data)
+    device_for(config)
+    if not own_backbone:
+        check_backbone(config)
+
+
 def listing(plan: Plan, out: str | Path) -> list[str]:
     """What :func:`ablate` would run: a line a run, with the time that it took so far, and one on them all.
 
@@ -190,9 +195,7 @@ def listing(plan: Plan, out: str | Path) -> list[str]:
             took.setdefault(row, []).append(seconds)
             state = f"done in {seconds:.0f} s"
         else:
-            kind_of(config.data)
-            device_for(config)
-            check_backbone(config)
+            _check_without_data(config)
             to_run.append((row, seconds))
             state = f"begun, {seconds:.0f} s so far" if (directory / CONFIG).is_file() else "to run"
         lines.append(f"{title}: {state}")

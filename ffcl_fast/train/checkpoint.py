@@ -125,6 +125,10 @@ def load_weights(path: Path, network: nn.Module) -> None:
         raise UserError(f"checkpoint {path}: cannot be read into this network ({first_line(error)})") from None
 
 
+class Damaged(UserError):
+    """A checkpoint that is not as it was written."""
+
+
 class Checkpoints:
     """The checkpoints of one run, in ``directory``."""
 
@@ -167,19 +171,14 @@ class Checkpoints:
         return None
 
     def load(self, stage: str, epoch: int, network: nn.Module, step: int = 0) -> dict[str, Any]:
-        """Fill ``network`` from that moment's checkpoint and return the optimiser and schedule state."""
-        problem = self.damage(stage, epoch, step)
-        if problem is not None:
-            raise UserError(problem)
-        folder = self.directory / Progress(stage, epoch, step=step).folder
-        load_weights(folder / _WEIGHTS, network)
-        return load_state(folder / _STATE, {"optimizer": dict, "schedule": dict})
-
-    def damage(self, stage: str, epoch: int, step: int = 0) -> str | None:
-        """A line on what is wrong with that moment's checkpoint, or None."""
+        """Fill ``network`` from that moment's checkpoint and return the optimiser and schedule state. Raises
+        :class:`Damaged` before the network is touched."""
         folder = self.directory / Progress(stage, epoch, step=step).folder
         problem = _damage(folder)
-        return None if problem is None else f"checkpoint {folder}: damaged ({problem})"
+        if problem is not None:
+            raise Damaged(f"checkpoint {folder}: damaged ({problem})")
+        load_weights(folder / _WEIGHTS, network)
+        return load_state(folder / _STATE, {"optimizer": dict, "schedule": dict})
 
     def clear(self) -> None:
         """Delete all: the run is finished, and :meth:`finish_stage` has stored each stage's weights."""

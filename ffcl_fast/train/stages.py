@@ -19,7 +19,7 @@ from ffcl_fast.functional import goodness, goodness_normalize
 
 from . import parallel
 from .batches import EpochSampler, Views, augmentation, derive_seed, loader, scaled
-from .checkpoint import Checkpoints, Progress
+from .checkpoint import Checkpoints, Damaged, Progress
 from .config import Config
 from .data import Data, Split
 from .errors import UserError, first_line
@@ -253,13 +253,10 @@ class Trainer:
             self.on_epoch(progress, record)
         best = progress.best[stage.name]
         if best != progress.epoch:
-            problem = self.checkpoints.damage(stage.name, best)
-            if problem is None:
+            try:
                 self.checkpoints.load(stage.name, best, self.network)
-            else:
-                self.checkpoints.log(
-                    f"{problem}, the best of its stage; going on with epoch {progress.epoch}, the last"
-                )
+            except Damaged as error:
+                self.checkpoints.log(f"{error}, the best of its stage; going on with epoch {progress.epoch}, the last")
                 progress.best[stage.name] = progress.epoch
 
     def _train_epoch(
