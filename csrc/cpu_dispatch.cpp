@@ -6,6 +6,12 @@
 #include <stdexcept>
 #include <string>
 
+#ifdef FFCL_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "goodness.h"
 #include "isa.h"
 #include "rows.h"
@@ -14,6 +20,17 @@
 
 namespace ffcl {
 namespace {
+
+#ifdef FFCL_AMX
+// Linux lets a process use the tile registers once it has asked to.
+bool have_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned tile = 1u << 24, bf16 = 1u << 22;
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & tile) && (d & bf16) &&
+         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
 
 // avx2 stands for what every AVX2 processor has beside it (FMA, F16C, BMI2); avx512 for the Skylake server set.
 bool supported(Isa isa) {
@@ -28,22 +45,27 @@ bool supported(Isa isa) {
 #ifdef FFCL_AVX512_BF16
   if (isa == Isa::avx512_bf16) return supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
 #endif
-  return isa == Isa::portable || isa == Isa::portable_bf16;
+#ifdef FFCL_AMX
+  if (isa == Isa::amx) return supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && have_amx();
+#endif
+  return isa == Isa::portable || isa == Isa::portable_bf16 || isa == Isa::portable_amx;
 }
 
 Isa choose() {
   Isa best = Isa::portable;
-  for (Isa isa : {Isa::avx2, Isa::avx512})
-    if (supported(isa)) best = isa;
   const char* wanted = std::getenv("FFCL_ISA");
+  for (Isa isa : {Isa::avx2, Isa::avx512, Isa::amx})
+    if (supported(isa)) best = isa;
   if (!wanted || !*wanted) return best;
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::portable_bf16, Isa::avx512_bf16}) {
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::portable_bf16, Isa::avx512_bf16, Isa::portable_amx,
+                  Isa::amx}) {
     if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
     if (supported(isa)) return isa;
     throw std::runtime_error(std::string("FFCL_ISA=") + wanted + ": this processor has " + isa_name(best) + " at best");
   }
   throw std::invalid_argument(
-      std::string("FFCL_ISA must be portable, avx2, avx512, portable_bf16 or avx512_bf16; got '") + wanted + "'");
+      std::string("FFCL_ISA must be portable, avx2, avx512, portable_bf16, avx512_bf16, portable_amx or amx; got '") +
+      wanted + "'");
 }
 
 }  // namespace
@@ -54,6 +76,8 @@ const char* isa_name(Isa isa) {
     case Isa::avx512: return "avx512";
     case Isa::portable_bf16: return "portable_bf16";
     case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::portable_amx: return "portable_amx";
+    case Isa::amx: return "amx";
     default: return "portable";
   }
 }
@@ -88,11 +112,13 @@ Isa current_isa() {
   }
 FFCL_DECLARE(portable)
 FFCL_DECLARE_SIMILARITY(portable_bf16)
+FFCL_DECLARE_SIMILARITY(portable_amx)
 #ifdef FFCL_X86
 FFCL_DECLARE(avx2)
 FFCL_DECLARE(avx512)
 #define FFCL_DISPATCH(call)                \
   switch (current_isa()) {                 \
+    case Isa::amx:                         \
     case Isa::avx512_bf16:                 \
     case Isa::avx512: return avx512::call; \
     case Isa::avx2: return avx2::call;     \
@@ -105,16 +131,28 @@ FFCL_DECLARE(avx512)
 // The same, with bfloat16 rows in pairs where the set asks for it.
 #ifdef FFCL_AVX512_BF16
 FFCL_DECLARE_SIMILARITY(avx512_bf16)
-#define FFCL_DISPATCH_AVX512_BF16(call) \
-  if (current_isa() == Isa::avx512_bf16) return avx512_bf16::call;
+#define FFCL_CASE_AVX512_BF16(call) \
+  case Isa::avx512_bf16: return avx512_bf16::call;
 #else
-#define FFCL_DISPATCH_AVX512_BF16(call)
+#define FFCL_CASE_AVX512_BF16(call)
 #endif
-#define FFCL_DISPATCH_SIMILARITY(call)                                   \
-  if (args.dtype == DType::bfloat16) {                                   \
-    if (current_isa() == Isa::portable_bf16) return portable_bf16::call; \
-    FFCL_DISPATCH_AVX512_BF16(call)                                      \
-  }                                                                      \
+#ifdef FFCL_AMX
+FFCL_DECLARE_SIMILARITY(amx)
+#define FFCL_CASE_AMX(call) \
+  case Isa::amx: return amx::call;
+#else
+#define FFCL_CASE_AMX(call)
+#endif
+#define FFCL_DISPATCH_SIMILARITY(call)                     \
+  if (args.dtype == DType::bfloat16) {                     \
+    switch (current_isa()) {                               \
+      case Isa::portable_bf16: return portable_bf16::call; \
+      case Isa::portable_amx: return portable_amx::call;   \
+      FFCL_CASE_AVX512_BF16(call)                          \
+      FFCL_CASE_AMX(call)                                  \
+      default: break;                                      \
+    }                                                      \
+  }                                                        \
   FFCL_DISPATCH(call)
 
 int similarity_forward(const Similarity& args, float* row_lse, float* col_lse, float* cache, int64_t cache_size) {

@@ -4,13 +4,14 @@
 
 namespace ffcl {
 
-// The two with bf16 hold the similarity kernels of bfloat16 rows on products of pairs (tile.h); everything else runs
-// the code of the set they are named after. They are never chosen unless FFCL_ISA names them: portable_bf16 does the
-// pair product in software, for tests; no machine has yet confirmed avx512_bf16, which runs it as one instruction.
-enum class Isa { portable = 0, avx2 = 1, avx512 = 2, portable_bf16 = 3, avx512_bf16 = 4 };
+// Those after avx512 hold the similarity kernels of bfloat16 rows on products of pairs (tile.h); everything else runs the
+// code of the set they are named after. avx512_bf16 has the vector instruction, amx the tile registers of Intel's
+// servers; portable_bf16 and portable_amx do the same in software, for tests.
+enum class Isa { portable = 0, avx2 = 1, avx512 = 2, portable_bf16 = 3, avx512_bf16 = 4, portable_amx = 5, amx = 6 };
 
-// Best of the first three that this processor has and that was compiled in, unless the environment variable FFCL_ISA
-// (read once) names another.
+// Best of portable, avx2, avx512 and amx that this processor has and that was compiled in, unless the environment
+// variable FFCL_ISA (read once) names another. avx512_bf16 is by name alone: on the one processor that has run it, its
+// products were no faster than those of float32.
 Isa current_isa();
 const char* isa_name(Isa isa);
 

@@ -3,13 +3,14 @@
 // S is visited in panels of at most 384 rows by 2304 columns. Each panel takes three steps, each split into tasks that
 // write disjoint memory, with a fixed order of every sum, so results do not depend on the number of threads:
 //   pack      copies of the panel's rows and columns in the order the register tiles read them: float32, or pairs of
-//             bfloat16 where bfloat16 rows meet an instruction set that multiplies those (tile.h)
+//             bfloat16 where bfloat16 rows meet an instruction set that multiplies those (tile.h, tile_amx.h)
 //   scores    register tiles of S, and on them, before they leave the registers, one exponential an element; the
 //             forward pass keeps row and column sums only, the backward pass writes the gradient panel G
 //   products  dq[rows] += G k[columns] and dk[columns]^T += q[rows]^T G, reading G (3.5 MB, in L3) twice
 // Bound by the multiply-add units: 1 unit of 2 N M D operations forward, 3 backward (half a unit and 1.5 for k = q,
 // where only panels on or above the diagonal exist). The exponential costs about 12 instructions against 2 D / VW.
-// What the tiles read next from L3 is prefetched by hand: 7 to 14 % on Zen 3.
+// What the tiles read next from L3 is prefetched by hand: 7 to 14 % on Zen 3. AMX multiplies so fast that loads and the
+// exponential's epilogue are the limit there: a quarter of the multiplier's rate, four times AVX-512's.
 //
 // Exponentials are taken against one constant offset for the whole call wherever the norms of the rows bound S tightly
 // enough (see similarity.md), else against running maxima.

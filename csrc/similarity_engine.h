@@ -14,6 +14,36 @@ struct Panel {
   }
 };
 
+// A panel of G as the two gradient products read it. In float32 they share one copy, [tile][row][NR]. In pairs each has
+// its own, rounded to bfloat16, because each sums over the other dimension:
+//   by_column  A of dq    [tile][row][VW]      columns c and c + VW of the tile
+//   by_row     B of dk^T  [tile][row / 2][NR]  rows 2 i and 2 i + 1
+// and is multiplied by the units of the rows it meets, which were packed without.
+struct Gradients {
+  Word *by_column, *by_row;
+  const float *row_unit, *col_unit;
+  // Rows i (even) and i + 1 of column tile j: columns c and c + VW of each.
+  FFCL_INLINE void put(const Panel& p, int64_t i, int64_t j, vf x0, vf x1, vf y0, vf y1) const {
+    const int64_t at = j * p.rows_padded + i;
+#ifdef FFCL_BF16_PAIRS
+    if (!row_unit) {
+      store_words(by_column + at * VW, to_pairs(x0, x1)), store_words(by_column + (at + 1) * VW, to_pairs(y0, y1));
+      store_words(by_row + at * VW, to_pairs(x0, y0)), store_words(by_row + at * VW + VW, to_pairs(x1, y1));
+      return;
+    }
+    const vf u = splat(row_unit[p.r0 + i]), v = splat(row_unit[p.r0 + i + 1]);
+    const vf c0 = load(col_unit + p.c0 + j * NR), c1 = load(col_unit + p.c0 + j * NR + VW);
+    store_words(by_column + at * VW, to_pairs(x0 * c0, x1 * c1));
+    store_words(by_column + (at + 1) * VW, to_pairs(y0 * c0, y1 * c1));
+    store_words(by_row + at * VW, to_pairs(x0 * u, y0 * v));
+    store_words(by_row + at * VW + VW, to_pairs(x1 * u, y1 * v));
+#else
+    store(by_row + at * NR, x0), store(by_row + at * NR + VW, x1);
+    store(by_row + (at + 1) * NR, y0), store(by_row + (at + 1) * NR + VW, y1);
+#endif
+  }
+};
+
 class Engine {
  public:
   Engine(const Similarity& args, bool gradients)
@@ -27,15 +57,19 @@ class Engine {
         tile_chunk((rb > ROW_TASK ? 256 : 64) / NR),
         dim_mr(round_up(args.dim, MR)),
         dim_nr(round_up(args.dim, NR)),
-        dim_words(words_of(args.dim)),
+        dim_words(padded_words(args.dim)),
         q_dims(rb * dim_words),
         k_dims(cb * dim_words),
         q_rows(gradients ? dim_mr * words_of(rb) : 0),
         k_rows(gradients ? dim_nr * words_of(cb) : 0),
         g(gradients ? rb * cb : 0),
         dkt(gradients ? dim_mr * cb : 0),
+        row_unit(has_units() ? args.rows + ROW_TASK : 0),
+        col_unit(has_units() && !self ? cols + ROW_TASK : 0),
         row_ids(by_id() ? args.rows + ROW_TASK : 0),
         col_ids(by_id() ? cols + ROW_TASK : 0) {
+    units(a.q_norm, a.rows, row_unit);
+    units(a.k_norm, cols, col_unit);
     if (!by_id() || row_ids.failed || col_ids.failed) return;
     narrow_ids(a.row_ids, a.rows, row_ids);
     narrow_ids(self ? a.row_ids : a.col_ids, cols, col_ids);
@@ -43,7 +77,7 @@ class Engine {
 
   bool failed() const {
     return row_ids.failed || col_ids.failed || q_dims.failed || k_dims.failed || q_rows.failed || k_rows.failed ||
-           g.failed || dkt.failed;
+           g.failed || dkt.failed || row_unit.failed || col_unit.failed;
   }
 
   const Similarity& a;
@@ -62,6 +96,7 @@ class Engine {
   Buffer<Word> k_rows;  // [dim / NR][cb words][NR]    B of dq
   Buffer<Word> g;  // Gradients                   B of dk^T and, by broadcasts, A of dq
   Buffer<float> dkt;  // [dim][cb]                   dk^T of the current columns
+  Buffer<float> row_unit, col_unit;  // null: of rows that are not divided, or in float32
   Buffer<int32_t> row_ids, col_ids;  // the low halves of the ids, to compare many at once
   bool ids_exact = true;  // they are the whole ids
 
@@ -93,21 +128,19 @@ class Engine {
     by_type(a.queries(), [&](auto q, auto) {
       parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
         for (int64_t i = task * ROW_TASK; i < smaller(p.rows_padded, (task + 1) * ROW_TASK); i += MR) {
-          if (scores) pack_group_by_dim<MR>(q, p.r0 + i, end, q_dims + i * dim_words);
-          for (int64_t r = i; gradients && r < i + MR; r += PER_WORD)
-            pack_row_by_panel<MR>(q, p.r0 + r, p.r0 + r + 1, end, p.rows_padded / PER_WORD * MR,
-                                  q_rows + r / PER_WORD * MR);
+          if (scores) pack_left(q, p.r0 + i, end, q_dims + i * dim_words);
+          if (gradients)
+            pack_left_transposed(q, p.r0 + i, end, p.rows_padded / PER_WORD * MR, q_rows + i / PER_WORD * MR);
         }
       });
     });
   }
 
-  // Largest norm of a row; `finite` turns false where one is not finite. Divided rows are no longer than 1, or 1 + 2^-8
-  // where each element is then rounded to bfloat16.
+  // Largest norm of a row; `finite` turns false where one is not finite. Divided rows are no longer than 1.
   double largest_norm(const Rows& x, bool& finite) const {
     if (x.norm) {
       for (int64_t i = 0; i < x.rows; ++i) finite = finite && x.norm[i] < __builtin_inff();
-      return PER_WORD == 1 ? 1 : 1 + 0x1p-8;
+      return 1;
     }
     const int64_t tasks = (x.rows + ROW_TASK - 1) / ROW_TASK;
     Buffer<float> part(tasks);
@@ -156,13 +189,13 @@ class Engine {
     const vf factor = splat(static_cast<float>(scale));  // after the sum: it costs the products no bits
     const int64_t col_tasks = (p.tiles + tile_chunk - 1) / tile_chunk;
     const int64_t row_tasks = (p.rows_padded + ROW_TASK - 1) / ROW_TASK;
-    // Sums of 128 words, then sums of those: a fraction of the rounding error of one long sum, and the operands of a
-    // step (8 KB of B in AVX2's tiles) stay in L1.
+    // Parts of 128 words, so that their operands (8 KB of B in AVX2's tiles) stay in L1.
     constexpr int64_t depth = 128, ahead = depth * NR * MR / ROW_TASK;  // words of the next step of B for each tile
     parallel(row_tasks * col_tasks, threads, [&](int64_t task, int) {
       alignas(64) float partial[ROW_TASK * NR];
       const int64_t rt = task / col_tasks, ct = task % col_tasks;
       const int64_t first = rt * ROW_TASK, last = smaller(p.rows_padded, first + ROW_TASK);
+      const TileScope scope;
       Epilogue e(epilogue);
       e.begin(p, rt, ct);
       for (int64_t j = ct * tile_chunk; j < smaller(p.tiles, (ct + 1) * tile_chunk); ++j) {
@@ -172,17 +205,22 @@ class Engine {
           const bool complete = d + depth >= dim_words;
           for (int64_t i = first; i < last; i += MR) {
             Tile t;
-            clear(t);
+            float* part = partial + (i - first) * NR;
+            begin_part(t, d > 0 ? part : nullptr);
             prefetch(b + (d + depth) * NR + (i - first) / MR * ahead, ahead * 4);
-            multiply<1, MR>(t, q_dims + i * dim_words + d * MR, b + d * NR, complete ? dim_words - d : depth);
-            if (d > 0) add_tile(t, partial + (i - first) * NR, NR);
+            multiply_packed(t, q_dims + i * dim_words + d * MR, b + d * NR, complete ? dim_words - d : depth);
+            end_part(t, d > 0 ? part : nullptr);
             if (!complete) {
-              store_tile(t, partial + (i - first) * NR, NR);
+              store_tile(t, part, NR);
               continue;
             }
-            scale_tile(t, factor);
-            if (touches_mask(p, i, j)) mask(p, i, j, t);
-            e.tile(p, i, j, t);
+            auto&& s = values(t);
+            if (row_unit.data)
+              scale_values(s, factor, row_unit + p.r0 + i, units_of_columns() + p.c0 + j * NR);
+            else
+              scale_values(s, factor);
+            if (touches_mask(p, i, j)) mask(p, i, j, s);
+            e.tile(p, i, j, s);
           }
         }
         e.end_columns(p, j);
@@ -191,7 +229,9 @@ class Engine {
     });
   }
 
-  Gradients gradients() const { return {g, PER_WORD == 1 ? g.data : g + rb * cb / PER_WORD}; }
+  Gradients gradients() const {
+    return {g, PER_WORD == 1 ? g.data : g + rb * cb / PER_WORD, row_unit, units_of_columns()};
+  }
 
   // G of a panel whose exponentials the forward pass kept.
   void rescale(const Panel& p, const float* kept, const float* row, const float* col) {
@@ -201,7 +241,7 @@ class Engine {
       const vf b0 = load(col + p.c0 + j * NR), b1 = load(col + p.c0 + j * NR + VW);
       for (int64_t i = 0; i < p.rows_padded; i += 2, from += 2 * NR) {
         const vf x = splat(row[p.r0 + i]), y = splat(row[p.r0 + i + 1]);
-        to.put(j * p.rows_padded + i, load(from) * (x + b0), load(from + VW) * (x + b1), load(from + NR) * (y + b0),
+        to.put(p, i, j, load(from) * (x + b0), load(from + VW) * (x + b1), load(from + NR) * (y + b0),
                load(from + NR + VW) * (y + b1));
       }
     });
@@ -219,6 +259,7 @@ class Engine {
     const int64_t slices = (a.dim + slice - 1) / slice;
     parallel(row_tasks * slices + col_tasks, threads, [&](int64_t task, int) {
       const int64_t col_task = task - row_tasks * slices;
+      const TileScope scope;
       if (col_task < 0)
         row_product(p, task / slices * ROW_TASK, task % slices * slice, smaller(a.dim, (task % slices + 1) * slice),
                     dq);
@@ -247,6 +288,15 @@ class Engine {
   }
 
  private:
+  const float* units_of_columns() const { return self ? row_unit : col_unit; }
+
+  bool has_units() const { return PER_WORD == 2 && (a.q_norm || a.k_norm); }
+  static void units(const float* norm, int64_t n, float* out) {
+    if (!out) return;
+    for (int64_t i = 0; i < n; ++i) out[i] = norm ? unit(norm[i]) : 1;
+    for (int64_t i = n; i < n + ROW_TASK; ++i) out[i] = 1;
+  }
+
   int64_t full_row_block() const { return a.dim <= 512 ? 384 : a.dim <= 1024 ? 192 : ROW_TASK; }
   int64_t row_block() const {
     // Half of each block on the diagonal is computed for nothing, so k = q has eight blocks a side at least.
@@ -282,19 +332,14 @@ class Engine {
           const Word* b = k_rows + d * cb / PER_WORD + (p.first_tile + j0) * tile_words * NR;
           prefetch(b + NR * cb / PER_WORD + (i - first) / MR * ahead, ahead * 4);
           if (i + MR <= p.rows && d + NR <= a.dim) prefetch_tile(dq + (p.r0 + i) * a.dim + d, a.dim);
-          for (int64_t j = j0; j < smaller(p.tiles, j0 + tiles_a_step); ++j, b += tile_words * NR)
-            multiply<tile_words, 1>(t, gradients().by_column + (j * p.rows_padded + i) * tile_words, b, tile_words);
+          multiply_tiles<tile_words>(t, gradients().by_column + (j0 * p.rows_padded + i) * tile_words,
+                                     p.rows_padded * tile_words, b, smaller(tiles_a_step, p.tiles - j0));
           add_rows(t, dq + (p.r0 + i) * a.dim + d, p.rows - i, a.dim - d);
         }
   }
 
-  void add_rows(const Tile& t, float* to, int64_t rows, int64_t dims) {
-    if (rows >= MR && dims >= NR) {
-#pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r)
-        for (int h = 0; h < 2; ++h) store(to + r * a.dim + h * VW, load(to + r * a.dim + h * VW) + t.x[r][h]);
-      return;
-    }
+  void add_rows(Tile& t, float* to, int64_t rows, int64_t dims) {
+    if (rows >= MR && dims >= NR) return add_tile(t, to, a.dim);
     alignas(64) float x[MR * NR];
     store_tile(t, x, NR);
     for (int64_t r = 0; r < smaller(rows, MR); ++r)
@@ -314,7 +359,7 @@ class Engine {
             prefetch_tile(c + MR * cb, cb);
             prefetch(gradients().by_row + (j * p.rows_padded + i + depth) / PER_WORD * NR + (d - d0) / MR * ahead,
                      ahead * 4);
-            multiply<1, MR>(t, q_rows + (d * p.rows_padded + i * MR) / PER_WORD,
+            multiply_packed(t, q_rows + (d * p.rows_padded + i * MR) / PER_WORD,
                             gradients().by_row + (j * p.rows_padded + i) / PER_WORD * NR,
                             smaller(depth, p.rows_padded - i) / PER_WORD);
             store_tile(t, c, cb);
@@ -348,7 +393,7 @@ class Engine {
   }
 
   // -inf at the pairs left out and beyond the edges.
-  void mask(const Panel& p, int64_t i0, int64_t j0, Tile& t) const {
+  void mask(const Panel& p, int64_t i0, int64_t j0, Values& t) const {
     const bool inside = i0 + MR <= p.rows && (j0 + 1) * NR <= p.cols;
     const bool vectors =
         by_id() && ids_exact && !(a.exclude == Exclude::same_id_off_diagonal && p.crosses_diagonal(i0, j0));
@@ -362,9 +407,9 @@ class Engine {
       }
   }
 
-  void mask_by_element(const Panel& p, int64_t i0, int64_t j0, Tile& t) const {
+  void mask_by_element(const Panel& p, int64_t i0, int64_t j0, Values& t) const {
     alignas(64) float x[MR * NR];
-    store_tile(t, x, NR);
+    store_values(t, x);
     const int64_t* ids = self ? a.row_ids : a.col_ids;
     for (int64_t r = 0; r < MR; ++r)
       for (int64_t c = 0; c < NR; ++c) {
@@ -376,6 +421,6 @@ class Engine {
         if (!out && a.exclude == Exclude::different_id) out = a.row_ids[i] != ids[j];
         if (out) x[r * NR + c] = -__builtin_inff();
       }
-    load_tile(t, x, NR);
+    load_values(t, x);
   }
 };

@@ -26,7 +26,7 @@ struct ConstantSums {
     for (auto& r : rows) r = zero();
   }
   FFCL_INLINE void begin_columns() { cols[0] = cols[1] = zero(); }
-  FFCL_INLINE void tile(const Panel& p, int64_t i, int64_t j, const Tile& t) {
+  FFCL_INLINE void tile(const Panel& p, int64_t i, int64_t j, const Values& t) {
     float* to = keep ? panel + (j * p.rows_padded + i) * NR : nullptr;
     vf* row = rows + (i - rt * ROW_TASK);
     vf c0 = cols[0], c1 = cols[1];
@@ -68,7 +68,7 @@ struct OnlineSums {
     col_max[0] = col_max[1] = splat(NOTHING);
     col_sum[0] = col_sum[1] = zero();
   }
-  FFCL_INLINE void tile(const Panel&, int64_t i, int64_t, const Tile& t) {
+  FFCL_INLINE void tile(const Panel&, int64_t i, int64_t, const Values& t) {
     const int64_t first = i - rt * ROW_TASK;
     for (int r = 0; r < MR; ++r) {
       vf& m = row_max[first + r];
@@ -119,7 +119,7 @@ struct ConstantGradient {
   void begin_columns() {}
   void end_columns(const Panel&, int64_t) {}
   void end(const Panel&) {}
-  FFCL_INLINE void tile(const Panel& p, int64_t i, int64_t j, const Tile& t) {
+  FFCL_INLINE void tile(const Panel& p, int64_t i, int64_t j, const Values& t) {
     const float* row = f.row + p.r0 + i;
     const float* col = f.col + p.c0 + j * NR;
     const vf b0 = load(col), b1 = load(col + VW);
@@ -129,7 +129,7 @@ struct ConstantGradient {
       const vf x1 = exp2(t.x[r][1], f.offset) * (splat(row[r]) + b1);
       const vf y0 = exp2(t.x[r + 1][0], f.offset) * (splat(row[r + 1]) + b0);
       const vf y1 = exp2(t.x[r + 1][1], f.offset) * (splat(row[r + 1]) + b1);
-      f.g.put(j * p.rows_padded + i + r, x0, x1, y0, y1);
+      f.g.put(p, i + r, j, x0, x1, y0, y1);
     }
   }
 };
@@ -142,7 +142,7 @@ struct GeneralGradient {
   void begin_columns() {}
   void end_columns(const Panel&, int64_t) {}
   void end(const Panel&) {}
-  FFCL_INLINE void tile(const Panel& p, int64_t i, int64_t j, const Tile& t) {
+  FFCL_INLINE void tile(const Panel& p, int64_t i, int64_t j, const Values& t) {
     const int64_t row = p.r0 + i, col = p.c0 + j * NR;
     for (int r = 0; r < MR; r += 2) {
       vf x[2][2];
@@ -153,7 +153,7 @@ struct GeneralGradient {
           const vf by_col = load(f.col + col + h * VW) * exp2(s - load(f.col_shift + col + h * VW));
           x[u][h] = by_row + by_col;
         }
-      f.g.put(j * p.rows_padded + i + r, x[0][0], x[0][1], x[1][0], x[1][1]);
+      f.g.put(p, i + r, j, x[0][0], x[0][1], x[1][0], x[1][1]);
     }
   }
 };
@@ -186,7 +186,7 @@ struct SigmoidLoss {
       : bias(b), scale(s), positives(p), loss_out(lo), bias_out(bo), chunks(n), g(panel) {}
   void begin(const Panel&, int64_t row_task, int64_t chunk) { rt = row_task, ct = chunk; }
   FFCL_INLINE void begin_columns() { loss_row = grad_row = zero(); }
-  FFCL_INLINE void tile(const Panel& p, int64_t i, int64_t j, const Tile& t) {
+  FFCL_INLINE void tile(const Panel& p, int64_t i, int64_t j, const Values& t) {
     const bool diagonal = p.r0 + i < positives && p.crosses_diagonal(i, j);
     for (int r = 0; r < MR; r += 2) {
       vf gradient[2][2];
@@ -207,7 +207,7 @@ struct SigmoidLoss {
           grad_row += derivative;
           gradient[u][h] = derivative * splat(scale);
         }
-      if (g.by_row) g.put(j * p.rows_padded + i + r, gradient[0][0], gradient[0][1], gradient[1][0], gradient[1][1]);
+      if (g.by_row) g.put(p, i + r, j, gradient[0][0], gradient[0][1], gradient[1][0], gradient[1][1]);
     }
   }
   FFCL_INLINE void end_columns(const Panel&, int64_t) {

@@ -5,7 +5,8 @@
 // multiply-adds, so the multiply-add units are the limit as long as both operands come from L1 or stream from L2.
 //
 // Compiled with FFCL_BF16_PAIRS, for bfloat16 rows alone, a packed operand is a word of two bfloat16 that follow each
-// other along the dimension summed over, and a step of a tile takes both: half the steps and half the bytes.
+// other along the dimension summed over, and a step of a tile takes both: half the steps and half the bytes. With
+// FFCL_AMX as well the tile is 32 x 32, in the processor's tile registers, and a step takes 16 words (tile_amx.h).
 #pragma once
 
 #include <cstdlib>
@@ -17,7 +18,11 @@
 namespace ffcl {
 namespace FFCL_ISA_NS {
 
+#ifdef FFCL_AMX
+constexpr int MR = 32;
+#else
 constexpr int MR = VW == 16 ? 12 : 6;
+#endif
 constexpr int NR = 2 * VW;
 constexpr int64_t ROW_TASK = 96;  // rows a thread takes at a time: a multiple of MR and NR for every instruction set
 static_assert(ROW_TASK % MR == 0 && ROW_TASK % NR == 0, "blocks must hold whole tiles");
@@ -30,6 +35,13 @@ constexpr int64_t PER_WORD = 2;
 typedef float Word;
 typedef vf Words;
 constexpr int64_t PER_WORD = 1;
+#endif
+#ifdef FFCL_AMX
+constexpr int64_t STEP = 16;  // words along the dimension summed over that a tile takes at a time
+constexpr bool PREFETCHES = false;
+#else
+constexpr int64_t STEP = 1;
+constexpr bool PREFETCHES = true;
 #endif
 static_assert(MR % 2 == 0, "pairs of rows must not straddle tiles");
 
@@ -57,6 +69,19 @@ void parallel(int64_t tasks, int threads, F&& body) {
   run_tasks(tasks, threads, [](void* f, int64_t i, int thread) { (*static_cast<F*>(f))(i, thread); }, &body);
 }
 
+// Rows divided by norms, in bfloat16: a power of two is exact there, so rows are packed divided by that of their norm,
+// and the rest of the division, the row's unit in (1/2, 1], waits for the products in float32.
+FFCL_INLINE float inverse_power(float norm) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &norm, 4);
+  bits = 0x7f000000u - (bits & 0x7f800000u);
+  bits = bits < 0x00800000u || bits > 0x7f000000u ? 0x00800000u : bits;  // of numbers that are not finite
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+FFCL_INLINE float unit(float norm) { return 1 / (norm * inverse_power(norm)); }
+
 // Rows of one storage type.
 template <class T>
 struct Source {
@@ -76,8 +101,10 @@ struct Source {
   FFCL_INLINE float get(int64_t i, const type* element) const {
     return norm ? T::get(element) / norm[i] : T::get(element);
   }
-  // z[i] at `element` in bfloat16: rows that are divided by norms are rounded after the division.
-  FFCL_INLINE uint16_t get_bf16(int64_t i, const type* element) const { return float_to_bf16(get(i, element)); }
+  // z[i] at `element` but for the unit of row i (below), which bfloat16 holds without rounding.
+  FFCL_INLINE uint16_t get_bf16(int64_t i, const type* element) const {
+    return norm ? float_to_bf16(T::get(element) * inverse_power(norm[i])) : *element;
+  }
   // out = z[i, d : d + n] in float32.
   FFCL_INLINE void read(int64_t i, int64_t d, int64_t n, float* out) const {
     const type* from = row(i) + d;
@@ -102,71 +129,22 @@ FFCL_INLINE void by_type(const Rows& r, F&& f) {
 #endif
 }
 
-struct Tile {
-  vf x[MR][2];
-};
-
-FFCL_INLINE void clear(Tile& c) {
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) c.x[r][0] = c.x[r][1] = zero();
-}
-FFCL_INLINE void load_tile(Tile& c, const float* p, int64_t stride) {
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) c.x[r][0] = load(p + r * stride), c.x[r][1] = load(p + r * stride + VW);
-}
-FFCL_INLINE void add_tile(Tile& c, const float* p, int64_t stride) {
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) c.x[r][0] += load(p + r * stride), c.x[r][1] += load(p + r * stride + VW);
-}
-FFCL_INLINE void scale_tile(Tile& c, vf factor) {
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) c.x[r][0] *= factor, c.x[r][1] *= factor;
-}
-FFCL_INLINE void store_tile(const Tile& c, float* p, int64_t stride) {
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) store(p + r * stride, c.x[r][0]), store(p + r * stride + VW, c.x[r][1]);
-}
-
-FFCL_INLINE vf add_products(vf acc, vf a, vf b) { return acc + a * b; }
-FFCL_INLINE vf add_products(vf acc, vi a, vi b) { return dot_pairs(acc, a, b); }
-FFCL_INLINE Words load_words(const Word* p) {
-  typedef Word any __attribute__((vector_size(VW * 4), aligned(4), may_alias));
-  return *reinterpret_cast<const any*>(p);
-}
-FFCL_INLINE void store_words(Word* p, Words x) {
-  typedef Word any __attribute__((vector_size(VW * 4), aligned(4), may_alias));
-  *reinterpret_cast<any*>(p) = x;
-}
-FFCL_INLINE vf splat_word(float x) { return splat(x); }
-FFCL_INLINE vi splat_word(int32_t x) { return vi{} + x; }
-
-// c += A B over `depth` words. A: word (r, d) at a[r * a_row + d * a_step]; B: (d, j) at b[d * NR + j].
-template <int64_t a_row, int64_t a_step>
-FFCL_INLINE void multiply(Tile& c, const Word* a, const Word* b, int64_t depth) {
-  for (int64_t d = 0; d < depth; ++d, a += a_step, b += NR) {
-    const Words b0 = load_words(b), b1 = load_words(b + VW);
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-      const Words x = splat_word(a[r * a_row]);
-      c.x[r][0] = add_products(c.x[r][0], x, b0);
-      c.x[r][1] = add_products(c.x[r][1], x, b1);
-    }
-  }
-}
-
 // Asks for the lines of these bytes ahead of their use: what comes next in L3 is not what the hardware's prefetchers
-// expect, at the end of a page or where rows of a tile lie far apart.
+// expect, at the end of a page or where rows of a tile lie far apart. Not for AMX, whose loads fill the queue of misses
+// by themselves: these would wait in front of them, a fifth of the time.
 FFCL_INLINE void prefetch(const void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+  for (int64_t i = 0; PREFETCHES && i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
 }
 FFCL_INLINE void prefetch_tile(const float* p, int64_t stride) {
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) prefetch(p + r * stride, NR * 4);
 }
 
-// Packed copies in words, zero-padded ---------------------------------------------------------------------------------
+// Rows as words ---------------------------------------------------------------------------------
 
 FFCL_INLINE int64_t words_of(int64_t elements) { return (elements + PER_WORD - 1) / PER_WORD; }
+// A row's words, padded to whole steps of a tile.
+FFCL_INLINE int64_t padded_words(int64_t elements) { return round_up(words_of(elements), STEP); }
 
 #ifdef FFCL_BF16_PAIRS
 FFCL_INLINE Word pair(uint16_t low, uint16_t high) {
@@ -200,6 +178,11 @@ FFCL_INLINE void read_across(const Source<T>& x, int64_t i, int64_t, int64_t, in
 }
 #endif
 
+FFCL_INLINE void store_words(Word* p, Words x) {
+  typedef Word any __attribute__((vector_size(VW * 4), aligned(4), may_alias));
+  *reinterpret_cast<any*>(p) = x;
+}
+
 // Group of `width` rows, word by word along the dimensions: out[l * width + w] = word l of row first + w. Rows from
 // `end` on are zero. By blocks, whose lines of `out` stay in L1 while the rows write their columns of it.
 template <int width, class T>
@@ -215,6 +198,8 @@ void pack_group_by_dim(const Source<T>& x, int64_t first, int64_t end, Word* out
     }
     for (int64_t w = valid; w < width; ++w)
       for (int64_t l = 0; l < words; ++l) out[l * width + w] = 0;
+    for (int64_t l = words; l < round_up(words, STEP); ++l)
+      for (int64_t w = 0; w < width; ++w) out[l * width + w] = 0;
   }
 }
 
@@ -229,23 +214,34 @@ void pack_row_by_panel(const Source<T>& x, int64_t i, int64_t j, int64_t end, in
   }
 }
 
-// The panel of G as the two gradient products read it. In float32 they share one copy, [tile][row][NR]. In pairs each
-// has its own, rounded to bfloat16, because each sums over the other dimension:
-//   by_column  A of dq    [tile][row][VW]      columns c and c + VW of the tile
-//   by_row     B of dk^T  [tile][row / 2][NR]  rows 2 i and 2 i + 1
-struct Gradients {
-  Word *by_column, *by_row;
-  // Rows `at` (even; the tile's first row and the row within it) and at + 1: columns c and c + VW of each.
-  FFCL_INLINE void put(int64_t at, vf x0, vf x1, vf y0, vf y1) const {
-#ifdef FFCL_BF16_PAIRS
-    store_words(by_column + at * VW, to_pairs(x0, x1)), store_words(by_column + (at + 1) * VW, to_pairs(y0, y1));
-    store_words(by_row + at * VW, to_pairs(x0, y0)), store_words(by_row + at * VW + VW, to_pairs(x1, y1));
-#else
-    store(by_row + at * NR, x0), store(by_row + at * NR + VW, x1);
-    store(by_row + (at + 1) * NR, y0), store(by_row + (at + 1) * NR + VW, y1);
-#endif
-  }
+// A tile of S where the epilogues work on it.
+struct Values {
+  vf x[MR][2];
 };
+FFCL_INLINE void scale_values(Values& c, vf factor) {
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) c.x[r][0] *= factor, c.x[r][1] *= factor;
+}
+// The same, and times the units of the rows and columns.
+FFCL_INLINE void scale_values(Values& c, vf factor, const float* row_unit, const float* col_unit) {
+  const vf c0 = factor * load(col_unit), c1 = factor * load(col_unit + VW);
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) c.x[r][0] *= splat(row_unit[r]) * c0, c.x[r][1] *= splat(row_unit[r]) * c1;
+}
+FFCL_INLINE void load_values(Values& c, const float* p) {
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) c.x[r][0] = load(p + r * NR), c.x[r][1] = load(p + r * NR + VW);
+}
+FFCL_INLINE void store_values(const Values& c, float* p) {
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) store(p + r * NR, c.x[r][0]), store(p + r * NR + VW, c.x[r][1]);
+}
+
+#ifdef FFCL_AMX
+#include "tile_amx.h"
+#else
+#include "tile_vector.h"
+#endif
 
 }  // namespace FFCL_ISA_NS
 }  // namespace ffcl

@@ -9,6 +9,7 @@ from similarity_cases import BACKENDS, DTYPES, to_float64
 
 from ffcl_fast import backends, ops, reference
 from ffcl_fast.functional import contrast as contrast_module
+from ffcl_fast.backends import native
 from ffcl_fast.functional import info_nce, nt_xent, sup_con
 from helpers import assert_close_to_reference
 
@@ -121,7 +122,10 @@ def compare(args, need=(True,) * 4, save=True):
             else 0
         )
         error = (gradients[3].double() - true_gradients[3]).abs()
-        assert error <= 1e-5 * max(true_gradients[3].abs(), torch.as_tensor(size), torch.tensor(float(n))), "dscale"
+        limit = 1e-5 * max(true_gradients[3].abs(), torch.as_tensor(size), torch.tensor(float(n)))
+        if args[0].dtype == torch.bfloat16 and native.module and native.module.isa().endswith(("_bf16", "amx")):
+            limit += 2.0**-8 * grad.norm()  # of the softmax, rounded to bfloat16 pair by pair
+        assert error <= limit, "dscale"
     after = [a for a in args if isinstance(a, torch.Tensor)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "an input was changed"
 

@@ -19,6 +19,8 @@ from ffcl_fast.backends.cpu import similarity
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="ffcl_fast._native was not built")
 
+PAIRS = ("portable_bf16", "avx512_bf16", "portable_amx", "amx")  # products of pairs of bfloat16
+
 
 def _problem(n=700, m=1000, d=40, symmetric=False):
     q = F.normalize(torch.randn(n, d), dim=1)
@@ -97,13 +99,13 @@ def _check(script: str, isa: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("isa", ("portable", "avx2", "avx512", "portable_bf16", "avx512_bf16"))
+@pytest.mark.parametrize("isa", ("portable", "avx2", "avx512", *PAIRS))
 def test_instruction_sets(isa):
     _check("isa_check.py", isa)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("isa", ("portable_bf16", "avx512_bf16"))
+@pytest.mark.parametrize("isa", PAIRS)
 def test_pairs_of_bfloat16(isa):
     _check("pairs_check.py", isa)
 

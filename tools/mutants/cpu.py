@@ -3,8 +3,9 @@
 from .mutant import Mutant
 
 _SIM, _ENGINE = "csrc/similarity_cpu.cpp", "csrc/similarity_engine.h"
-_EPI, _GOOD, _ROWS = "csrc/similarity_epilogues.h", "csrc/goodness_cpu.cpp", "csrc/rows_cpu.cpp"
+_AMX, _EPI, _GOOD, _ROWS = "csrc/tile_amx.h", "csrc/similarity_epilogues.h", "csrc/goodness_cpu.cpp", "csrc/rows_cpu.cpp"
 _OPS = "tests/test_ops.py -k 'cpu and {}'"
+_PAIRS = "tests/test_similarity_cpu.py -k 'pairs and {}'"
 _CONTRAST = "tests/test_contrast_ops.py -k '{}'"
 
 MUTANTS = (
@@ -191,5 +192,29 @@ MUTANTS = (
         "for (; d < n; ++d) s[0] += term(d);",
         "for (; d + 1 < n; ++d) s[0] += term(d);",
         _CONTRAST.format("test_float32 and views"),
+    ),
+    Mutant(
+        "cpu",
+        "pairs of bfloat16: dk forgets the units of its rows",
+        _ENGINE,
+        "store_words(by_row + at * VW, to_pairs(x0 * u, y0 * v));",
+        "store_words(by_row + at * VW, to_pairs(x0, y0));",
+        _PAIRS.format("portable_bf16"),
+    ),
+    Mutant(
+        "cpu",
+        "AMX: a part of a sum forgets the parts before it",
+        _AMX,
+        "before ? load_tile(c, before, NR) : clear(c);",
+        "static_cast<void>(before), clear(c);",
+        _PAIRS.format("portable_amx"),
+    ),
+    Mutant(
+        "cpu",
+        "AMX: dk meets each row twice in place of its neighbour",
+        _AMX,
+        "if (valid > 0) read_across(x, i, i + 1, end, d, valid, across);",
+        "if (valid > 0) read_across(x, i, i, end, d, valid, across);",
+        _PAIRS.format("portable_amx"),
     ),
 )
