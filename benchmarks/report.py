@@ -223,25 +223,32 @@ def site_page(all_results: list[Results]) -> str:
 
 
 def readme_block(all_results: list[Results]) -> str:
-    """The summary, without its markers."""
-    from . import plots
-
+    """The summary, without its markers: the CPU of most records, then the others, folded."""
+    cpus = [results for results in all_results if results["device"]["kind"] == "cpu"]
+    cpus.sort(key=lambda results: -len(results["records"]))
     parts = []
-    for results in (r for r in all_results if r["device"]["kind"] == "cpu"):
-        slug = results["device"]["slug"]
-        images = [
-            f"![{plots.PLOTS[name]}]({_image(slug, name).relative_to(_ROOT).as_posix()})"
-            for name in plots.available(results)
-            if name in plots.SUMMARY
-        ]
-        found = verdicts(results)
-        met = sum(verdict.state == MET for _, verdict in found)
-        count = f"**{met} of {len(found)} CPU bars met**, speeds and sizes that this project set itself."
-        unmet = [*_unmet(found), _slower(results)]
-        parts += [*images, f"{count} Measured on {device_line(results, measured='')}", "\n".join(unmet)]
-        parts += [*_folded("Every CPU bar", bars_table(results))]
+    for results in cpus:
+        block = _cpu_block(results)
+        parts += block if results is cpus[0] else _folded(f"The same on {results['device']['name']}", "\n\n".join(block))
     parts += _folded("The kernels that a GPU has run, and the GPU bars", gpu_table(all_results))
     return "\n\n".join(parts)
+
+
+def _cpu_block(results: Results) -> list[str]:
+    """Plots, the line of the machine, what is not met and the table of the bars."""
+    from . import plots
+
+    images = [
+        f"![{plots.PLOTS[name]}]({_image(results['device']['slug'], name).relative_to(_ROOT).as_posix()})"
+        for name in plots.available(results)
+        if name in plots.SUMMARY
+    ]
+    found = verdicts(results)
+    met = sum(verdict.state == MET for _, verdict in found)
+    count = f"**{met} of {len(found)} CPU bars met**, speeds and sizes that this project set itself."
+    unmet = "\n".join([*_unmet(found), _slower(results)])
+    bars_of_all = _folded("Every CPU bar", bars_table(results))
+    return [*images, f"{count} Measured on {device_line(results, measured='')}", unmet, *bars_of_all]
 
 
 def _unmet(found: list[tuple[bars.Bar, Verdict]]) -> list[str]:
