@@ -229,7 +229,8 @@ def readme_block(all_results: list[Results]) -> str:
     parts = []
     for results in cpus:
         block = _cpu_block(results)
-        parts += block if results is cpus[0] else _folded(f"The same on {results['device']['name']}", "\n\n".join(block))
+        whole = results is cpus[0]
+        parts += block if whole else _folded(f"The same on {results['device']['name']}", "\n\n".join(block))
     parts += _folded("The kernels that a GPU has run, and the GPU bars", gpu_table(all_results))
     return "\n\n".join(parts)
 

@@ -57,8 +57,8 @@ Isa choose() {
   for (Isa isa : {Isa::avx2, Isa::avx512, Isa::amx})
     if (supported(isa)) best = isa;
   if (!wanted || !*wanted) return best;
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::portable_bf16, Isa::avx512_bf16, Isa::portable_amx,
-                  Isa::amx}) {
+  for (Isa isa :
+       {Isa::portable, Isa::avx2, Isa::avx512, Isa::portable_bf16, Isa::avx512_bf16, Isa::portable_amx, Isa::amx}) {
     if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
     if (supported(isa)) return isa;
     throw std::runtime_error(std::string("FFCL_ISA=") + wanted + ": this processor has " + isa_name(best) + " at best");
@@ -147,9 +147,10 @@ FFCL_DECLARE_SIMILARITY(amx)
   if (args.dtype == DType::bfloat16) {                     \
     switch (current_isa()) {                               \
       case Isa::portable_bf16: return portable_bf16::call; \
-      case Isa::portable_amx: return portable_amx::call;   \
-      FFCL_CASE_AVX512_BF16(call)                          \
-      FFCL_CASE_AMX(call)                                  \
+      case Isa::portable_amx:                              \
+        return portable_amx::call;                         \
+        FFCL_CASE_AVX512_BF16(call)                        \
+        FFCL_CASE_AMX(call)                                \
       default: break;                                      \
     }                                                      \
   }                                                        \

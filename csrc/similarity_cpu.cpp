@@ -25,10 +25,10 @@ namespace ffcl {
 namespace FFCL_ISA_NS {
 namespace {
 
-constexpr int64_t CACHE_HEADER = 16;            // mode, offset; then row sums and maxima, column ones, panels
+constexpr int64_t CACHE_HEADER = 16;  // mode, offset; then row sums and maxima, column ones, panels
 constexpr double LOG2E = 1.4426950408889634;
 constexpr double LN2 = 0.6931471805599453;
-constexpr float NOTHING = -1e30f;               // a maximum of nothing: finite, so that differences are defined
+constexpr float NOTHING = -1e30f;  // a maximum of nothing: finite, so that differences are defined
 
 // |S| log2(e) <= bound. Up to CERTAIN every sum against the offset bound - 64 is above 2^-110: no row is lost and its
 // inverse, times any gradient, is finite. Up to WORTH_TRYING rows are rarely lost and the sums tell: below SMALLEST_SUM

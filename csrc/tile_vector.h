@@ -1,4 +1,5 @@
-// A tile of accumulators in vector registers, and the packed operands it reads. Included by tile.h inside its namespace.
+// A tile of accumulators in vector registers, and the packed operands it reads. Included by tile.h inside its
+// namespace.
 //
 // Layouts, in words: the left operand in groups of MR rows, [word][MR]; the right one in groups of NR, [word][NR].
 
@@ -77,6 +78,5 @@ FFCL_INLINE void pack_left(const Source<T>& x, int64_t first, int64_t end, Word*
 // The left operand of dk^T: the same rows as the dimension summed over; groups of MR dims lie `panel` words apart.
 template <class T>
 FFCL_INLINE void pack_left_transposed(const Source<T>& x, int64_t first, int64_t end, int64_t panel, Word* out) {
-  for (int64_t i = first; i < first + MR; i += PER_WORD, out += MR)
-    pack_row_by_panel<MR>(x, i, i + 1, end, panel, out);
+  for (int64_t i = first; i < first + MR; i += PER_WORD, out += MR) pack_row_by_panel<MR>(x, i, i + 1, end, panel, out);
 }

@@ -1,7 +1,7 @@
 """The pair products of bfloat16 rows (FFCL_ISA=..._bf16, ...amx) against float64; run by test_similarity_cpu.py.
 
-The rule compares with plain PyTorch in bfloat16, which rounds its logits and its softmax; the kernel rounds the latter
-only. The contrastive losses, rows divided by their norms among them, are held to float32's accuracy (test_contrast_ops).
+The rule compares with plain PyTorch in bfloat16, which rounds its logits and its softmax; the kernel the softmax
+only. The contrastive losses are held to float32's accuracy, rows divided by their norms among them (test_contrast_ops).
 """
 
 import sys

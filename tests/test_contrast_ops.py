@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from similarity_cases import BACKENDS, DTYPES, to_float64
 
 from ffcl_fast import backends, ops, reference
-from ffcl_fast.functional import contrast as contrast_module
 from ffcl_fast.backends import native
+from ffcl_fast.functional import contrast as contrast_module
 from ffcl_fast.functional import info_nce, nt_xent, sup_con
 from helpers import assert_close_to_reference
 

@@ -76,7 +76,7 @@ class _LinearGoodness(Function):
         x, weight, bias = ctx.saved_tensors
         mean, relu = ctx.options
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        if x.device.type == "cpu":  # with AMX, PyTorch's bfloat16 products read past odd rows of a view, and 0 NaN is NaN
+        if x.device.type == "cpu":  # with AMX PyTorch's bfloat16 products read past odd rows of a view; 0 NaN is NaN
             x, weight = x.contiguous(), weight.contiguous()
         acc, (width, inputs) = ops.accumulator_dtype(x), weight.shape
         dx = torch.empty_like(x) if need_x else None

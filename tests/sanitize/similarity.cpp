@@ -109,7 +109,9 @@ bool near_gradients(const Problem& p, const std::vector<double>& s, const std::v
   double logit = 0;
   for (double x : s)
     if (std::isfinite(x)) logit = std::fmax(logit, std::fabs(x));
-  const double tolerance = (std::strstr(ffcl::isa_name(ffcl::current_isa()), "bf16") ? 1e-2 : 1e-3) + logit * 0x1p-23;
+  const char* isa = ffcl::isa_name(ffcl::current_isa());
+  const bool pairs = std::strstr(isa, "bf16") || std::strstr(isa, "amx");
+  const double tolerance = (pairs ? 1e-2 : 1e-3) + logit * 0x1p-23;
   const bool a = near_q.near(tolerance, largest * p.length, p.name), b = near_k.near(tolerance, largest * p.length, p.name);
   return a && b;
 }

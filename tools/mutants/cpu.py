@@ -2,8 +2,8 @@
 
 from .mutant import Mutant
 
-_SIM, _ENGINE = "csrc/similarity_cpu.cpp", "csrc/similarity_engine.h"
-_AMX, _EPI, _GOOD, _ROWS = "csrc/tile_amx.h", "csrc/similarity_epilogues.h", "csrc/goodness_cpu.cpp", "csrc/rows_cpu.cpp"
+_SIM, _ENGINE, _AMX = "csrc/similarity_cpu.cpp", "csrc/similarity_engine.h", "csrc/tile_amx.h"
+_EPI, _GOOD, _ROWS = "csrc/similarity_epilogues.h", "csrc/goodness_cpu.cpp", "csrc/rows_cpu.cpp"
 _OPS = "tests/test_ops.py -k 'cpu and {}'"
 _PAIRS = "tests/test_similarity_cpu.py -k 'pairs and {}'"
 _CONTRAST = "tests/test_contrast_ops.py -k '{}'"
