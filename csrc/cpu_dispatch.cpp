@@ -51,17 +51,21 @@ bool supported(Isa isa) {
   return isa == Isa::portable || isa == Isa::portable_bf16 || isa == Isa::portable_amx;
 }
 
+Isa best() {
+  for (Isa isa : {Isa::amx, Isa::avx512, Isa::avx2})
+    if (supported(isa)) return isa;
+  return Isa::portable;
+}
+
 Isa choose() {
-  Isa best = Isa::portable;
   const char* wanted = std::getenv("FFCL_ISA");
-  for (Isa isa : {Isa::avx2, Isa::avx512, Isa::amx})
-    if (supported(isa)) best = isa;
-  if (!wanted || !*wanted) return best;
+  if (!wanted || !*wanted) return best();
   for (Isa isa :
        {Isa::portable, Isa::avx2, Isa::avx512, Isa::portable_bf16, Isa::avx512_bf16, Isa::portable_amx, Isa::amx}) {
     if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
     if (supported(isa)) return isa;
-    throw std::runtime_error(std::string("FFCL_ISA=") + wanted + ": this processor has " + isa_name(best) + " at best");
+    throw std::runtime_error(std::string("FFCL_ISA=") + wanted + ": this processor has " + isa_name(best()) +
+                             " at best");
   }
   throw std::invalid_argument(
       std::string("FFCL_ISA must be portable, avx2, avx512, portable_bf16, avx512_bf16, portable_amx or amx; got '") +

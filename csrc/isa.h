@@ -5,8 +5,8 @@
 namespace ffcl {
 
 // Those after avx512 hold the similarity kernels of bfloat16 rows on products of pairs (tile.h); everything else runs
-// the code of the set they are named after. avx512_bf16 has the vector instruction, amx the tile registers of Intel's
-// servers; portable_bf16 and portable_amx do the same in software, for tests.
+// the code of portable or avx512. avx512_bf16 has the vector instruction, amx the tile registers of Intel's servers;
+// portable_bf16 and portable_amx do the same in software, for tests.
 enum class Isa { portable = 0, avx2 = 1, avx512 = 2, portable_bf16 = 3, avx512_bf16 = 4, portable_amx = 5, amx = 6 };
 
 // Best of portable, avx2, avx512 and amx that this processor has and that was compiled in, unless the environment

@@ -24,7 +24,7 @@ struct Similarity {
   const int64_t* col_ids;  // (cols,) or null
   Exclude exclude;
   int threads;
-  // Where given, rows are divided by these as they are packed: S is of q_i / q_norm_i and k_j / k_norm_j.
+  // Where given, rows are divided by these: S is of q_i / q_norm_i and k_j / k_norm_j.
   const float* q_norm = nullptr;  // (rows,)
   const float* k_norm = nullptr;  // (cols,)
   // Where given, rows from `q_split` on are those of q_tail (rows - q_split, dim): two views as one without a copy.

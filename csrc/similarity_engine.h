@@ -88,8 +88,8 @@ class Engine {
   const int threads;
   const int64_t tile_chunk;  // column tiles in a scores task
   const int64_t dim_mr, dim_nr, dim_words;
-  // In words, which are pairs along the dimension named in words: of rows 2 i and 2 i + 1 in q_rows, and of columns c
-  // and c + VW of a tile in k_rows, as in the two copies of G.
+  // For AMX the layouts of A are others (tile_amx.h). In words, which are pairs along the dimension named in words: of
+  // rows 2 i and 2 i + 1 in q_rows, and of columns c and c + VW of a tile in k_rows, as in the two copies of G.
   Buffer<Word> q_dims;  // [rb / MR][dim words][MR]    A of the scores
   Buffer<Word> k_dims;  // [cb / NR][dim words][NR]    B of the scores
   Buffer<Word> q_rows;  // [dim / MR][row words][MR]   A of dk^T

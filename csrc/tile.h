@@ -70,12 +70,13 @@ void parallel(int64_t tasks, int threads, F&& body) {
 }
 
 // Rows divided by norms, in bfloat16: a power of two is exact there, so rows are packed divided by that of their norm,
-// and the rest of the division, the row's unit in (1/2, 1], waits for the products in float32.
+// and the rest of the division, the row's unit, waits for the products in float32. It lies in (1/2, 1] but for norms
+// that are subnormal or above 2^127.
 FFCL_INLINE float inverse_power(float norm) {
   uint32_t bits;
   __builtin_memcpy(&bits, &norm, 4);
   bits = 0x7f000000u - (bits & 0x7f800000u);
-  bits = bits < 0x00800000u || bits > 0x7f000000u ? 0x00800000u : bits;  // of numbers that are not finite
+  bits = bits < 0x00800000u || bits > 0x7f000000u ? 0x00800000u : bits;  // beyond 2^127, and not finite
   float x;
   __builtin_memcpy(&x, &bits, 4);
   return x;

@@ -23,15 +23,17 @@ struct TileScope {
     Config ours;
     ours.palette = 1;
     for (int i = 0; i < 8; ++i) ours.bytes[i] = 64, ours.rows[i] = 16;
-    _tile_storeconfig(&before);
-    _tile_loadconfig(&ours);
+    asm volatile("sttilecfg %0" : "=m"(before));
+    use(ours);
   }
   ~TileScope() {
     if (before.palette)
-      _tile_loadconfig(&before);
+      use(before);
     else
       _tile_release();
   }
+  // Not _tile_loadconfig: GCC before 14 takes it to read eight bytes, and drops the stores to the others.
+  static FFCL_INLINE void use(const Config& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
 };

@@ -121,3 +121,14 @@ def test_bad_arguments():
     ):
         with pytest.raises(error, match=words):
             call()
+
+
+@pytest.mark.parametrize("n, k, width", ((97, 33, 130), (130, 5, 97), (130, 6, 97)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_sample_keeps_its_nan(n, k, width, dtype):
+    """Gradients of the other samples stay finite: a product must not read past the end of an odd row."""
+    x, weight = torch.randn(n, k).to(dtype), torch.randn(width, k).to(dtype)
+    x[n // 2, 0] = torch.nan
+    x.requires_grad_()
+    ff.linear_goodness(x, weight).sum().backward()
+    assert (~x.grad.isfinite()).any(1).nonzero().flatten().tolist() == [n // 2]

@@ -76,9 +76,10 @@ class _LinearGoodness(Function):
         x, weight, bias = ctx.saved_tensors
         mean, relu = ctx.options
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        if x.device.type == "cpu":  # with AMX PyTorch's bfloat16 products read past odd rows of a view; 0 NaN is NaN
-            x, weight = x.contiguous(), weight.contiguous()
         acc, (width, inputs) = ops.accumulator_dtype(x), weight.shape
+        # On a CPU as in the forward pass; with AMX, PyTorch's bfloat16 products also read past odd rows: 0 NaN is NaN.
+        dtype = acc if x.device.type == "cpu" else x.dtype
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         dx = torch.empty_like(x) if need_x else None
         dweight = x.new_zeros(width, inputs, dtype=acc) if need_weight else None
         dbias = x.new_zeros(width, dtype=acc) if need_bias else None
@@ -87,13 +88,16 @@ class _LinearGoodness(Function):
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, x.shape[0], step):
                 rows = slice(i, i + step)
-                y = F.linear(x[rows], weight, bias)
+                inputs_of_rows = x[rows].to(dtype)
+                y = F.linear(inputs_of_rows, weight, bias)
                 dy = (y.relu_() if relu else y).to(acc) * factor[rows]
                 if dbias is not None:
                     dbias += dy.sum(0)
-                dy = dy.to(x.dtype)
-                if dx is not None:
+                dy = dy.to(dtype)
+                if dx is not None and dtype == x.dtype:
                     torch.mm(dy, weight, out=dx[rows])
+                elif dx is not None:
+                    dx[rows] = dy @ weight
                 if dweight is not None:
-                    dweight += dy.T @ x[rows]
+                    dweight += dy.T @ inputs_of_rows
         return dx, *(None if d is None else d.to(x.dtype) for d in (dweight, dbias)), None, None, None

@@ -20,7 +20,7 @@ CACHE_HEADER = 16
 
 
 def cache_size(q: Tensor, k: Tensor | None):
-    """Floats of ``cache``: the normalisers, and as many tiles of exp(S), padded to 12 x 32, as the budget holds."""
+    """Floats of ``cache``: the normalisers, and as many tiles of exp(S), padded to whole tiles, as the budget holds."""
     if not native.usable(q):
         return panels.cache_size(q, k)
     return contrast_cache_size(q.shape[0], k)
@@ -31,7 +31,7 @@ def contrast_cache_size(rows, k: Tensor | None):
     cols = 0 if k is None else k.shape[0]
     panel_cols = rows if k is None else cols
     budget = CACHE_BUDGET if k is None or k.shape[1] > WIDE else CACHE_BUDGET * 3 // 2
-    return CACHE_HEADER + 2 * (rows + cols) + torch.sym_min(budget, (rows + 12) * (panel_cols + 32))
+    return CACHE_HEADER + 2 * (rows + cols) + torch.sym_min(budget, (rows + 32) * (panel_cols + 32))
 
 
 def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
