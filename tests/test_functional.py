@@ -424,9 +424,7 @@ def test_compile_labels_of_any_batch():
 @pytest.mark.long
 @pytest.mark.parametrize("loss", ("nt_xent", "sup_con", "clip", "siglip"))
 def test_compile_with_inductor(loss, tmp_path, monkeypatch):
-    monkeypatch.setenv(
-        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
-    )  # theirs may be of other sources
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not of other sources
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: LOSSES[loss](*a, "auto"), fullgraph=True)
     inputs = [vectors(6, 4), vectors(6, 4), vectors(5, 4), torch.tensor(3.0)]
