@@ -10,7 +10,7 @@
 // Bound by the multiply-add units: 1 unit of 2 N M D operations forward, 3 backward (half a unit and 1.5 for k = q,
 // where only panels on or above the diagonal exist). The exponential costs about 12 instructions against 2 D / VW.
 // What the tiles read next from L3 is prefetched by hand: 7 to 14 % on Zen 3. AMX multiplies so fast that loads and the
-// exponential's epilogue are the limit there: a quarter of the multiplier's rate, four times AVX-512's.
+// exponential's epilogue are the limit there, at more than three times AVX-512's speed.
 //
 // Exponentials are taken against one constant offset for the whole call wherever the norms of the rows bound S tightly
 // enough (see similarity.md), else against running maxima.

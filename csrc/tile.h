@@ -229,13 +229,13 @@ FFCL_INLINE void scale_values(Values& c, vf factor, const float* row_unit, const
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) c.x[r][0] *= splat(row_unit[r]) * c0, c.x[r][1] *= splat(row_unit[r]) * c1;
 }
-FFCL_INLINE void load_values(Values& c, const float* p) {
+FFCL_INLINE void load_values(Values& c, const float* p, int64_t stride = NR) {
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) c.x[r][0] = load(p + r * NR), c.x[r][1] = load(p + r * NR + VW);
+  for (int r = 0; r < MR; ++r) c.x[r][0] = load(p + r * stride), c.x[r][1] = load(p + r * stride + VW);
 }
-FFCL_INLINE void store_values(const Values& c, float* p) {
+FFCL_INLINE void store_values(const Values& c, float* p, int64_t stride = NR) {
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) store(p + r * NR, c.x[r][0]), store(p + r * NR + VW, c.x[r][1]);
+  for (int r = 0; r < MR; ++r) store(p + r * stride, c.x[r][0]), store(p + r * stride + VW, c.x[r][1]);
 }
 
 #ifdef FFCL_AMX

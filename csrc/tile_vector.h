@@ -14,14 +14,8 @@ FFCL_INLINE void clear(Tile& c) {
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) c.x[r][0] = c.x[r][1] = zero();
 }
-FFCL_INLINE void load_tile(Tile& c, const float* p, int64_t stride) {
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) c.x[r][0] = load(p + r * stride), c.x[r][1] = load(p + r * stride + VW);
-}
-FFCL_INLINE void store_tile(const Tile& c, float* p, int64_t stride) {
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) store(p + r * stride, c.x[r][0]), store(p + r * stride + VW, c.x[r][1]);
-}
+FFCL_INLINE void load_tile(Tile& c, const float* p, int64_t stride) { load_values(c, p, stride); }
+FFCL_INLINE void store_tile(const Tile& c, float* p, int64_t stride) { store_values(c, p, stride); }
 FFCL_INLINE void add_tile(const Tile& c, float* p, int64_t stride) {
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
