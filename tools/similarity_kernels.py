@@ -34,6 +34,7 @@ from .kernels import Compilation
 
 PARTS = 128
 IDS = ops.EXCLUDE_SAME_ID_OFF_DIAGONAL
+COMBINED = {"out": "*bf16", "size": "i64", "more": "*fp32", "more_out": "*bf16", "more_size": "i64"}
 FLOATS = {
     *("scale", "bias", "norms", "ranges", "vectors", "frame", "x_vectors", "y_vectors", "row_vectors", "col_vectors"),
     *("row_part", "col_part", "sums", "row_lse", "col_lse", "row_rest", "col_rest", "row_grad", "col_grad"),
@@ -190,7 +191,7 @@ def _vectors() -> Iterator[Compilation]:
         ("range", range_kernel, range_constants(True, PARTS), "fp32", None),
         ("vectors", vector_kernel, vector_constants(1.0, PARTS), "fp32", None),
         ("id ranges", id_range_kernel, {"GRAIN": 64}, "fp32", {"ids": "*i64", "ranges": "*i64"}),
-        ("combine", combine_kernel, combine_constants(1, 1.0, True, "ieee"), "bf16", {"out": "*bf16", "size": "i64"}),
+        ("combine", combine_kernel, combine_constants(1, 1.0, True, "ieee"), "bf16", COMBINED),
     ):
         yield Compilation(name, kernel, _arguments(kernel, c, dtype, types=types), c, None, dtype,
                           c.get("WIDTH", 0), False)  # fmt: skip

@@ -216,20 +216,21 @@ def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[],
     ever timed.
     """
     if op in _override:
-        tile = _override[op]
-    else:
-        chip, operands, width = family(q.device), kind(q.dtype, precision(q)), q.shape[1]
-        choices = candidates(op, chip, operands, width, ids)
-        tile = choices[0]
-        if chip != "interpret" and len(choices) > 1:
-            key = f"{op}{'/ids' if ids else ''}/{operands}/{width}/{_class(q.shape[0])}x{_class(k.shape[0])}"
-            stored = _stored(q.device).get(key)
-            # What a cache may say is which candidate: any other tile has been compiled and checked by nobody.
-            if stored is not None and Tile(**stored) in choices:
-                tile = Tile(**stored)
-            elif measure and os.environ.get("FFCL_TUNE") == "1" and not torch.cuda.is_current_stream_capturing():
-                tile = _tune(op, key, choices, measure, q.device)
-    return tile
+        return _override[op]
+    chip, operands, width = family(q.device), kind(q.dtype, precision(q)), q.shape[1]
+    choices = candidates(op, chip, operands, width, ids)
+    if len(choices) == 1 or chip == "interpret":
+        return choices[0]
+    known = _stored(q.device)
+    tuning = measure and os.environ.get("FFCL_TUNE") == "1" and not torch.cuda.is_current_stream_capturing()
+    if not known and not tuning:
+        return choices[0]
+    key = f"{op}{'/ids' if ids else ''}/{operands}/{width}/{_class(q.shape[0])}x{_class(k.shape[0])}"
+    stored = known.get(key)
+    # What a cache may say is which candidate: any other tile has been compiled and checked by nobody.
+    if stored is not None and Tile(**stored) in choices:
+        return Tile(**stored)
+    return _tune(op, key, choices, measure, q.device) if tuning else choices[0]
 
 
 def _class(n: int) -> int:

@@ -6,13 +6,14 @@ moves one read and one write of (N, D), the backward two reads (h and out's grad
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .config import cdiv
-from .launch import on, rows_of
-from .rows import Cut, activation, add_parts, cached_rows, cut_of, floats, part_sum, rounding, store_gradient, vector
+from .launch import Launch, kinds, on, planned, rows_of
+from .rows import activation, add_parts, cached_rows, cut_of, floats, part_sum, rounding, store_gradient, vector_unit
 from .tiles import elements_apart, narrow
 
 
@@ -206,70 +207,91 @@ def constants(unit: int, relu: bool, **more: object) -> dict:
     return {"UNIT": unit, "RELU": relu, **more}
 
 
+class Walk(NamedTuple):
+    """A launch that takes whole rows, or for those that many programs share pairs of them for a group of rows each: of
+    partial sums, and what goes on from them, None where they are only added."""
+
+    whole: Launch | None
+    groups: list[tuple[tuple[int, int], Launch, Launch | None]]  # with the partial sums' shape
+    factor: float = 1.0  # of sums that are only added
+
+
 def goodness_forward(h, mean, relu, normalize, eps):
     h = rows_of(h)
     goodness = floats(h, h.shape[0])
     out = h.new_empty(h.shape if normalize else (0, h.shape[1]))
+    into = out if normalize else None
     with on(h):
-        _forward(h, goodness, out if normalize else None, mean, relu, eps, cut_of(h, 1))
+        walk = _forward(kinds(h), mean, relu, normalize, eps)
+        if walk.whole:
+            walk.whole(h, goodness, into)
+        for shape, first, second in walk.groups:
+            partials = floats(h, *shape)
+            first(h, None, partials)
+            if second:
+                second(h, partials, goodness, into)
+            else:
+                add_parts(partials, goodness, walk.factor)
     return goodness, out
 
 
-def _forward(h: Tensor, goodness: Tensor, out: Tensor | None, mean: bool, relu: bool, eps: float, cut: Cut) -> None:
-    rows, width = h.shape
-    unit = vector(width, h)
-    size = width // unit, h.stride(0) // unit
+@planned
+def _forward(kinds: tuple, mean: bool, relu: bool, normalize: bool, eps: float) -> Walk:
+    device, (dtype, (rows, width), (stride, _), _) = kinds
+    cut, unit = cut_of(kinds, 1), vector_unit(dtype, width, stride)
+    size = width // unit, stride // unit
     common = constants(unit, relu)
-    last = {"MEAN": mean, "PRECISION": rounding(h)}
+    last = {"MEAN": mean, "PRECISION": rounding(device)}
     if cut.parts == 1:
-        goodness_kernel[(cdiv(rows, cut.rows),)](
-            h, goodness, out, rows, *size, 1.0 / width, eps, **common, **last, **cut.constants, **cut.options
-        )
-        return
-    groups = cached_rows(h, 1) if out is not None else [(0, rows)]
-    for begin, end in groups:
-        partials = floats(h, end - begin, cut.parts)
-        grid = (partials.numel(),)
-        walk = begin, cut.parts, cut.steps, *size
-        partial_kernel[grid](h, None, partials, *walk, **common, BLOCK=cut.block, **cut.options)
-        if out is None:
-            add_parts(partials, goodness, 1.0 / width if mean else 1.0)
-        else:
-            normalize_kernel[grid](
-                h, partials, goodness, out, *walk, 1.0 / width, eps, **common, **last, **cut.part_constants,
-                **cut.options,
-            )  # fmt: skip
+        scalars = rows, *size, 1.0 / width, eps
+        grid = cdiv(rows, cut.rows), 1, 1
+        return Walk(Launch(goodness_kernel, grid, scalars, **common, **last, **cut.constants, **cut.options), [])
+    groups = []
+    for begin, end in cached_rows(kinds, 1) if normalize else [(0, rows)]:
+        shape, grid = (end - begin, cut.parts), ((end - begin) * cut.parts, 1, 1)
+        scalars = begin, cut.parts, cut.steps, *size
+        first = Launch(partial_kernel, grid, scalars, **common, BLOCK=cut.block, **cut.options)
+        more = (*scalars, 1.0 / width, eps), common | last | cut.part_constants | cut.options
+        second = Launch(normalize_kernel, grid, more[0], **more[1]) if normalize else None
+        groups.append((shape, first, second))
+    return Walk(None, groups, 1.0 / width if mean else 1.0)
 
 
 def goodness_backward(h, goodness, grad_goodness, grad_out, mean, relu, eps):
     h = rows_of(h)
     dh = h.new_empty(h.shape)
     with on(h):
-        _backward(h, goodness, grad_goodness, grad_out, dh, mean, relu, eps, cut_of(h, 1 if grad_out is None else 2))
+        walk = _backward(kinds(h, goodness, grad_goodness, grad_out), mean, relu, eps)
+        if walk.whole:
+            walk.whole(h, goodness, grad_goodness, grad_out, dh)
+        for shape, first, second in walk.groups:
+            partials = None
+            if grad_out is not None:
+                partials = floats(h, *shape)
+                first(h, grad_out, partials)
+            second(h, partials, goodness, grad_goodness, grad_out, dh)
     return dh
 
 
-def _backward(h, goodness, grad_goodness, grad_out, dh, mean, relu, eps, cut: Cut) -> None:
-    rows, width = h.shape
-    unit = vector(width, h)
-    size = width // unit, h.stride(0) // unit
+@planned
+def _backward(kinds: tuple, mean: bool, relu: bool, eps: float) -> Walk:
+    device, (dtype, (rows, width), (stride, _), _), _, _, grad_out = kinds
+    tensors = 1 if grad_out is None else 2
+    cut, unit = cut_of(kinds, tensors), vector_unit(dtype, width, stride)
+    size = width // unit, stride // unit
     common = constants(unit, relu)
-    last = {"MEAN": mean, "PRECISION": rounding(h)}
+    last = {"MEAN": mean, "PRECISION": rounding(device)}
     if cut.parts == 1:
-        backward_kernel[(cdiv(rows, cut.rows),)](
-            h, goodness, grad_goodness, grad_out, dh, rows, *size, 1.0 / width, eps, **common, **last,
-            **cut.constants, **cut.options,
-        )  # fmt: skip
-        return
-    groups = cached_rows(h, 2) if grad_out is not None else [(0, rows)]
-    for begin, end in groups:
-        walk = begin, cut.parts, cut.steps, *size
-        grid = ((end - begin) * cut.parts,)
-        partials = None
-        if grad_out is not None:
-            partials = floats(h, end - begin, cut.parts)
-            partial_kernel[grid](h, grad_out, partials, *walk, **common, BLOCK=cut.block, **cut.options)
-        gradient_kernel[grid](
-            h, partials, goodness, grad_goodness, grad_out, dh, *walk, 1.0 / width, eps, **common, **last,
-            **cut.part_constants, **cut.options,
-        )  # fmt: skip
+        scalars = rows, *size, 1.0 / width, eps
+        grid = cdiv(rows, cut.rows), 1, 1
+        return Walk(Launch(backward_kernel, grid, scalars, **common, **last, **cut.constants, **cut.options), [])
+    groups = []
+    for begin, end in cached_rows(kinds, 2) if grad_out else [(0, rows)]:
+        shape, grid = (end - begin, cut.parts), ((end - begin) * cut.parts, 1, 1)
+        scalars = begin, cut.parts, cut.steps, *size
+        first = Launch(partial_kernel, grid, scalars, **common, BLOCK=cut.block, **cut.options)
+        second = Launch(
+            gradient_kernel, grid, (*scalars, 1.0 / width, eps), **common, **last, **cut.part_constants, **cut.options
+        )
+        groups.append((shape, first, second))
+    return Walk(None, groups)

@@ -152,7 +152,7 @@ def in_slots(plan: Plan, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 
 def _few(h: list[Tensor]) -> bool:
     """Whether samples are too few and too long for one program each: then each layer shares its rows out by itself."""
-    return sum(x.shape[0] for x in h) < 2 * processors(h[0]) and max(x.shape[1] for x in h) > LONGEST
+    return sum(x.shape[0] for x in h) < 2 * processors(h[0].device) and max(x.shape[1] for x in h) > LONGEST
 
 
 def goodness_many(h, mean, relu):
@@ -181,6 +181,6 @@ def goodness_many_backward(h, grad_goodness, mean, relu):
             outputs = [next(made) for _ in layers]
             many_backward_kernel[(p.tiles,)](
                 in_slots(p, layers), in_slots(p, outputs), p.table, grad_goodness, UNIT=unit, **p.constants,
-                MEAN=mean, RELU=relu, PRECISION=rounding(h[0]), num_warps=p.warps,
+                MEAN=mean, RELU=relu, PRECISION=rounding(h[0].device), num_warps=p.warps,
             )  # fmt: skip
     return dh

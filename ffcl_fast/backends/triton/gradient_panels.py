@@ -10,7 +10,7 @@ float32 and run in a fixed order. Workspace: one panel, the float32 gradient of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import config
 from .config import cdiv
+from .launch import Launch, kinds, planned
 from .tiles import narrow
 
 _log = logging.getLogger("ffcl_fast.backends.triton")
@@ -35,18 +36,27 @@ def combined_factor(scale, frame, GAIN: tl.constexpr, FRAME: tl.constexpr):
     return factor
 
 
-# How it works: adds the slices of `sums` in order, scales and rounds. In place where sums is out.
+# How it works: adds the slices of `sums` in order, scales and rounds. In place where sums is out. A second pair of
+# tensors, `more` into `more_out`, is the grid's second row: one launch where there would be two.
 # Bound by memory: reads (slices, size) float32 once, writes size elements.
 @triton.jit
-def combine_kernel(sums, out, scale, frame, size, SLICES: tl.constexpr, GAIN: tl.constexpr, FRAME: tl.constexpr,
-                   BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+def combine_kernel(sums, out, more, more_out, scale, frame, size, more_size, SLICES: tl.constexpr, GAIN: tl.constexpr,
+                   FRAME: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    factor = combined_factor(scale, frame, GAIN, FRAME)
+    if tl.program_id(1) == 0:
+        combine_block(sums, out, factor, size, SLICES, BLOCK, PRECISION)
+    elif more is not None:
+        combine_block(more, more_out, factor, more_size, SLICES, BLOCK, PRECISION)
+
+
+@triton.jit
+def combine_block(sums, out, factor, size, SLICES: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
-    total = tl.load(sums + index, mask=mask)
+    total = tl.load(sums + index, mask=mask, other=0.0)
     for i in range(1, SLICES):
-        total += tl.load(sums + tl.cast(size, tl.int64) * i + index, mask=mask)
-    total *= combined_factor(scale, frame, GAIN, FRAME)
-    tl.store(out + index, narrow(total, out.dtype.element_ty, PRECISION), mask=mask)
+        total += tl.load(sums + tl.cast(size, tl.int64) * i + index, mask=mask, other=0.0)
+    tl.store(out + index, narrow(total * factor, out.dtype.element_ty, PRECISION), mask=mask)
 
 
 def combine_constants(slices: int, gain: float, framed: bool, how: str) -> dict:
@@ -60,13 +70,24 @@ def combine_constants(slices: int, gain: float, framed: bool, how: str) -> dict:
     }
 
 
-def combine(sums: Tensor, out: Tensor, scale: Tensor, frame: Tensor | None, gain: float, how: str) -> None:
-    """out = (sum of sums' slices) x scale x weight unit / gain; sums is out or has shape (slices, *out.shape)."""
-    slices = sums.numel() // max(1, out.numel())
-    combine_kernel[(cdiv(out.numel(), COMBINE_BLOCK),)](
-        sums, out, scale, frame, out.numel(),
-        **combine_constants(slices, gain, frame is not None, how),
-    )  # fmt: skip
+def combine(
+    pairs: Sequence[tuple[Tensor, Tensor]], scale: Tensor, frame: Tensor | None, gain: float, how: str
+) -> None:
+    """out = (sum of sums' slices) x scale x weight unit / gain for one or two pairs (sums, out), alike but for their
+    rows; sums is out or has shape (slices, *out.shape)."""
+    tensors = *pairs[0], *(pairs[1] if len(pairs) > 1 else (None, None)), scale, frame
+    _combine_launch(kinds(*tensors), gain, how)(*tensors)
+
+
+@planned
+def _combine_launch(kinds: tuple, gain: float, how: str) -> Launch:
+    sums, out, _, more, _, frame = (0 if x is None else x[1].numel() for x in kinds[1:])
+    return Launch(
+        combine_kernel,
+        (cdiv(max(out, more), COMBINE_BLOCK), 2 if more else 1, 1),
+        (out, more),
+        **combine_constants(sums // max(1, out), gain, bool(frame), how),
+    )
 
 
 _mixed: dict[tuple[torch.device, torch.dtype], bool] = {}
@@ -138,20 +159,25 @@ def walk(
     part = sums(dq, min(side, rows) if need_q else 0) if k is not None else whole
     for r0 in range(0, rows, side):
         r1 = min(rows, r0 + side)
-        row_sums = part[r0:r1] if exact or k is None else part[: r1 - r0]
+        row_sums = between(part, r0, r1) if exact or k is None else between(part, 0, r1 - r0)
         for c0 in range(r0 if k is None else 0, cols, side):
             c1 = min(cols, c0 + side)
             fill(panel, r0, r1, c0, c1)
-            g = panel[: r1 - r0, : c1 - c0]
+            g = between(panel, 0, r1 - r0)
+            g = g if g.shape[1] == c1 - c0 else g[:, : c1 - c0]
             if need_q:
                 # With k = q, row 0's panels were the first to write to every row.
-                add_product(row_sums, g, other[c0:c1], c0 == 0)
+                add_product(row_sums, g, between(other, c0, c1), c0 == 0)
             if (need_k or (k is None and need_q)) and not (k is None and c0 == r0):
-                add_product(whole[c0:c1], g.T, q[r0:r1], r0 == 0)
-        if need_q and k is not None:
-            combine(row_sums, dq[r0:r1], scale, frame, gain, how)
-    if k is None and need_q:
-        combine(whole, dq, scale, frame, gain, how)
-    elif need_k:
-        combine(whole, dk, scale, frame, gain, how)
+                add_product(between(whole, c0, c1), g.T, between(q, r0, r1), r0 == 0)
+        pairs = [(row_sums, between(dq, r0, r1))] if need_q and k is not None else []
+        if r1 == rows:
+            pairs += [(whole, dq)] if k is None else [(whole, dk)] if need_k else []
+        if pairs:
+            combine(pairs, scale, frame, gain, how)
     return dq, dk
+
+
+def between(x: Tensor, begin: int, end: int) -> Tensor:
+    """Rows begin..end-1 of x; x itself for all of them, which a slice would not be."""
+    return x if end - begin == x.shape[0] else x[begin:end]

@@ -1,9 +1,14 @@
-"""From tensors to kernel arguments: what every launch of this backend shares."""
+"""From tensors to kernel arguments: what every launch of this backend shares.
+
+What a call launches follows from the kinds of its tensors, so it is worked out once for each (a "plan", kept by
+:func:`planned`) and only carried out after that: for a batch of a few thousand rows the host is what takes the time.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -14,6 +19,67 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ... import ops
 from .config import Tile, cdiv
 from .tiles import id_range_kernel
+
+Grid = tuple[int, int, int]
+PLANS = 256  # of an operator; for a million rows one is half a megabyte
+_plans: list = []  # of each planned function, the plans it keeps
+
+
+def planned(build: Callable) -> Callable:
+    """Keep what ``build`` returns, by its arguments."""
+    kept = functools.lru_cache(maxsize=PLANS)(build)
+    _plans.append(kept)
+    return kept
+
+
+def forget_plans() -> None:
+    """For tests and measurements: the next call of everything is a first one."""
+    for kept in _plans:
+        kept.cache_clear()
+
+
+def kinds(*tensors: Tensor | None) -> tuple:
+    """All that plans may depend on: device, and each tensor's dtype, shape, strides and whether it begins at a multiple
+    of 16 bytes. It holds whatever Triton compiles differently for."""
+    found = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in tensors]
+    return tensors[0].device, *found
+
+
+def beyond_32_bits(*scalars: int) -> tuple[bool, ...]:
+    """Which of these Triton passes on as 64 bits: what a plan's key needs of scalars that differ between its calls."""
+    return tuple([x >= 1 << 31 for x in scalars])
+
+
+class Launch:
+    """A kernel with its grid, the scalars that follow its tensors, compile-time constants and options.
+
+    The first call goes through Triton's launch, which looks at each argument and chooses what it has compiled. Those
+    after it hand their arguments to that choice, in a third of the time: keep a Launch by the :func:`kinds` of every
+    tensor it is called with. Tensors that were just allocated need not be among them, their sizes must.
+    """
+
+    __slots__ = ("kernel", "grid", "scalars", "constants", "values", "compiled")
+
+    def __init__(self, kernel: triton.runtime.KernelInterface, grid: Grid, scalars: tuple, **constants: object):
+        self.kernel, self.grid, self.scalars, self.constants = kernel, grid, scalars, constants
+        # What is no parameter is an option of the compiler.
+        self.values = [constants[name] for name in kernel.arg_names if name in constants]
+        self.compiled = None
+
+    def __call__(
+        self,
+        *tensors: Tensor | TensorDescriptor | None,
+        grid: Grid | None = None,
+        scalars: tuple | None = None,
+    ) -> None:
+        """``grid`` and ``scalars`` replace this Launch's own for one call. Triton must compile nothing else for them:
+        they may differ where a kernel has do_not_specialize, on one side of 32 bits."""
+        grid = self.grid if grid is None else grid
+        scalars = self.scalars if scalars is None else scalars
+        if self.compiled is not None:
+            self.compiled[grid](*tensors, *scalars, *self.values)
+        else:  # Triton's interpreter compiles nothing, so there this is every call
+            self.compiled = self.kernel[grid](*tensors, *scalars, **self.constants)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -39,10 +105,15 @@ def id_ranges(
 
 
 def _ranges(ids: Tensor, grain: int) -> Tensor:
-    blocks = cdiv(ids.numel(), grain)
-    ranges = ids.new_empty(blocks, 2)
-    id_range_kernel[(blocks,)](ids, ranges, ids.numel(), GRAIN=grain, num_warps=1)
+    ranges = ids.new_empty(cdiv(ids.numel(), grain), 2)
+    _range_launch(kinds(ids), grain)(ids, ranges)
     return ranges
+
+
+@planned
+def _range_launch(kinds: tuple, grain: int) -> Launch:
+    (rows,) = kinds[1][1]
+    return Launch(id_range_kernel, (cdiv(rows, grain), 1, 1), (rows,), GRAIN=grain, num_warps=1)
 
 
 def on(x: Tensor) -> AbstractContextManager:
@@ -64,13 +135,9 @@ def output(panel: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
     return TensorDescriptor(panel, list(panel.shape), list(panel.stride()), [tile.rows, tile.cols])
 
 
-def processors(x: Tensor) -> int:
-    return _processors(x.device) if x.is_cuda else 2
-
-
 @functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def tile_constants(width: int, element_unit: int, tile: Tile, how: str) -> dict:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .config import cdiv
-from .launch import on, rows_of
-from .rows import Cut, cut_of, floats, rounding, vector
+from .launch import Launch, kinds, on, planned, rows_of
+from .rows import Cut, cut_of, floats, rounding, vector_unit
 from .tiles import elements_apart, narrow
 
 
@@ -95,7 +94,7 @@ def normalize_forward(x, eps, dtype):
     x = rows_of(x)
     z, norms = x.new_empty(x.shape, dtype=dtype), floats(x, x.shape[0])
     with on(x):
-        _launch(unit_kernel, cut_of(x, 1), x, (x, z, norms), eps, x, z)
+        _launch(unit_kernel, kinds(x, z), 1, eps)(x, z, norms)
     return z, norms
 
 
@@ -103,14 +102,14 @@ def normalize_backward(z, norms, dz, eps, dtype):
     dz = rows_of(dz)
     dx = z.new_empty(z.shape, dtype=dtype)
     with on(z):
-        _launch(unit_backward_kernel, cut_of(z, 2), dz, (z, norms, dz, dx), eps, z, dz, dx)
+        _launch(unit_backward_kernel, kinds(dz, z, norms, dx), 2, eps)(z, norms, dz, dx)
     return dx
 
 
-def _launch(kernel, cut: Cut, strided: Tensor, tensors: tuple[Tensor, ...], eps: float, *sizes: Tensor) -> None:
-    rows, width = strided.shape
-    unit = vector(width, *sizes)
-    kernel[(cdiv(rows, cut.rows),)](
-        *tensors, rows, width // unit, strided.stride(0) // unit, eps, **constants(cut, unit, rounding(strided)),
-        **cut.options,
-    )  # fmt: skip
+@planned
+def _launch(kernel, kinds: tuple, tensors: int, eps: float) -> Launch:
+    """`tensors` like the first of `kinds`, whose stride the kernel takes, are in a program's registers."""
+    device, (dtype, (rows, width), (stride, _), _), *_ = kinds
+    cut, unit = cut_of(kinds, tensors), vector_unit(dtype, width, stride)
+    grid, scalars = (cdiv(rows, cut.rows), 1, 1), (rows, width // unit, stride // unit, eps)
+    return Launch(kernel, grid, scalars, **constants(cut, unit, rounding(device)), **cut.options)

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import cdiv
-from .goodness import constants
-from .launch import on, processors, rows_of
+from .goodness import Walk, constants
+from .launch import Launch, kinds, on, planned, processors, rows_of
 from .rows import (
     Cut,
     activation,
@@ -24,7 +24,7 @@ from .rows import (
     part_sum,
     rounding,
     store_gradient,
-    vector,
+    vector_unit,
 )
 from .tiles import elements_apart, narrow
 
@@ -207,61 +207,87 @@ def pair_cosine_forward(h1, h2, target, margin, relu, scale, need_1, need_2):
     rows, width = h1.shape
     loss, coefficients = floats(h1, rows), floats(h1, rows, 3)
     d1, d2 = (h1.new_empty((rows if need else 0, width)) for need in (need_1, need_2))
+    outputs = loss, coefficients, optional(d1), optional(d2)
     with on(h1):
-        outputs = loss, coefficients, optional(d1), optional(d2)
-        _forward(h1, h2, target, *outputs, margin, relu, scale, cut_of(h1, 2))
+        walk = _forward(kinds(h1, h2, target), margin, relu, scale, need_1 or need_2)
+        if walk.whole:
+            walk.whole(h1, h2, target, *outputs)
+        for shape, first, second in walk.groups:
+            partials = floats(h1, *shape)
+            first(h1, h2, partials)
+            second(h1, h2, partials, target, *outputs)
     return loss, coefficients, d1, d2
 
 
-def _forward(h1, h2, target, loss, coefficients, d1, d2, margin, relu, scale, cut: Cut) -> None:
-    rows, width = h1.shape
-    unit = vector(width, h1, h2)
-    size = width // unit, h1.stride(0) // unit, h2.stride(0) // unit
+@planned
+def _forward(kinds: tuple, margin: float, relu: bool, scale: float, gradients: bool) -> Walk:
+    cut, unit, size = _sizes(kinds)
+    rows = kinds[1][1][0]
     common = constants(unit, relu)
-    how = {"PRECISION": rounding(h1)}
+    how = {"PRECISION": rounding(kinds[0])}
     if cut.parts == 1:
-        pair_cosine_kernel[(cdiv(rows, cut.rows),)](
-            h1, h2, target, loss, coefficients, d1, d2, rows, *size, margin, scale, **common, **how, **cut.constants,
-            **cut.options,
-        )  # fmt: skip
-        return
-    gradients = d1 is not None or d2 is not None
+        grid = cdiv(rows, cut.rows), 1, 1
+        scalars = rows, *size, margin, scale
+        return Walk(Launch(pair_cosine_kernel, grid, scalars, **common, **how, **cut.constants, **cut.options), [])
     columns = cut.parts if gradients else 1
-    for begin, end in cached_rows(h1, 2) if gradients else [(0, rows)]:
+    groups = []
+    for begin, end in cached_rows(kinds, 2) if gradients else [(0, rows)]:
         count = (end - begin) * cut.parts
-        partials = floats(h1, 3, count)
-        pair_partial_kernel[(count,)](
-            h1, h2, partials, begin, cut.parts, cut.steps, count, *size, **common, BLOCK=cut.block, **cut.options
-        )
-        pair_finish_kernel[((end - begin) * columns,)](
-            h1, h2, partials, target, loss, coefficients, d1, d2, begin, cut.parts, columns, cut.steps, count, *size,
-            margin, scale, **common, **how, **cut.part_constants, **cut.options,
+        first = Launch(
+            pair_partial_kernel, (count, 1, 1), (begin, cut.parts, cut.steps, count, *size),
+            **common, BLOCK=cut.block, **cut.options,
         )  # fmt: skip
+        second = Launch(
+            pair_finish_kernel, ((end - begin) * columns, 1, 1),
+            (begin, cut.parts, columns, cut.steps, count, *size, margin, scale),
+            **common, **how, **cut.part_constants, **cut.options,
+        )  # fmt: skip
+        groups.append(((3, count), first, second))
+    return Walk(None, groups)
+
+
+def _sizes(kinds: tuple) -> tuple[Cut, int, tuple[int, int, int]]:
+    """The cut, the vector unit, and width and row strides in that unit, of the pairs that `kinds` begins with."""
+    _, (dtype, (_, width), (stride1, _), _), (_, _, (stride2, _), _), *_ = kinds
+    unit = vector_unit(dtype, width, stride1, stride2)
+    return cut_of(kinds, 2), unit, (width // unit, stride1 // unit, stride2 // unit)
 
 
 def pair_cosine_backward(h1, h2, coefficients, grad, relu, need_1, need_2):
     h1, h2 = rows_of(h1), rows_of(h2)
     rows, width = h1.shape
     d1, d2 = (h1.new_empty((rows if need else 0, width)) for need in (need_1, need_2))
-    cut, unit = cut_of(h1, 2), vector(width, h1, h2)
-    steps = cdiv(width, cut.block)
     if need_1 or need_2:
         with on(h1):
-            pair_backward_kernel[(cdiv(rows, cut.rows) * steps,)](
-                h1, h2, coefficients, grad, optional(d1), optional(d2), rows, steps, width // unit,
-                h1.stride(0) // unit, h2.stride(0) // unit, **constants(unit, relu), ROWS=cut.rows, BLOCK=cut.block,
-                PRECISION=rounding(h1), **cut.options,
-            )  # fmt: skip
+            launch = _backward(kinds(h1, h2, coefficients, grad), relu, need_1, need_2)
+            launch(h1, h2, coefficients, grad, optional(d1), optional(d2))
     return d1, d2
+
+
+@planned
+def _backward(kinds: tuple, relu: bool, need_1: bool, need_2: bool) -> Launch:
+    cut, unit, size = _sizes(kinds)
+    rows, width = kinds[1][1]
+    steps = cdiv(width, cut.block)
+    return Launch(
+        pair_backward_kernel, (cdiv(rows, cut.rows) * steps, 1, 1), (rows, steps, *size),
+        **constants(unit, relu), ROWS=cut.rows, BLOCK=cut.block, PRECISION=rounding(kinds[0]), **cut.options,
+    )  # fmt: skip
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
     dense = x if x.is_contiguous() else x.contiguous()
     if x.numel():
         with on(x):
-            programs = min(cdiv(x.numel(), SCALE_BLOCK), 16 * processors(x))
-            scale_kernel[(programs,)](
-                dense, factor, x.numel(), BLOCK=SCALE_BLOCK, PRECISION=rounding(x), num_warps=4
-            )
+            _scale_launch(kinds(dense, factor))(dense, factor)
     if dense is not x:
         x.copy_(dense)
+
+
+@planned
+def _scale_launch(kinds: tuple) -> Launch:
+    device, (_, shape, *_), _ = kinds
+    size = shape.numel()
+    programs = min(cdiv(size, SCALE_BLOCK), 16 * processors(device))
+    how = rounding(device)
+    return Launch(scale_kernel, (programs, 1, 1), (size,), BLOCK=SCALE_BLOCK, PRECISION=how, num_warps=4)

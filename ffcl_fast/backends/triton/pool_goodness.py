@@ -6,18 +6,16 @@ pooled; else a sample's tiles are shared out and a second launch adds their sums
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ... import ops
 from . import config
 from .config import cdiv, next_power_of_2
-from .launch import on, processors
-from .rows import TILE, activation, floats, rounding, store_gradient, warps_for
+from .launch import Launch, kinds, on, planned, processors
+from .rows import TILE, activation, floats, rounding, store_gradient, vector_unit, warps_for
 from .tiles import elements_apart
 
 FILL = 8  # programs a multiprocessor that keep enough loads in flight
@@ -69,11 +67,11 @@ def _even(tiles: int, parts: int) -> int:
     return cdiv(tiles, cdiv(tiles, min(tiles, parts)))
 
 
-def maps_of(h: Tensor) -> Maps:
-    rows, channels, length = h.shape
-    last = h.stride(2) != 1
-    unit = math.gcd(16 // h.element_size(), channels if last else length, h.stride(0))
-    return maps(rows, channels, length, last, unit, config.family(h.device), processors(h))
+def maps_of(kinds: tuple) -> Maps:
+    device, (dtype, (rows, channels, length), (step, _, dense), _), *_ = kinds
+    last = dense != 1
+    unit = vector_unit(dtype, channels if last else length, step)
+    return maps(rows, channels, length, last, unit, config.family(device), processors(device))
 
 
 @triton.jit
@@ -181,49 +179,67 @@ def pool_backward_kernel(h, pooled, grad_goodness, grad_pooled, dh, channels, le
     store_gradient(dh + sample * c * n + at, d, a, mask, RELU, PRECISION)
 
 
-def _sizes(h: Tensor, cut: Maps) -> tuple[int, int, int]:
+def _sizes(kinds: tuple, cut: Maps) -> tuple[int, int, int]:
     """Kernel arguments channels, length and sample_step: the dense dimension and the stride count cut.unit."""
-    _, channels, length = h.shape
+    _, (_, channels, length), (step, *_), _ = kinds[1]
     if cut.last:
         channels //= cut.unit
     else:
         length //= cut.unit
-    return channels, length, h.stride(0) // cut.unit
+    return channels, length, step // cut.unit
 
 
 def pool_goodness_forward(h, mean, relu):
     goodness, pooled = floats(h, h.shape[0]), floats(h, *h.shape[:2])
     with on(h):
-        _forward(h, goodness, pooled, mean, relu, maps_of(h))
+        shape, pool, finish = _forward(kinds(h), mean, relu)
+        sums = floats(h, *shape) if shape else pooled
+        pool(h, goodness, sums)
+        if finish:
+            finish(sums, goodness, pooled)
     return goodness, pooled
 
 
-def _forward(h: Tensor, goodness: Tensor, pooled: Tensor, mean: bool, relu: bool, cut: Maps) -> None:
-    rows, channels, length = h.shape
+@planned
+def _forward(kinds: tuple, mean: bool, relu: bool) -> tuple[tuple | None, Launch, Launch | None]:
+    """Shape of the sums, where they are not what is pooled, the launch that makes them, and what finishes them."""
+    rows, channels, length = kinds[1][1]
+    cut = maps_of(kinds)
     whole = cut.channel_parts * cut.position_parts == 1
-    sums = pooled if cut.position_parts == 1 else floats(h, rows, cut.position_parts, channels)
     factors = 1.0 / length, 1.0 / channels if mean else 1.0
-    pool_kernel[(rows * cut.channel_parts * cut.position_parts,)](
-        h, goodness, sums, *_sizes(h, cut), cut.channel_parts, cut.position_parts,
-        cdiv(cdiv(channels, cut.channels), cut.channel_parts),
-        cdiv(cdiv(length, cut.positions), cut.position_parts),
-        *factors, **cut.constants, WHOLE=whole, RELU=relu, **cut.options,
+    pool = Launch(
+        pool_kernel, (rows * cut.channel_parts * cut.position_parts, 1, 1),
+        (
+            *_sizes(kinds, cut), cut.channel_parts, cut.position_parts,
+            cdiv(cdiv(channels, cut.channels), cut.channel_parts),
+            cdiv(cdiv(length, cut.positions), cut.position_parts), *factors,
+        ),
+        **cut.constants, WHOLE=whole, RELU=relu, **cut.options,
     )  # fmt: skip
-    if not whole:
-        block = min(1024, next_power_of_2(channels))
-        pool_finish_kernel[(rows,)](
-            sums, goodness, pooled, channels, cut.position_parts, *factors, CHANNELS=block, num_warps=4
-        )
+    if whole:
+        return None, pool, None
+    block = min(1024, next_power_of_2(channels))
+    scalars = channels, cut.position_parts, *factors
+    finish = Launch(pool_finish_kernel, (rows, 1, 1), scalars, CHANNELS=block, num_warps=4)
+    return None if cut.position_parts == 1 else (rows, cut.position_parts, channels), pool, finish
 
 
 def pool_goodness_backward(h, pooled, grad_goodness, grad_pooled, mean, relu):
     dh = ops.empty_pooled_like(h)
-    rows, channels, length = h.shape
-    cut = maps_of(h)
-    channel_tiles, position_tiles = cdiv(channels, cut.channels), cdiv(length, cut.positions)
     with on(h):
-        pool_backward_kernel[(rows * channel_tiles * position_tiles,)](
-            h, pooled, grad_goodness, grad_pooled, dh, *_sizes(h, cut), channel_tiles, position_tiles, 1.0 / length,
-            1.0 / channels if mean else 1.0, **cut.constants, RELU=relu, PRECISION=rounding(h), **cut.options,
-        )  # fmt: skip
+        launch = _backward(kinds(h, pooled, grad_goodness, grad_pooled), mean, relu)
+        launch(h, pooled, grad_goodness, grad_pooled, dh)
     return dh
+
+
+@planned
+def _backward(kinds: tuple, mean: bool, relu: bool) -> Launch:
+    rows, channels, length = kinds[1][1]
+    cut = maps_of(kinds)
+    tiles = cdiv(channels, cut.channels), cdiv(length, cut.positions)
+    scalars = *_sizes(kinds, cut), *tiles, 1.0 / length, 1.0 / channels if mean else 1.0
+    how = rounding(kinds[0])
+    return Launch(
+        pool_backward_kernel, (rows * tiles[0] * tiles[1], 1, 1), scalars,
+        **cut.constants, RELU=relu, PRECISION=how, **cut.options,
+    )  # fmt: skip

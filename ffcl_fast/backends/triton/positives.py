@@ -13,8 +13,8 @@ from torch import Tensor
 from ... import ops
 from . import config
 from .config import cdiv, next_power_of_2
-from .launch import on, rows_of
-from .rows import TILE, Cut, floats, optional, rounding, vector, warps_for
+from .launch import Grid, Launch, kinds, on, planned, rows_of
+from .rows import TILE, Cut, floats, optional, rounding, vector_unit, warps_for
 from .tiles import elements_apart, narrow
 
 GIVEN = tl.constexpr(ops.POSITIVE_GIVEN)
@@ -137,17 +137,20 @@ def whole_rows(rows: int, width: int, tensors: int, chip: str) -> Cut:
 
 def positive_odds(q, positive, scale, row_lse, col_lse, pairing, decoupled):
     q, positive = _pair(q, positive, pairing)
-    rows, width = q.shape
-    loss, slope, logit = (floats(q, rows) for _ in range(3))
+    row_lse, col_lse = row_lse.contiguous(), col_lse.contiguous()
+    rows = q.shape[0]
+    loss, slope, logit = floats(q, rows), floats(q, rows), floats(q, rows)
     col_slope = floats(q, col_lse.numel())
-    cut, unit = whole_rows(rows, width, 2, config.family(q.device)), vector(width, q, positive)
     with on(q):
-        odds_kernel[(cdiv(rows, cut.rows),)](
-            q, positive, scale, row_lse.contiguous(), optional(col_lse.contiguous()), loss, slope, optional(col_slope),
-            logit, rows, width // unit, q.stride(0) // unit, positive.stride(0) // unit,
-            **constants(cut, unit, pairing), DECOUPLED=decoupled, **cut.options,
-        )  # fmt: skip
+        launch = _odds_launch(kinds(q, positive, scale, row_lse, col_lse), pairing, decoupled)
+        launch(q, positive, scale, row_lse, optional(col_lse), loss, slope, optional(col_slope), logit)
     return loss, slope, col_slope, logit
+
+
+@planned
+def _odds_launch(kinds: tuple, pairing: int, decoupled: bool) -> Launch:
+    grid, scalars, constants = _shared(kinds, 2, pairing)
+    return Launch(odds_kernel, grid, scalars, DECOUPLED=decoupled, **constants)
 
 
 def add_positives_(q, positive, scale, grad, slope, col_slope, logit, dq, d_positive, pairing):
@@ -155,16 +158,28 @@ def add_positives_(q, positive, scale, grad, slope, col_slope, logit, dq, d_posi
     if not (dq.is_contiguous() and d_positive.is_contiguous()):
         raise ValueError("dq and d_positive must be contiguous")
     slope, col_slope, logit = slope.contiguous(), col_slope.contiguous(), logit.contiguous()
-    rows, width = q.shape
-    inner = floats(q, rows if dq.numel() else 0)
-    cut, unit = whole_rows(rows, width, 4, config.family(q.device)), vector(width, q, positive)
+    inner = floats(q, q.shape[0] if dq.numel() else 0)
     with on(q):
-        add_kernel[(cdiv(rows, cut.rows),)](
-            q, positive, scale, grad, slope, optional(col_slope), logit, optional(dq), optional(d_positive), inner,
-            rows, width // unit, q.stride(0) // unit, positive.stride(0) // unit, grad.stride(0),
-            **constants(cut, unit, pairing), PRECISION=rounding(q), **cut.options,
-        )  # fmt: skip
+        tensors = q, positive, scale, grad, slope, optional(col_slope), logit, optional(dq), optional(d_positive)
+        _add_launch(kinds(*tensors), pairing)(*tensors, inner)
     return inner
+
+
+@planned
+def _add_launch(kinds: tuple, pairing: int) -> Launch:
+    grid, scalars, constants = _shared(kinds, 4, pairing)
+    (grad_stride,) = kinds[4][2]
+    how = rounding(kinds[0])
+    return Launch(add_kernel, grid, (*scalars, grad_stride), PRECISION=how, **constants)
+
+
+def _shared(kinds: tuple, tensors: int, pairing: int) -> tuple[Grid, tuple, dict]:
+    """Grid, scalars and constants that the launches of both kernels have: q and positive are the first of `kinds`."""
+    device, (dtype, (rows, width), (q_stride, _), _), (_, _, (p_stride, _), _), *_ = kinds
+    cut = whole_rows(rows, width, tensors, config.family(device))
+    unit = vector_unit(dtype, width, q_stride, p_stride)
+    scalars = rows, width // unit, q_stride // unit, p_stride // unit
+    return (cdiv(rows, cut.rows), 1, 1), scalars, constants(cut, unit, pairing) | cut.options
 
 
 def _pair(q: Tensor, positive: Tensor | None, pairing: int) -> tuple[Tensor, Tensor]:

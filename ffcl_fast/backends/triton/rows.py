@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import config
 from .config import cdiv, next_power_of_2
-from .launch import processors
+from .launch import Launch, kinds, planned, processors
 from .tiles import narrow
 
 TILE = 4096  # elements a program holds at a time, where rows are short: 32 a thread
@@ -77,31 +77,33 @@ def cut(rows: int, width: int, tensors: int, chip: str, item: int, chip_processo
     return Cut(1, block, warps, True, cdiv(width, block * steps), steps)
 
 
-def cut_of(x: Tensor, tensors: int) -> Cut:
-    """The cut for `tensors` tensors like x, (N, D)."""
-    return cut(*x.shape, tensors, config.family(x.device), x.element_size(), processors(x))
+def cut_of(kinds: tuple, tensors: int) -> Cut:
+    """The cut for `tensors` tensors like the first of `kinds`, (N, D)."""
+    device, (dtype, shape, *_), *_ = kinds
+    return cut(*shape, tensors, config.family(device), dtype.itemsize, processors(device))
 
 
-def cached_rows(x: Tensor, tensors: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of x whose second read, by the next launch, still finds them in the L2 cache."""
-    rows, width = x.shape
-    group = max(1, CACHE_BYTES // (width * x.element_size() * tensors))
+def cached_rows(kinds: tuple, tensors: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of the first of `kinds` whose second read, by the next launch, still finds them in the L2 cache
+    beside those of the other `tensors` like it."""
+    dtype, (rows, width), *_ = kinds[1]
+    group = max(1, CACHE_BYTES // (width * dtype.itemsize * tensors))
     for begin in range(0, rows, group):
         yield begin, min(rows, begin + group)
 
 
-def vector(width: int, *tensors: Tensor) -> int:
-    """Elements a thread may load at once: the largest power of two up to 16 bytes that divides width and row strides.
+def vector_unit(dtype: torch.dtype, *sizes: int) -> int:
+    """Elements a thread may load at once: the largest power of two up to 16 bytes that divides all `sizes`, a row's
+    width and the row strides.
 
     Kernels get sizes in this unit, so that the compiler knows what divides them whatever the size.
     """
-    wide = 16 // tensors[0].element_size()
-    return math.gcd(wide, width, *(x.stride(0) for x in tensors))
+    return math.gcd(16 // dtype.itemsize, *sizes)
 
 
-def rounding(x: Tensor) -> str:
+def rounding(device: torch.device) -> str:
     """How results are rounded to 16 bit: by the hardware, or as the interpreter needs it."""
-    return "interpret" if x.device.type == "cpu" else "hardware"
+    return "interpret" if device.type == "cpu" else "hardware"
 
 
 def optional(x: Tensor | None) -> Tensor | None:
@@ -151,11 +153,17 @@ def add_parts_kernel(partials, out, rows, slots, row_stride, slot_stride, factor
 
 def add_parts(partials: Tensor, out: Tensor, factor: float) -> None:
     """out (rows,) = factor times the sum over slots of partials (rows, slots), float32, any strides."""
-    rows, slots = partials.shape
+    _add_parts_launch(kinds(partials, out), factor)(partials, out)
+
+
+@planned
+def _add_parts_launch(kinds: tuple, factor: float) -> Launch:
+    _, (rows, slots), strides, _ = kinds[1]
     width = min(64, next_power_of_2(slots))
     side = 1024 // width
-    add_parts_kernel[(cdiv(rows, side),)](
-        partials, out, rows, slots, *partials.stride(), factor, ROWS=side, SLOTS=width, num_warps=4
+    scalars = rows, slots, *strides, factor
+    return Launch(
+        add_parts_kernel, (cdiv(rows, side), 1, 1), scalars, ROWS=side, SLOTS=width, num_warps=4
     )
 
 

@@ -14,7 +14,7 @@ from ..aligned import aligned_rows, unit
 from . import config
 from .config import Tile, cdiv
 from .gradient_panels import walk
-from .launch import measure, on, operand, output, tile_constants
+from .launch import Launch, beyond_32_bits, kinds, measure, on, operand, output, planned, tile_constants
 from .tiles import LOG2E, NO_PAIRS, grouped, kept, narrow, needs_mask, product, store_tile, touches_diagonal
 
 
@@ -99,21 +99,21 @@ def siglip(q, k, scale, bias, positives, need_q, need_k):
 
 def _siglip(q, k, scale, bias, positives, need_q, need_k, timing):
     tile = config.pick("siglip", q, k, measure=timing)
-    rows, width, cols = q.shape[0], q.shape[1], k.shape[0]
-    how, element_unit, gain = config.precision(q), unit(q), config.gain(q.dtype)
+    rows, width, cols, element_unit = q.shape[0], q.shape[1], k.shape[0], unit(q)
+    how, gain = config.precision(q), config.gain(q.dtype)
     side = config.panel_side(q)
     slots = cdiv(min(rows, side), tile.rows) * cdiv(min(cols, side), tile.cols)
     totals = q.new_zeros(slots, 2, dtype=torch.float64)
     x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
     gradient = need_q or need_k
-    constants = siglip_constants(tile, width, element_unit, how, positives, gradient, gain)
+    key = kinds(q, k, scale, bias)
 
     def fill(panel: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
-        grid = cdiv(r1 - r0, tile.rows) * cdiv(c1 - c0, tile.cols)
-        target = output(panel, tile) if gradient else None
-        siglip_kernel[(grid,)](
-            x, y, scale, bias, target, totals, rows, cols, r0, r1, c0, c1, q.stride(0) // element_unit,
-            k.stride(0) // element_unit, panel.stride(0), **constants, **tile.options,
+        strides = q.stride(0) // element_unit, k.stride(0) // element_unit, panel.stride(0)
+        _launch(key, strides, tile, how, positives, gradient, gain, beyond_32_bits(r0, r1, c0, c1))(
+            x, y, scale, bias, output(panel, tile) if gradient else None, totals,
+            grid=(cdiv(r1 - r0, tile.rows) * cdiv(c1 - c0, tile.cols), 1, 1),
+            scalars=(rows, cols, r0, r1, c0, c1, *strides),
         )  # fmt: skip
 
     if gradient:
@@ -125,3 +125,11 @@ def _siglip(q, k, scale, bias, positives, need_q, need_k, timing):
                 fill(q, r0, min(rows, r0 + side), c0, min(cols, c0 + side))
     loss, dbias = totals.sum(0).to(torch.float32).unbind()
     return loss.clone(), dq, dk, dbias.clone()
+
+
+@planned
+def _launch(kinds, strides, tile: Tile, how, positives, gradient, gain, _) -> Launch:
+    """siglip_kernel, to be called with a panel's grid and scalars."""
+    dtype, (_, width), *_ = kinds[1]
+    constants = siglip_constants(tile, width, 16 // dtype.itemsize, how, positives, gradient, gain)
+    return Launch(siglip_kernel, (0, 0, 0), (), **constants, **tile.options)

@@ -9,6 +9,8 @@ the scale is taken out again, with ``scale``, where the float32 sums are written
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,20 @@ from ..aligned import aligned_rows, unit
 from . import config
 from .config import Tile, cdiv
 from .gradient_panels import combine, walk
-from .launch import id_ranges, ids_of, measure, on, operand, output, processors, tile_constants
+from .launch import (
+    Launch,
+    beyond_32_bits,
+    id_ranges,
+    ids_of,
+    kinds,
+    measure,
+    on,
+    operand,
+    output,
+    planned,
+    processors,
+    tile_constants,
+)
 from .tiles import LOG2E, dot, exponent, grouped, kept, load_tile, narrow, needs_mask, product, store_tile
 
 # Which side's normaliser a pair's gradient has: x's (the rows of the tile), y's (the columns), or both.
@@ -281,6 +296,8 @@ def similarity_backward(
         side_y = side_x if triangle else (vectors[3 * q.shape[0] :], col_ids)
         arguments = q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k and not triangle
         dq, dk = compute(*arguments, lambda: measure(lambda: compute(*arguments, None)))
+    if q.shape[1] == width:
+        return dq, dk
     return dq[:, :width].contiguous(), dk[:, :width].contiguous()
 
 
@@ -290,14 +307,31 @@ def _vectors(scale, lse, rests, grads, cols, gain) -> tuple[Tensor, Tensor]:
     `lse`, `rests` and `grads` are pairs, of the rows and of the columns.
     """
     rows = lse[0]
-    parts, n, m = config.parts(rows), rows.numel(), lse[1].numel() if cols else 0
-    ranges, frame = rows.new_empty(3 * parts), rows.new_empty(3)
-    vectors = rows.new_empty(3 * (n + m))
-    range_kernel[(parts,)](*lse, *grads, ranges, n, m, **range_constants(cols, parts))
-    vector_kernel[(cdiv(max(n, m), VECTOR_BLOCK), 2 if cols else 1)](
-        *lse, *rests, *grads, scale, ranges, vectors, frame, n, m, **vector_constants(gain, parts)
-    )
+    plan = _vector_plan(kinds(*lse, *grads, *rests, scale), cols, config.parts(rows), gain)
+    ranges, vectors, frame = [rows.new_empty(n) for n in plan.sizes]
+    plan.ranges(*lse, *grads, ranges)
+    plan.vectors(*lse, *rests, *grads, scale, ranges, vectors, frame)
     return vectors, frame
+
+
+class VectorPlan(NamedTuple):
+    """What :func:`_vectors` allocates and launches."""
+
+    sizes: tuple[int, int, int]  # of the ranges, the vectors and the frame
+    ranges: Launch
+    vectors: Launch
+
+
+@planned
+def _vector_plan(kinds: tuple, cols: bool, parts: int, gain: float) -> VectorPlan:
+    (n,), (m,) = kinds[1][1], kinds[2][1]
+    m = m if cols else 0
+    grid = cdiv(max(n, m), VECTOR_BLOCK), 2 if cols else 1, 1
+    return VectorPlan(
+        (3 * parts, 3 * (n + m), 3),
+        Launch(range_kernel, (parts, 1, 1), (n, m), **range_constants(cols, parts)),
+        Launch(vector_kernel, grid, (n, m), **vector_constants(gain, parts)),
+    )
 
 
 def _in_registers(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k, timing):
@@ -311,38 +345,59 @@ def _in_registers(q, k, scale, side_x, side_y, frame, exclude, both, triangle, n
 
 
 def _side(x, y, scale, side_x, side_y, exclude, sides, frame, tile):
-    rows, width, cols = x.shape[0], x.shape[1], y.shape[0]
-    blocks, wanted = cdiv(rows, tile.rows), 4 * processors(x)
+    how, gain = config.precision(x), config.gain(x.dtype)
+    key = kinds(x, y, scale, *side_x, *side_y)
+    parts, launch = _side_plan(key, tile, how, gain, exclude, int(sides), processors(x.device))
+    out = x.new_empty(x.shape)
+    sums = out if parts == 1 else x.new_empty(parts, *x.shape, dtype=torch.float32)
+    launch(
+        operand(x, tile.rows, tile), operand(y, tile.cols, tile), side_x[0], side_y[0], side_x[1], side_y[1], side_x[2],
+        side_y[2], scale, frame, sums,
+    )  # fmt: skip
+    if parts > 1:
+        combine([(sums, out)], scale, frame, gain, how)
+    return out
+
+
+@planned
+def _side_plan(kinds, tile: Tile, how, gain, exclude, sides, chip_processors) -> tuple[int, Launch]:
+    """How many programs share the columns, and the launch of rows_kernel."""
+    _, (dtype, (rows, width), (x_stride, _), _), (_, (cols, _), (y_stride, _), _), *_ = kinds
+    element_unit = 16 // dtype.itemsize
+    blocks, wanted = cdiv(rows, tile.rows), 4 * chip_processors
     parts = 1 if blocks >= wanted else min(cdiv(wanted, blocks), cdiv(cols, 4 * tile.cols))
     split_cols = cdiv(cdiv(cols, parts), tile.cols) * tile.cols
     parts = cdiv(cols, split_cols)
-    how, element_unit, gain = config.precision(x), unit(x), config.gain(x.dtype)
-    out = x.new_empty(rows, width)
-    sums = out if parts == 1 else x.new_empty(parts, rows, width, dtype=torch.float32)
-    rows_kernel[(blocks, parts)](
-        operand(x, tile.rows, tile), operand(y, tile.cols, tile), side_x[0], side_y[0], side_x[1], side_y[1], side_x[2],
-        side_y[2], scale, frame, sums, rows, cols, split_cols, x.stride(0) // element_unit, y.stride(0) // element_unit,
-        **rows_constants(tile, width, element_unit, how, exclude, int(sides), parts > 1, gain), **tile.options,
+    return parts, Launch(
+        rows_kernel, (blocks, parts, 1),
+        (rows, cols, split_cols, x_stride // element_unit, y_stride // element_unit),
+        **rows_constants(tile, width, element_unit, how, exclude, sides, parts > 1, gain), **tile.options,
     )  # fmt: skip
-    if parts > 1:
-        combine(sums, out, scale, frame, gain, how)
-    return out
 
 
 def _in_panels(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k, timing):
     tile = config.pick("panel", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
-    rows, width, cols = q.shape[0], q.shape[1], k.shape[0]
-    how, element_unit, gain = config.precision(q), unit(q), config.gain(q.dtype)
+    how, gain = config.precision(q), config.gain(q.dtype)
     x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
     ranges = id_ranges(side_x[1], side_y[1], exclude, tile)
-    constants = panel_constants(tile, width, element_unit, how, exclude, int(OF_BOTH if both else OF_ROWS))
+    rows, cols, element_unit = q.shape[0], k.shape[0], unit(q)
+    key = kinds(q, k, scale, *side_x, *side_y, *ranges)
+    options = tile, how, exclude, int(OF_BOTH if both else OF_ROWS)
 
     def fill(panel: Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
-        grid = cdiv(r1 - r0, tile.rows) * cdiv(c1 - c0, tile.cols)
-        panel_kernel[(grid,)](
-            x, y, side_x[0], side_y[0], side_x[1], side_y[1], *ranges, scale, frame, output(panel, tile), rows, cols,
-            r0, r1, c0, c1, q.stride(0) // element_unit, k.stride(0) // element_unit, panel.stride(0),
-            **constants, **tile.options,
+        strides = q.stride(0) // element_unit, k.stride(0) // element_unit, panel.stride(0)
+        _panel_launch(key, strides, *options, beyond_32_bits(r0, r1, c0, c1))(
+            x, y, side_x[0], side_y[0], side_x[1], side_y[1], *ranges, scale, frame, output(panel, tile),
+            grid=(cdiv(r1 - r0, tile.rows) * cdiv(c1 - c0, tile.cols), 1, 1),
+            scalars=(rows, cols, r0, r1, c0, c1, *strides),
         )  # fmt: skip
 
     return walk(q, None if triangle else k, fill, scale, frame, gain, how, need_q, need_k)
+
+
+@planned
+def _panel_launch(kinds, strides, tile: Tile, how, exclude, sides, _) -> Launch:
+    """panel_kernel, to be called with a panel's grid and scalars."""
+    dtype, (_, width), *_ = kinds[1]
+    constants = panel_constants(tile, width, 16 // dtype.itemsize, how, exclude, sides)
+    return Launch(panel_kernel, (0, 0, 0), (), **constants, **tile.options)

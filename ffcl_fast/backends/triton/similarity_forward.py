@@ -8,6 +8,7 @@ sums never take more than ``config.WORKSPACE`` bytes. No atomics: every number i
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import ops
-from ..aligned import aligned_rows, unit
+from ..aligned import aligned_rows
 from . import config
 from .config import Tile, cdiv, next_power_of_2
-from .launch import id_ranges, ids_of, measure, on, operand, processors, tile_constants
+from .launch import Launch, id_ranges, ids_of, kinds, measure, on, operand, planned, processors, tile_constants
 from .tiles import (
     BOUND_LIMIT,
     dot,
@@ -367,33 +368,45 @@ def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
 
 
 def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timing) -> tuple[Tensor, Tensor]:
-    rows, cols, width = q.shape[0], k.shape[0], q.shape[1]
-    how = config.precision(q)
     tile = config.pick("triangle" if triangle else "forward", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
     slow = config.pick("online", q, k)
-    element_unit = unit(q)
-    strides = q.stride(0) // element_unit, k.stride(0) // element_unit
-    span_tiles = span(tile, rows, cols, processors(q), triangle)
+    key = kinds(q, k, scale, row_ids, col_ids, cache)
+    chip = config.precision(q), config.parts(q), processors(q.device)
+    plan = _plan(key, tile, slow, *chip, exclude, both, triangle)
+    norms, row_part, col_part, row_lse, col_lse = [q.new_empty(x, dtype=torch.float32) for x in plan.sizes]
+    rests = cache.split(plan.rests) if plan.rests else (None, None)
+    plan.norms(q, k, norms)
+    x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
+    ranges = id_ranges(row_ids, col_ids, exclude, tile)
+    for sums, finish in plan.chunks:
+        sums(x, y, scale, row_ids, col_ids, *ranges, norms, row_part, col_part)
+        finish(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_lse, col_lse, *rests)
+    return row_lse, col_lse
+
+
+class Plan(NamedTuple):
+    """What a forward pass allocates and launches."""
+
+    sizes: tuple  # of the largest norms, row and column partial sums, row and column normalisers; float32
+    rests: list[int]  # lengths of the rows' and the columns' rests, if they are kept
+    norms: Launch
+    chunks: list[tuple[Launch, Launch]]  # the partial sums of a chunk of rows, and what finishes them
+
+
+@planned
+def _plan(kinds, tile: Tile, slow: Tile, how, parts, chip_processors, exclude, both, triangle) -> Plan:
+    _, (dtype, (rows, width), (q_stride, _), _), (_, (cols, _), (k_stride, _), _), *_, (_, (cached,), _, _) = kinds
+    element_unit = 16 // dtype.itemsize
+    strides = q_stride // element_unit, k_stride // element_unit
+    span_tiles = span(tile, rows, cols, chip_processors, triangle)
     side = span_tiles * tile.rows
     supers = cdiv(cols, side)
     chunk = chunk_rows(rows, cols, side)
     h, lost = headroom(rows, cols)
-
-    def empty(*shape: int) -> Tensor:
-        return q.new_empty(shape, dtype=torch.float32)
-
-    parts = config.parts(q)
-    norms = empty((1 if triangle else 2) * parts)
-    row_part = empty(supers, min(chunk, rows))
-    col_part = empty(chunk // side, cols) if both or triangle else row_part
-    row_lse = empty(rows)
-    col_lse = empty(cols if both and not triangle else 0)
-    rests = (cache[:rows], cache[rows:]) if cache.numel() else (None, None)
-    norm_kernel[(parts, 1 if triangle else 2)](
-        q, k, norms, rows, cols, *strides, **norm_constants(width, element_unit, parts)
-    )
-    x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
-    ranges = id_ranges(row_ids, col_ids, exclude, tile)
+    of_cols = cols if both and not triangle else 0
+    row_part = supers, min(chunk, rows)
+    col_part = (chunk // side, cols) if both or triangle else (0,)
+    chunks = []
     for begin in range(0, rows, chunk):
         end = min(rows, begin + chunk)
         heights = cdiv(end, side) - begin // side
@@ -402,16 +415,21 @@ def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timi
             blocks = cdiv(rows - begin, slow.rows)
         else:
             grid = heights * supers
-            blocks = cdiv(end - begin, slow.rows) + cdiv(col_lse.numel(), slow.rows)
-        sums_kernel[(grid,)](
-            x, y, scale, row_ids, col_ids, *ranges, norms, row_part, col_part, rows, cols, begin, end, *strides,
-            side // tile.cols, supers, h,
+            blocks = cdiv(end - begin, slow.rows) + cdiv(of_cols, slow.rows)
+        sums = Launch(
+            sums_kernel, (grid, 1, 1), (rows, cols, begin, end, *strides, side // tile.cols, supers, h),
             **sums_constants(tile, width, element_unit, how, parts, exclude, both, triangle, span_tiles),
             **tile.options,
         )  # fmt: skip
-        finish_kernel[(blocks,)](
-            q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_lse, col_lse, *rests, rows, cols, begin,
-            end, side, supers, *strides, h, lost, int(end == rows),
+        finish = Launch(
+            finish_kernel, (blocks, 1, 1),
+            (rows, cols, begin, end, side, supers, *strides, h, lost, int(end == rows)),
             **finish_constants(slow, width, element_unit, how, parts, exclude, triangle), **slow.options,
         )  # fmt: skip
-    return row_lse, col_lse
+        chunks.append((sums, finish))
+    sides = 1 if triangle else 2
+    norms = Launch(
+        norm_kernel, (parts, sides, 1), (rows, cols, *strides), **norm_constants(width, element_unit, parts)
+    )
+    sizes = (sides * parts,), row_part, col_part, (rows,), (of_cols,)
+    return Plan(sizes, [rows, cached - rows] if cached else [], norms, chunks)

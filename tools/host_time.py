@@ -1,0 +1,180 @@
+"""What a call of the Triton backend costs the host, measured without a GPU: its launches are replaced by nothing.
+
+    python -m tools.host_time [--only NAME,...] [--seconds S]
+
+Tensors lie on the CPU and are small; Triton chooses what to launch as on an H200 and launches it into the void, so all
+that Python and PyTorch do around the kernels is done, but for the driver's own part of a launch. Prints for each
+workload of `tools.gpu_workloads` the launches of a call and the microseconds of the fastest of many, forward and with
+the backward pass, beside those of an autograd function that does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from ffcl_fast.backends import triton as backend
+from ffcl_fast.backends.triton import config, gradient_panels, launch
+
+from .gpu_measure import passes
+from .gpu_workloads import WORKLOADS, Products, Workload
+
+ROWS = 64  # few: what PyTorch computes on them must not count
+NOWHERE = 1 << 10  # the device that kernels are kept for: no GPU's
+
+
+class Void:
+    """A driver of Triton for an H200 that is not there."""
+
+    utils = None
+
+    def get_current_device(self) -> int:
+        return NOWHERE
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+class Unlaunched:
+    """What stands for a compiled kernel: it counts its launches, and keeps the arguments of the last."""
+
+    function, packed_metadata = 0, ()
+
+    def __init__(self, kernel: JITFunction, launches: collections.Counter):
+        self.name, self.parameters, self.launches = kernel.fn.__name__, len(kernel.arg_names), launches
+        self.arguments: tuple = ()
+
+    def launch_metadata(self, *_) -> None:
+        return None
+
+    def run(
+        self, x: int, y: int, z: int, stream: int, function: int, packed: tuple, metadata, enter, leave, *arguments
+    ):
+        """As Triton's own launch calls it."""
+        self[x, y, z](*arguments)
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        def launch(*arguments) -> None:
+            if len(grid) != 3 or len(arguments) != self.parameters:
+                raise TypeError(f"{self.name} takes {self.parameters} arguments: {len(arguments)} on grid {grid}")
+            self.launches[self.name] += 1
+            self.arguments = arguments
+
+        return launch
+
+
+@contextlib.contextmanager
+def without_a_gpu() -> Iterator[collections.Counter]:
+    """Launches of the Triton backend for CPU tensors count themselves, by name, and do nothing."""
+    launches: collections.Counter = collections.Counter()
+
+    def compiled(kernel, key, signature, device, *_):
+        kernel.device_caches[device][0][key] = found = Unlaunched(kernel, launches)
+        return found
+
+    def product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+        launches["product"] += 1
+
+    changes = (
+        (JITFunction, "_do_compile", compiled),
+        (backend, "unavailable", lambda op, x: None),
+        (config, "family", lambda device: "sm90"),
+        (config, "precision", lambda x: "ieee"),
+        (config, "parts", lambda x: 128),
+        (config, "_stored", lambda device: {}),
+        (gradient_panels, "add_product", product),
+        # By name, as each module has imported it.
+        *((m, "processors", lambda device: 132) for m in _modules() if hasattr(m, "processors")),
+        *((m, "rounding", lambda device: "hardware") for m in _modules() if hasattr(m, "rounding")),
+    )
+    before = [(where, name, getattr(where, name)) for where, name, _ in changes]
+    active = driver._active
+    driver.set_active(Void())
+    launch.forget_plans()
+    for where, name, value in changes:
+        setattr(where, name, value)
+    try:
+        yield launches
+    finally:
+        for where, name, value in before:
+            setattr(where, name, value)
+        driver._active = active
+        launch.forget_plans()
+
+
+def _modules() -> list:
+    return [m for name, m in sys.modules.items() if name.startswith(launch.__package__ + ".")]
+
+
+def small(workload: Workload) -> Workload:
+    if isinstance(workload, Products):
+        return Products(workload.name, ROWS, ROWS, workload.width, workload.work, workload.ours)
+    shape = (16, *workload.shape[1:]) if len(workload.shape) > 2 else (ROWS, 512)
+    return type(workload)(workload.name, shape, workload.tensors, workload.reads, workload.ours)
+
+
+def microseconds(call: Callable[[], object], seconds: float) -> float:
+    """Of the fastest call."""
+    for _ in range(20):
+        call()
+    fastest, end = float("inf"), time.monotonic() + seconds
+    while time.monotonic() < end:
+        start = time.perf_counter()
+        call()
+        fastest = min(fastest, time.perf_counter() - start)
+    return 1e6 * fastest
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, scale):
+        ctx.save_for_backward(q, k, scale)
+        return scale.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, _ = ctx.saved_tensors
+        return q, k, grad
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="names of workloads, with commas")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each time")
+    options = parser.parse_args(arguments)
+    wanted = {name for name in options.only.split(",") if name}
+    torch.set_num_threads(1)
+    todo = {(w.name, w.width if isinstance(w, Products) else len(w.shape)): w for w in WORKLOADS if not w.once}
+    if unknown := wanted - {name for name, _ in todo}:
+        parser.error(f"--only: no workload is called {', '.join(sorted(unknown))}")
+    print(f"{'workload':34}{'launches':>9}{'forward':>9}{'both':>9}  microseconds")
+    with without_a_gpu() as launches:
+        nothing = WORKLOADS[0].small().inputs("cpu")
+        _print("nothing, in autograd", 0, passes(_Nothing.apply, nothing), options.seconds)
+        for workload in [small(w) for (name, _), w in todo.items() if not wanted or name in wanted]:
+            calls = passes(workload.ours, workload.inputs("cpu"))
+            launches.clear()
+            calls[1]()
+            _print(workload.key, sum(launches.values()), calls, options.seconds)
+
+
+def _print(name: str, launches: int, calls: tuple, seconds: float) -> None:
+    forward, both = (microseconds(call, seconds) for call in calls)
+    print(f"{name:34}{launches:9}{forward:9.0f}{both:9.0f}")
+
+
+if __name__ == "__main__":
+    main()
