@@ -224,6 +224,48 @@ define(
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The positives of SupCon, for rows q of self-similarity: all other rows of a row's class, group (N,) int64 in
+# [0, classes). With b_i the mean of row i's positives and n_i their number, p_i = scale <q_i, b_i> and
+# x_i = row_lse_i - p_i.
+#
+#   class_sums          -> sums (classes, D) = sum of weight_i x_i, or of x_i where weight is None, over each class's
+#                          rows, with the same bits on every run; a class with an element that is not finite is NaN.
+#                          counts (classes,) = the number of its rows. Both float32, or float64 for float64.
+#   class_odds          -> from sums and counts of q itself: loss (N,) = x_i, or softplus(x_i) where n_i is 1 (that
+#                          positive is then left out of S), or 0 where n_i is 0; slope (N,) = dloss/dx_i; and
+#                          logit (N,) = p_i.
+#   add_class_positives -> with share_i the upstream gradient times slope_i and `taken` = class_sums of q weighted by
+#                          share: dq, which comes with the normalisers' part, less the positives' part, (N, D) in its
+#                          dtype; and inner (N,), whose sum is scale dloss/dscale.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _class_sums(x, group, weight, classes, backend):
+    acc = accumulator_dtype(x)
+    return x.new_empty((classes, x.shape[1]), dtype=acc), x.new_empty(classes, dtype=acc)
+
+
+def _class_odds(q, sums, counts, group, scale, row_lse, backend):
+    return tuple(row_lse.new_empty(row_lse.shape) for _ in range(3))
+
+
+def _add_class_positives(q, sums, taken, counts, group, scale, share, logit, dq, backend):
+    return dq.new_empty(dq.shape), share.new_empty(share.shape)
+
+
+define("class_sums(Tensor x, Tensor group, Tensor? weight, int classes, str backend) -> (Tensor, Tensor)", _class_sums)
+define(
+    "class_odds(Tensor q, Tensor sums, Tensor counts, Tensor group, Tensor scale, Tensor row_lse, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _class_odds,
+)
+define(
+    "add_class_positives(Tensor q, Tensor sums, Tensor taken, Tensor counts, Tensor group, Tensor scale, Tensor share,"
+    " Tensor logit, Tensor dq, str backend) -> (Tensor, Tensor)",
+    _add_class_positives,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
 # SigLIP (Zhai et al. 2023): x_ij = scale <q_i, k_j> + bias, z_ij = 1 on the diagonal (where `positives`), -1 elsewhere.
 #   siglip -> loss () = sum_ij softplus(-z_ij x_ij), and its gradients dq (N, D), dk (M, D) from the same pass, empty
 #             where not needed; dbias () where either is, else 0. The gradient of the scale is <q, dq> / scale.

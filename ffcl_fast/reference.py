@@ -227,6 +227,35 @@ def add_positives_(q, positive, scale, grad, slope, col_slope, logit, dq, d_posi
     return inner
 
 
+def class_sums(x, group, weight, classes):
+    acc = ops.accumulator_dtype(x)
+    own = x.to(acc) if weight is None else x.to(acc) * weight[:, None]
+    counts = own.new_zeros(classes).index_add_(0, group, own.new_ones(x.shape[0]))
+    return own.new_zeros(classes, x.shape[1]).index_add_(0, group, own), counts
+
+
+def _means_of_others(own: Tensor, sums: Tensor, counts: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """What the other rows of each row's class have in ``sums``, over their number, and that number."""
+    number = counts[group] - 1
+    return (sums[group] - own) / number.clamp_min(1)[:, None], number
+
+
+def class_odds(q, sums, counts, group, scale, row_lse):
+    mean, number = _means_of_others(q.to(sums.dtype), sums, counts, group)
+    logit = scale.double() * (q.double() * mean.double()).sum(1)
+    x = torch.add(row_lse - logit, logit, alpha=0.0).to(row_lse.dtype)
+    return *_contrast_loss(x, number, ops.CONTRAST_MEAN), logit.to(row_lse.dtype)
+
+
+def add_class_positives(q, sums, taken, counts, group, scale, share, logit, dq):
+    own = q.to(sums.dtype)
+    inner = (own * dq).sum(1) / 2 - share * logit
+    mean, number = _means_of_others(own, sums, counts, group)
+    of_others, _ = _means_of_others(share[:, None] * own, taken, counts, group)
+    part = torch.where((number < 1)[:, None], 0.0, share[:, None] * mean + of_others)
+    return torch.addcmul(dq.to(sums.dtype), part, scale, value=-1.0).to(dq.dtype), inner
+
+
 def siglip(q, k, scale, bias, positives, need_q, need_k):
     acc = ops.accumulator_dtype(q)
     x = similarity_matrix(q, k, scale) + bias.to(acc)

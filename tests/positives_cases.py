@@ -39,3 +39,40 @@ def check_positives(q, positive, pairing, both, decoupled, backend="triton"):
     terms = float((grad * ours[1] * ours[3]).square().mean().sqrt())
     for name, x, y, z in zip(("inner", "dq", "d_positive"), found, plain, truth, strict=True):
         assert_close_to_reference(x, y, z, factor=3.0, name=name, terms=terms if name == "inner" else 0.0)
+
+
+def check_class_positives(q, group, classes, backend="triton"):
+    """The same of SupCon's positives; and sums of classes to the last bit of float32 that 62-bit integers can show."""
+    n, d = q.shape
+    scale = torch.tensor(14.3, device=q.device)
+    row_lse, share = 3 * torch.randn(n, device=q.device), torch.randn(n, device=q.device)
+
+    for weight in (None, share):
+        sums, counts = OPS.class_sums(q, group, weight, classes, backend)
+        own = q.float() if weight is None else q.float() * weight[:, None]
+        exact = own.double().new_zeros(classes, d).index_add_(0, group, own.double())
+        lost = n * float(own.abs().max()) * 2.0 ** (n.bit_length() - 62)
+        assert bool(((sums.double() - exact).abs() <= exact.abs() * 2.0**-24 + lost + 2.0**-149).all())
+        assert torch.equal(counts, torch.bincount(group, minlength=classes).float())
+        assert torch.equal(sums, OPS.class_sums(q, group, weight, classes, backend)[0])
+    taken, (sums, counts) = sums, OPS.class_sums(q, group, None, classes, backend)
+
+    def odds(call, cast, *backend):
+        return call(cast(q), cast(sums), cast(counts), group, cast(scale), cast(row_lse), *backend)
+
+    ours = odds(OPS.class_odds, torch.clone, backend)
+    plain, truth = (odds(reference.class_odds, cast) for cast in (torch.clone, torch.Tensor.double))
+    for name, x, y, z in zip(("loss", "slope", "logit"), ours, plain, truth, strict=True):
+        assert_close_to_reference(x, y, z, name=name)
+
+    dq = torch.randn(n, d, device=q.device).to(q.dtype)
+
+    def add(call, cast, *backend):
+        tensors = (cast(x) for x in (scale, share, ours[2], dq))
+        return call(cast(q), cast(sums), cast(taken), cast(counts), group, *tensors, *backend)
+
+    found = add(OPS.add_class_positives, torch.clone, backend)
+    plain, truth = (add(reference.add_class_positives, cast) for cast in (torch.clone, torch.Tensor.double))
+    terms = float((share * ours[2]).square().mean().sqrt())
+    for name, x, y, z in zip(("dq", "inner"), found, plain, truth, strict=True):
+        assert_close_to_reference(x, y, z, factor=3.0, name=name, terms=terms if name == "inner" else 0.0)

@@ -53,9 +53,13 @@ def _arguments() -> dict[str, tuple]:
     coefficients = _ops.pair_cosine_forward(h, out, target, 0.0, False, 1.0, True, True, "cpu")[1]
     z, norm = _ops.normalize_forward(h, 1e-12, torch.bfloat16, "panels")
     odds = _ops.positive_odds(q[:6], k, scale, row[:6], col, ops.POSITIVE_GIVEN, False, "panels")
+    sums = _ops.class_sums(q, ids[0], None, 3, "panels")
     return {
         "positive_odds": (q[:6], None, scale, row[:6], col[:0], ops.POSITIVE_STACKED, True),
         "add_positives_": (q[:6], k, scale, row[:6], *odds[1:], q[:6].clone(), k.clone(), ops.POSITIVE_GIVEN),
+        "class_sums": (q, ids[0], row, 3),
+        "class_odds": (q, *sums, ids[0], scale, row),
+        "add_class_positives": (q, sums[0], sums[0], sums[1], ids[0], scale, row, row, q.clone()),
         "normalize_forward": (h, 1e-12, torch.bfloat16),
         "normalize_backward": (z, norm, z.clone(), 1e-12, torch.float32),
         "similarity_forward": (*head, True, False),

@@ -21,7 +21,7 @@ from gpu_cases import (
     three,
     unit,
 )
-from positives_cases import check_positives
+from positives_cases import check_class_positives, check_positives
 
 from ffcl_fast import ops, reference
 from helpers import assert_close_to_reference
@@ -155,3 +155,12 @@ def test_positives(shape, dtype):
         positive = None if pairing else unit(*shape, dtype)
         check_positives(unit(*shape, dtype), positive, pairing, both=not pairing, decoupled=shape[0] == 6)
     check_positives(shifted(unit(*shape, dtype)), unit(*shape, dtype), ops.POSITIVE_GIVEN, False, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(34, 96), (6, 31), (4, 4096), (3000, 512)], ids=str)
+def test_class_positives(shape, dtype):
+    for classes in (1, 10, shape[0]):
+        group = torch.randint(classes, shape[:1], device=DEVICE)
+        check_class_positives(unit(*shape, dtype), group, classes)
+        check_class_positives(shifted(unit(*shape, dtype)), group, classes)

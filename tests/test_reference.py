@@ -97,3 +97,33 @@ def test_positives(pairing, decoupled):
     again = reference.add_positives_(*head, grad, slope, col_slope, logits, before.clone(), changed[1], pairing)
     share = (again - inner).sum()
     torch.testing.assert_close(share, (q.detach() * before).sum() * (1.0 if rest else 0.5))
+
+
+def test_class_positives_are_what_autograd_makes_of_the_formula():
+    q = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    group = torch.tensor([0, 3, 0, 1, 3, 0, 4, 1, 0])  # four, two, two, one row and a class without any
+    row_lse, grad = (torch.randn(9, dtype=torch.float64) for _ in range(2))
+    same = (group[:, None] == group) & ~torch.eye(9, dtype=torch.bool)
+    number = same.sum(1)
+    logit = scale * ((q @ q.T) * same).sum(1) / number.clamp_min(1)
+    x = row_lse - logit
+    expected = torch.where(number == 0, 0.0, torch.where(number == 1, torch.nn.functional.softplus(x), x))
+    dq, dscale = torch.autograd.grad((expected * grad).sum(), (q, scale))
+
+    q, scale = q.detach(), scale.detach()
+    sums, counts = reference.class_sums(q, group, None, 5)
+    assert counts.tolist() == [4, 2, 0, 2, 1]
+    loss, slope, logits = reference.class_odds(q, sums, counts, group, scale, row_lse)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(logits, logit.detach())
+    share = grad * slope
+    taken, _ = reference.class_sums(q, group, share, 5)
+    of_positives = sums, taken, counts, group, scale, share, logits
+    found, inner = reference.add_class_positives(q, *of_positives, torch.zeros_like(q))
+    torch.testing.assert_close(found, dq)
+    torch.testing.assert_close(inner.sum() / scale, dscale)
+    before = torch.randn(9, 5, dtype=torch.float64)
+    again, more = reference.add_class_positives(q, *of_positives, before)
+    torch.testing.assert_close(again - before, dq)
+    torch.testing.assert_close((more - inner).sum(), (q * before).sum() / 2)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ffcl_fast.backends.triton import positives, rows
+from ffcl_fast.backends.triton import class_positives, positives, rows
 from ffcl_fast.backends.triton.goodness import (
     backward_kernel,
     constants,
@@ -49,10 +49,10 @@ def _arguments(kernel, c: dict, dtype: str, types: dict | None = None, without: 
     for name in kernel.arg_names:
         if name in c:
             continue
-        if types and name in types:
-            signature[name] = types[name]
-        elif name in without:
+        if name in without:
             signature[name] = None
+        elif types and name in types:
+            signature[name] = types[name]
         elif name in ACTIVATIONS:
             signature[name] = f"*{dtype}"
         elif name in FLOATS:
@@ -162,6 +162,29 @@ def _positive_kernels(chip: str) -> Iterator[Compilation]:
             yield _item("add positives", positives.add_kernel, c, add, dtype, width, present, without)
 
 
+def _class_kernels(chip: str) -> Iterator[Compilation]:
+    """SupCon's positives: narrow, ragged and widest rows, with weights and without."""
+    numbers = ("weight", "parts", "sums", "taken", "counts", "scale", "row_lse", "loss", "slope", "logits", "share",
+               "inner")  # fmt: skip
+    for width, dtype in ((128, "bf16"), (512, "bf16"), (512, "fp32"), (1001, "bf16"), (4096, "bf16"), (4096, "fp32")):
+        unit = math.gcd(16 // BYTES[dtype], width)
+        types = {name: f"*{dtype}" for name in ("x", "q", "dq")} | dict.fromkeys(numbers, "*fp32")
+        types |= dict.fromkeys(("group", "table", "members", "spoilt"), "*i64") | {"out": f"*{dtype}"}
+        for kernel, tensors, more in (
+            (class_positives.largest_kernel, 2, {"PARTS": 128}),
+            (class_positives.add_to_class_kernel, 2, {"PARTS": 128}),
+            (class_positives.class_sums_kernel, 2, {"PARTS": 128}),
+            (class_positives.class_odds_kernel, 4, {}),
+            (class_positives.add_class_kernel, 8, {"PRECISION": "hardware"}),
+        ):
+            cut = positives.whole_rows(65536, width, tensors, chip)
+            c = {"UNIT": unit, "ROWS": cut.rows, "BLOCK": cut.block} | more
+            name = kernel.fn.__name__.removesuffix("_kernel").replace("_", " ")
+            yield _item(name, kernel, c, cut, dtype, width, types)
+            if "weight" in kernel.arg_names and width == 512:
+                yield _item(name, kernel, c, cut, dtype, width, types, ("weight",))
+
+
 def _linear_kernels(chip: str) -> Iterator[Compilation]:
     for operands, dtype, how in (("half", "bf16", "ieee"), ("tf32", "fp32", "tf32"), ("float", "fp32", "ieee")):
         for tile, width, _ in tiles("linear", chip, operands, False, (784,)):
@@ -189,6 +212,7 @@ def compilations(chip: str) -> Iterator[Compilation]:
         yield _item("scale", scale_kernel, c, None, dtype, 0, {"x": f"*{dtype}", "size": "i64"})
     yield from _unit_kernels(chip)
     yield from _positive_kernels(chip)
+    yield from _class_kernels(chip)
     yield from _linear_kernels(chip)
     yield _item("add parts", add_parts_kernel, {"ROWS": 16, "SLOTS": 64}, None, "fp32", 0,
                 {"out": "*fp32", "row_stride": "i64", "slot_stride": "i64", "factor": "fp32"})  # fmt: skip

@@ -108,14 +108,15 @@ def normalizes(backend: str, x: Tensor) -> bool:
     return backend == "triton"
 
 
-def positives(backend: str, x: Tensor) -> str | None:
-    """The backend whose kernels serve the positives of rows like ``x`` beside ``backend``'s products, or None.
+def positives(backend: str, x: Tensor, op: str = "positive_odds") -> str | None:
+    """The backend whose kernels serve the positives of rows like ``x`` beside ``backend``'s products, or None; ``op``
+    is one of the operators on them.
 
     The CUDA C++ kernels, which have none, are joined by Triton's where Triton is installed.
     """
     if backend == "auto":
-        backend = _confirmed("positive_odds", x)
-    if backend == "triton" or (backend == "cuda" and load("triton").unavailable("positive_odds", x) is None):
+        backend = _confirmed(op, x)
+    if backend == "triton" or (backend == "cuda" and load("triton").unavailable(op, x) is None):
         return "triton"
     return None
 

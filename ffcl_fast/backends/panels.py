@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
-from ..reference import add_positives_, normalize_backward, normalize_forward, positive_odds  # noqa: F401
+from ..reference import (  # noqa: F401
+    add_class_positives,
+    add_positives_,
+    class_odds,
+    class_sums,
+    normalize_backward,
+    normalize_forward,
+    positive_odds,
+)
 from .panels_similarity import cache_size, siglip, similarity_backward, similarity_forward  # noqa: F401
 
 PANEL_ELEMENTS = 1 << 20  # 4 MiB of float32: a panel and its exponential stay in a CPU's L2 + L3

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from .. import backends, ops
 from . import _checks
+from .class_contrast import class_contrast_by_kernels
 from .class_sums import class_sums
 from .constant_keys import contrast_constant
 from .contrast import INTERLEAVED, STACKED, class_contrast, contrast, fused
@@ -298,6 +299,11 @@ def sup_con(
         ids = torch.arange(batch, device=z.device)
         return two_views(z.reshape(-1, dim), scale, ids, interleaved=True, backend=backend).mean() * factor
 
+    # torch.compile fuses what plain PyTorch does with the positives.
+    beside = None if torch.compiler.is_compiling() else backends.positives(backend, z, "class_odds")
+    if contrast_mode == "all" and mask is None and beside:
+        return _class_loss_by_kernels(z, labels, scale, backend, beside) * factor
+
     if contrast_mode == "all":
         anchors, keys = z.reshape(-1, dim), None
     else:
@@ -336,6 +342,19 @@ def _class_loss(z: Tensor, labels: Tensor | None, scale: Tensor, backend: str) -
         group = group.repeat_interleave(views)
         order = (order[:, None] * views + torch.arange(views, device=z.device)).reshape(-1)
     loss, count = class_contrast(z.reshape(-1, dim), order, group, scale, backend)
+    return loss.sum() / torch.count_nonzero(count).clamp_min(1)
+
+
+def _class_loss_by_kernels(z: Tensor, labels: Tensor | None, scale: Tensor, backend: str, beside: str) -> Tensor:
+    """The same through the operators on positives of backend ``beside``."""
+    batch, views, dim = z.shape
+    of_samples = torch.arange(batch, device=z.device) if labels is None else _groups(labels)
+    group = of_samples.repeat_interleave(views, output_size=batch * views) if views > 1 else of_samples
+    rows = z.reshape(-1, dim)
+    sums, counts = torch.ops.ffcl_fast.class_sums.default(rows.detach(), group, None, batch, beside)
+    count = counts[group] - 1
+    row_ids = _row_ids(of_samples, count == 1, views, "all") if views <= 2 else None
+    loss = class_contrast_by_kernels(rows, group, row_ids, sums, counts, scale, backend, beside)
     return loss.sum() / torch.count_nonzero(count).clamp_min(1)
 
 

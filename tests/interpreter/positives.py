@@ -11,7 +11,7 @@ from gpu_cases import unit
 from guards import guarded, inside_nan  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
-from positives_cases import check_positives
+from positives_cases import check_class_positives, check_positives
 
 from ffcl_fast import functional, ops
 
@@ -36,6 +36,40 @@ def test_positives_of_any_shape_and_layout(data, n, d, dtype, pairing, both, dec
     rows = n if pairing == ops.POSITIVE_GIVEN else 2 * n
     q, *positive = data.draw(tensors((rows, d), *[(rows, d)] * (not pairing), dtype=dtype, unit=True))
     check_positives(q, positive[0] if positive else None, pairing, both and not pairing, decoupled)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_classes(shape, dtype):
+    for classes in (1, 3, shape[0]):
+        check_class_positives(inside_nan(unit(*shape, dtype), 8), torch.randint(classes, shape[:1]), classes)
+
+
+@given(st.data(), sizes, widths, dtypes, st.integers(1, 9))
+@drawn
+def test_classes_of_any_shape_and_layout(data, n, d, dtype, classes):
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    (q,) = data.draw(tensors((n, d), dtype=dtype, unit=True))
+    check_class_positives(q, torch.randint(classes, (n,)), classes)
+
+
+@pytest.mark.parametrize("size", (1e-42, 1e-30, 1e30))
+def test_class_sums_of_any_size(size):
+    x, group = torch.randn(50, 7) * size, torch.randint(4, (50,))
+    (sums, _), (expected, _) = (OPS.class_sums(x, group, None, 4, b) for b in ("triton", "reference"))
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=50 * size * 2.0**-22)
+    order = torch.randperm(50)
+    assert torch.equal(sums, OPS.class_sums(x[order], group[order], None, 4, "triton")[0])
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+def test_values_that_are_not_finite_stay_in_their_classes(value):
+    x, group = torch.randn(12, 33), torch.arange(12) % 3
+    x[4, 7] = value
+    sums, counts = OPS.class_sums(x, group, None, 3, "triton")
+    assert sums[1].isnan().all() and sums[[0, 2]].isfinite().all() and counts.tolist() == [4, 4, 4]
+    loss, slope, _ = OPS.class_odds(x, sums, counts, group, torch.tensor(2.0), torch.randn(12), "triton")
+    assert torch.equal(loss.isnan(), group == 1) and slope[group != 1].isfinite().all()
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
@@ -68,6 +102,13 @@ LOSSES = {
     "nt_xent": lambda x, y, t, b: functional.nt_xent(x, y, t, backend=b),
     "decoupled": lambda x, y, t, b: functional.nt_xent(x, y, t, decoupled=True, backend=b),
     "sup_con": lambda x, y, t, b: functional.sup_con(torch.stack((x, y), 1), temperature=t, backend=b),
+    "sup_con, labels": lambda x, y, t, b: functional.sup_con(
+        torch.stack((x, y), 1), torch.arange(len(x)) // 2, temperature=t, backend=b
+    ),
+    "sup_con, one view": lambda x, y, t, b: functional.sup_con(
+        torch.cat((x, y))[:, None], torch.arange(2 * len(x)) // 3, temperature=t, backend=b
+    ),
+    "sup_con, three views": lambda x, y, t, b: functional.sup_con(torch.stack((x, y, y), 1), temperature=t, backend=b),
 }
 
 
@@ -102,6 +143,16 @@ def test_opcheck(monkeypatch):
     torch.library.opcheck(OPS.positive_odds.default, (*head, lse, lse + 1, ops.POSITIVE_GIVEN, False, "triton"))
     rest = lse, lse, lse, lse, torch.randn(6, 8), torch.randn(6, 8), ops.POSITIVE_GIVEN, "triton"
     torch.library.opcheck(OPS.add_positives_.default, (*head, *rest))
+
+
+def test_opcheck_of_classes(monkeypatch):
+    monkeypatch.undo()
+    q, group, lse = torch.randn(6, 8), torch.arange(6) % 2, torch.randn(6)
+    torch.library.opcheck(OPS.class_sums.default, (q, group, lse, 2, "triton"))
+    sums, counts = OPS.class_sums(q, group, None, 2, "triton")
+    torch.library.opcheck(OPS.class_odds.default, (q, sums, counts, group, torch.tensor(2.0), lse, "triton"))
+    rest = group, torch.tensor(2.0), lse, lse, torch.randn(6, 8), "triton"
+    torch.library.opcheck(OPS.add_class_positives.default, (q, sums, sums, counts, *rest))
 
 
 @pytest.mark.parametrize("name", LOSSES)

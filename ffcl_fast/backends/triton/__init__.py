@@ -20,6 +20,7 @@ else:
     _MISSING = None
 
 if _MISSING is None:
+    from .class_positives import add_class_positives, class_odds, class_sums  # noqa: F401
     from .config import MAX_WIDTH
     from .goodness import goodness_backward, goodness_forward  # noqa: F401
     from .goodness_many import goodness_many, goodness_many_backward  # noqa: F401
@@ -33,7 +34,8 @@ if _MISSING is None:
     from .similarity_forward import similarity_forward  # noqa: F401
 
 MAX_ELEMENTS = 2**31 - 1  # of a sample: places in a row are 32-bit numbers
-_SIMILARITY = ("similarity_forward", "similarity_backward", "siglip", "positive_odds", "add_positives_")
+_SIMILARITY = ("similarity_forward", "similarity_backward", "siglip", "positive_odds", "add_positives_", "class_sums",
+               "class_odds", "add_class_positives")
 
 
 def unavailable(op: str, x: Tensor) -> str | None:
