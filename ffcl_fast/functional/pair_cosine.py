@@ -129,11 +129,15 @@ def _check(
     return target
 
 
-def _total(loss: Tensor) -> Tensor:
-    """The sum of ``loss`` (N,): a long one on a GPU in two steps, which is three times as fast as one reduction."""
-    if loss.is_cuda and loss.numel() >= 1 << 14 and loss.numel() % 256 == 0:
-        loss = loss.view(-1, 256).sum(1)
-    return loss.sum()
+def _total(loss: Tensor, scale: float) -> Tensor:
+    """The sum of ``loss`` (N,) times ``scale``: a long one on a GPU in two steps, which is three times as fast as one
+    reduction; the mean without a launch for the factor."""
+    rows = loss.numel()
+    mean = scale == 1.0 / rows
+    if loss.is_cuda and rows >= 1 << 14 and rows % 256 == 0:
+        loss = loss.view(-1, 256)
+        loss = loss.mean(1) if mean else loss.sum(1)
+    return loss.mean() if mean else loss.sum() * scale
 
 
 class _PairCosine(Function):
@@ -173,7 +177,7 @@ class _ReducedPairCosine(Function):
         ctx.save_for_backward(h1, h2, coefficients)
         ctx.gradients = [d1 if need_1 else None, d2 if need_2 else None]
         ctx.options = relu, scale, backend
-        return _total(loss) * scale
+        return _total(loss, scale)
 
     @staticmethod
     @differentiable_once

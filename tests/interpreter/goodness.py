@@ -70,9 +70,8 @@ def test_goodness(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", ((3, 2100), (3, 2104)), ids=str)
-def test_goodness_in_groups_of_rows(monkeypatch, shape):
-    monkeypatch.setattr(rows, "CACHE_BYTES", 1)  # a launch pair for every row
-    monkeypatch.setattr(rows, "MAX_PARTS", 2)  # and several blocks a program
+def test_goodness_of_several_blocks_a_program(monkeypatch, shape):
+    monkeypatch.setattr(rows, "MAX_PARTS", 2)
     check_goodness(activations(*shape), False, True, strided=False)
 
 
@@ -166,8 +165,7 @@ def test_pair_cosine(shape, dtype):
     check_pair(activations(*shape, dtype=dtype), activations(*shape, dtype=dtype), 0.2, True)
 
 
-def test_pair_cosine_in_groups_of_rows(monkeypatch):
-    monkeypatch.setattr(rows, "CACHE_BYTES", 1)
+def test_pair_cosine_of_several_blocks_a_program(monkeypatch):
     monkeypatch.setattr(rows, "MAX_PARTS", 2)
     check_pair(activations(3, 1301), activations(3, 1301), 0.1, True)
 

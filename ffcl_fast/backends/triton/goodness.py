@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .config import cdiv
 from .launch import Launch, kinds, on, planned, rows_of
-from .rows import activation, add_parts, cached_rows, cut_of, floats, part_sum, rounding, store_gradient, vector_unit
+from .rows import activation, add_parts, cut_of, floats, part_sum, rounding, store_gradient, vector_unit
 from .tiles import elements_apart, narrow
 
 
@@ -80,12 +80,13 @@ def goodness_kernel(h, goodness, out, rows, width, stride, inverse_width, eps, U
 
 
 # How it works: a program sums the squares (`other` None) or the products with `other` of its part of one row.
-# Bound by memory: one read; what it read stays in L2 for the launch that follows.
-@triton.jit(do_not_specialize=["first", "parts", "steps"])
-def partial_kernel(h, other, partials, first, parts, steps, width, stride, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+# Bound by memory: one read. The launch that follows goes backwards and finds in L2 what fits there. Pairs of launches
+# for groups of rows that fit would find it all, but each launch takes an H200 as long as reading 16 MB does.
+@triton.jit(do_not_specialize=["parts", "steps"])
+def partial_kernel(h, other, partials, parts, steps, width, stride, UNIT: tl.constexpr, BLOCK: tl.constexpr,
                    RELU: tl.constexpr):
     pid = tl.program_id(0)
-    row = (first + pid // parts).to(tl.int64)
+    row = (pid // parts).to(tl.int64)
     elements = width * UNIT
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     begin = (pid % parts).to(tl.int64) * (steps * BLOCK)
@@ -102,16 +103,16 @@ def partial_kernel(h, other, partials, first, parts, steps, width, stride, UNIT:
 
 # How it works: the second launch of a row that many programs share: each adds the row's partial sums in the same
 # order, and writes its part of the output.
-# Bound by memory: one read, from L2, and one write.
-@triton.jit(do_not_specialize=["first", "parts", "steps"])
-def normalize_kernel(h, partials, goodness, out, first, parts, steps, width, stride, inverse_width, eps,
+# Bound by memory: one read and one write.
+@triton.jit(do_not_specialize=["parts", "steps"])
+def normalize_kernel(h, partials, goodness, out, parts, steps, width, stride, inverse_width, eps,
                      UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, MEAN: tl.constexpr,
                      RELU: tl.constexpr, PRECISION: tl.constexpr):
-    pid = tl.program_id(0)
-    row = (first + pid // parts).to(tl.int64)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last may still lie in L2
+    row = (pid // parts).to(tl.int64)
     part = pid % parts
     elements = width * UNIT
-    total = part_sum(partials, pid // parts, parts, PARTS)
+    total = part_sum(partials, row, parts, PARTS)
     mean_square = total * inverse_width
     if MEAN:
         total = mean_square
@@ -176,17 +177,17 @@ def backward_kernel(h, goodness, grad_goodness, grad_out, dh, rows, width, strid
 
 # How it works: the second launch of the gradient of a row that many programs share, or the only one where no out has
 # a gradient.
-# Bound by memory: reads h and go, from L2 after partial_kernel, writes dh.
-@triton.jit(do_not_specialize=["first", "parts", "steps"])
-def gradient_kernel(h, partials, goodness, grad_goodness, grad_out, dh, first, parts, steps, width, stride,
+# Bound by memory: reads h and go, writes dh.
+@triton.jit(do_not_specialize=["parts", "steps"])
+def gradient_kernel(h, partials, goodness, grad_goodness, grad_out, dh, parts, steps, width, stride,
                     inverse_width, eps, UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
                     MEAN: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr):
-    pid = tl.program_id(0)
-    row = (first + pid // parts).to(tl.int64)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last may still lie in L2
+    row = (pid // parts).to(tl.int64)
     elements = width * UNIT
     along = None
     if grad_out is not None:
-        along = part_sum(partials, pid // parts, parts, PARTS)
+        along = part_sum(partials, row, parts, PARTS)
     grad = None
     if grad_goodness is not None:
         grad = tl.load(grad_goodness + row)
@@ -208,11 +209,12 @@ def constants(unit: int, relu: bool, **more: object) -> dict:
 
 
 class Walk(NamedTuple):
-    """A launch that takes whole rows, or for those that many programs share pairs of them for a group of rows each: of
-    partial sums, and what goes on from them, None where they are only added."""
+    """The launch that takes whole rows; or for rows that many programs share one of partial sums, and one that goes on
+    from them, None where they are only added."""
 
-    whole: Launch | None
-    groups: list[tuple[tuple[int, int], Launch, Launch | None]]  # with the partial sums' shape
+    first: Launch
+    second: Launch | None = None
+    partials: tuple[int, ...] = ()  # their shape
     factor: float = 1.0  # of sums that are only added
 
 
@@ -223,13 +225,13 @@ def goodness_forward(h, mean, relu, normalize, eps):
     into = out if normalize else None
     with on(h):
         walk = _forward(kinds(h), mean, relu, normalize, eps)
-        if walk.whole:
-            walk.whole(h, goodness, into)
-        for shape, first, second in walk.groups:
-            partials = floats(h, *shape)
-            first(h, None, partials)
-            if second:
-                second(h, partials, goodness, into)
+        if not walk.partials:
+            walk.first(h, goodness, into)
+        else:
+            partials = floats(h, *walk.partials)
+            walk.first(h, None, partials)
+            if walk.second:
+                walk.second(h, partials, goodness, into)
             else:
                 add_parts(partials, goodness, walk.factor)
     return goodness, out
@@ -245,16 +247,14 @@ def _forward(kinds: tuple, mean: bool, relu: bool, normalize: bool, eps: float) 
     if cut.parts == 1:
         scalars = rows, *size, 1.0 / width, eps
         grid = cdiv(rows, cut.rows), 1, 1
-        return Walk(Launch(goodness_kernel, grid, scalars, **common, **last, **cut.constants, **cut.options), [])
-    groups = []
-    for begin, end in cached_rows(kinds, 1) if normalize else [(0, rows)]:
-        shape, grid = (end - begin, cut.parts), ((end - begin) * cut.parts, 1, 1)
-        scalars = begin, cut.parts, cut.steps, *size
-        first = Launch(partial_kernel, grid, scalars, **common, BLOCK=cut.block, **cut.options)
-        more = (*scalars, 1.0 / width, eps), common | last | cut.part_constants | cut.options
-        second = Launch(normalize_kernel, grid, more[0], **more[1]) if normalize else None
-        groups.append((shape, first, second))
-    return Walk(None, groups, 1.0 / width if mean else 1.0)
+        return Walk(Launch(goodness_kernel, grid, scalars, **common, **last, **cut.constants, **cut.options))
+    grid, scalars = (rows * cut.parts, 1, 1), (cut.parts, cut.steps, *size)
+    first = Launch(partial_kernel, grid, scalars, **common, BLOCK=cut.block, **cut.options)
+    second = None
+    if normalize:
+        scalars = *scalars, 1.0 / width, eps
+        second = Launch(normalize_kernel, grid, scalars, **common, **last, **cut.part_constants, **cut.options)
+    return Walk(first, second, (rows, cut.parts), 1.0 / width if mean else 1.0)
 
 
 def goodness_backward(h, goodness, grad_goodness, grad_out, mean, relu, eps):
@@ -262,14 +262,14 @@ def goodness_backward(h, goodness, grad_goodness, grad_out, mean, relu, eps):
     dh = h.new_empty(h.shape)
     with on(h):
         walk = _backward(kinds(h, goodness, grad_goodness, grad_out), mean, relu, eps)
-        if walk.whole:
-            walk.whole(h, goodness, grad_goodness, grad_out, dh)
-        for shape, first, second in walk.groups:
+        if not walk.partials:
+            walk.first(h, goodness, grad_goodness, grad_out, dh)
+        else:
             partials = None
             if grad_out is not None:
-                partials = floats(h, *shape)
-                first(h, grad_out, partials)
-            second(h, partials, goodness, grad_goodness, grad_out, dh)
+                partials = floats(h, *walk.partials)
+                walk.first(h, grad_out, partials)
+            walk.second(h, partials, goodness, grad_goodness, grad_out, dh)
     return dh
 
 
@@ -284,14 +284,9 @@ def _backward(kinds: tuple, mean: bool, relu: bool, eps: float) -> Walk:
     if cut.parts == 1:
         scalars = rows, *size, 1.0 / width, eps
         grid = cdiv(rows, cut.rows), 1, 1
-        return Walk(Launch(backward_kernel, grid, scalars, **common, **last, **cut.constants, **cut.options), [])
-    groups = []
-    for begin, end in cached_rows(kinds, 2) if grad_out else [(0, rows)]:
-        shape, grid = (end - begin, cut.parts), ((end - begin) * cut.parts, 1, 1)
-        scalars = begin, cut.parts, cut.steps, *size
-        first = Launch(partial_kernel, grid, scalars, **common, BLOCK=cut.block, **cut.options)
-        second = Launch(
-            gradient_kernel, grid, (*scalars, 1.0 / width, eps), **common, **last, **cut.part_constants, **cut.options
-        )
-        groups.append((shape, first, second))
-    return Walk(None, groups)
+        return Walk(Launch(backward_kernel, grid, scalars, **common, **last, **cut.constants, **cut.options))
+    grid, scalars = (rows * cut.parts, 1, 1), (cut.parts, cut.steps, *size)
+    first = Launch(partial_kernel, grid, scalars, **common, BLOCK=cut.block, **cut.options)
+    scalars = *scalars, 1.0 / width, eps
+    second = Launch(gradient_kernel, grid, scalars, **common, **last, **cut.part_constants, **cut.options)
+    return Walk(first, second, (rows, cut.parts))

@@ -17,7 +17,6 @@ from .launch import Launch, kinds, on, planned, processors, rows_of
 from .rows import (
     Cut,
     activation,
-    cached_rows,
     cut_of,
     floats,
     optional,
@@ -114,12 +113,12 @@ def pair_cosine_kernel(h1, h2, target, loss, coefficients, d1, d2, rows, width, 
 
 
 # How it works: a program adds the squares and products of its part of one pair.
-# Bound by memory: one read of both; what it read stays in L2 for the launch that follows.
-@triton.jit(do_not_specialize=["first", "parts", "steps", "count"])
-def pair_partial_kernel(h1, h2, partials, first, parts, steps, count, width, stride1, stride2, UNIT: tl.constexpr,
+# Bound by memory: one read of both.
+@triton.jit(do_not_specialize=["parts", "steps", "count"])
+def pair_partial_kernel(h1, h2, partials, parts, steps, count, width, stride1, stride2, UNIT: tl.constexpr,
                         BLOCK: tl.constexpr, RELU: tl.constexpr):
     pid = tl.program_id(0)
-    row = (first + pid // parts).to(tl.int64)
+    row = (pid // parts).to(tl.int64)
     elements = width * UNIT
     t11 = tl.zeros((BLOCK,), dtype=tl.float32)
     t22 = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -140,19 +139,18 @@ def pair_partial_kernel(h1, h2, partials, first, parts, steps, count, width, str
 # How it works: the second launch of a pair that many programs share: each adds the pair's partial sums in the same
 # order and writes its part of the gradients; the first one writes the loss. `columns`, 1 where no gradient is asked
 # for, is the number of programs a pair.
-# Bound by memory: two reads, from L2, and two writes.
-@triton.jit(do_not_specialize=["first", "parts", "columns", "steps", "count"])
-def pair_finish_kernel(h1, h2, partials, target, loss, coefficients, d1, d2, first, parts, columns, steps, count, width,
+# Bound by memory: two reads, from L2 where they fit, and two writes.
+@triton.jit(do_not_specialize=["parts", "columns", "steps", "count"])
+def pair_finish_kernel(h1, h2, partials, target, loss, coefficients, d1, d2, parts, columns, steps, count, width,
                        stride1, stride2, margin, scale, UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
                        RELU: tl.constexpr, PRECISION: tl.constexpr):
-    pid = tl.program_id(0)
-    local = pid // columns
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last may still lie in L2
     part = pid % columns
-    row = (first + local).to(tl.int64)
+    row = (pid // columns).to(tl.int64)
     elements = width * UNIT
-    s11 = part_sum(partials, local, parts, PARTS)
-    s22 = part_sum(partials + count, local, parts, PARTS)
-    s12 = part_sum(partials + 2 * tl.cast(count, tl.int64), local, parts, PARTS)
+    s11 = part_sum(partials, row, parts, PARTS)
+    s22 = part_sum(partials + count, row, parts, PARTS)
+    s12 = part_sum(partials + 2 * tl.cast(count, tl.int64), row, parts, PARTS)
     value, c0, c1, c2 = loss_of(s11, s22, s12, tl.load(target + row), margin)
     if part == 0:
         store_pair(loss, coefficients, row, value, c0, c1, c2, None)
@@ -210,12 +208,12 @@ def pair_cosine_forward(h1, h2, target, margin, relu, scale, need_1, need_2):
     outputs = loss, coefficients, optional(d1), optional(d2)
     with on(h1):
         walk = _forward(kinds(h1, h2, target), margin, relu, scale, need_1 or need_2)
-        if walk.whole:
-            walk.whole(h1, h2, target, *outputs)
-        for shape, first, second in walk.groups:
-            partials = floats(h1, *shape)
-            first(h1, h2, partials)
-            second(h1, h2, partials, target, *outputs)
+        if not walk.partials:
+            walk.first(h1, h2, target, *outputs)
+        else:
+            partials = floats(h1, *walk.partials)
+            walk.first(h1, h2, partials)
+            walk.second(h1, h2, partials, target, *outputs)
     return loss, coefficients, d1, d2
 
 
@@ -228,22 +226,17 @@ def _forward(kinds: tuple, margin: float, relu: bool, scale: float, gradients: b
     if cut.parts == 1:
         grid = cdiv(rows, cut.rows), 1, 1
         scalars = rows, *size, margin, scale
-        return Walk(Launch(pair_cosine_kernel, grid, scalars, **common, **how, **cut.constants, **cut.options), [])
-    columns = cut.parts if gradients else 1
-    groups = []
-    for begin, end in cached_rows(kinds, 2) if gradients else [(0, rows)]:
-        count = (end - begin) * cut.parts
-        first = Launch(
-            pair_partial_kernel, (count, 1, 1), (begin, cut.parts, cut.steps, count, *size),
-            **common, BLOCK=cut.block, **cut.options,
-        )  # fmt: skip
-        second = Launch(
-            pair_finish_kernel, ((end - begin) * columns, 1, 1),
-            (begin, cut.parts, columns, cut.steps, count, *size, margin, scale),
-            **common, **how, **cut.part_constants, **cut.options,
-        )  # fmt: skip
-        groups.append(((3, count), first, second))
-    return Walk(None, groups)
+        return Walk(Launch(pair_cosine_kernel, grid, scalars, **common, **how, **cut.constants, **cut.options))
+    columns, count = cut.parts if gradients else 1, rows * cut.parts
+    first = Launch(
+        pair_partial_kernel, (count, 1, 1), (cut.parts, cut.steps, count, *size),
+        **common, BLOCK=cut.block, **cut.options,
+    )  # fmt: skip
+    second = Launch(
+        pair_finish_kernel, (rows * columns, 1, 1), (cut.parts, columns, cut.steps, count, *size, margin, scale),
+        **common, **how, **cut.part_constants, **cut.options,
+    )  # fmt: skip
+    return Walk(first, second, (3, count))
 
 
 def _sizes(kinds: tuple) -> tuple[Cut, int, tuple[int, int, int]]:

@@ -8,7 +8,6 @@ in two launches with partial sums between them. No atomics: every sum has one fi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,6 @@ from .tiles import narrow
 TILE = 4096  # elements a program holds at a time, where rows are short: 32 a thread
 LONGEST = 16384  # elements of the longest row (or pair) that stays in registers: 32 a thread with 16 warps
 LOOP_BYTES = 128 << 10  # rows walked twice by one program: 132 multiprocessors times this is 17 MB of a 50 MB L2
-CACHE_BYTES = 16 << 20  # rows cut over programs, a launch pair: well inside L2, either half of which may hold a copy
 MAX_PARTS = 512  # programs a row
 
 
@@ -81,15 +79,6 @@ def cut_of(kinds: tuple, tensors: int) -> Cut:
     """The cut for `tensors` tensors like the first of `kinds`, (N, D)."""
     device, (dtype, shape, *_), *_ = kinds
     return cut(*shape, tensors, config.family(device), dtype.itemsize, processors(device))
-
-
-def cached_rows(kinds: tuple, tensors: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of the first of `kinds` whose second read, by the next launch, still finds them in the L2 cache
-    beside those of the other `tensors` like it."""
-    dtype, (rows, width), *_ = kinds[1]
-    group = max(1, CACHE_BYTES // (width * dtype.itemsize * tensors))
-    for begin in range(0, rows, group):
-        yield begin, min(rows, begin + group)
 
 
 def vector_unit(dtype: torch.dtype, *sizes: int) -> int:

@@ -1,0 +1,15 @@
+"""Shared by the interpreter's tests."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from ffcl_fast.backends.triton import launch
+
+
+@pytest.fixture(autouse=True)
+def no_plans_of_other_tests() -> Iterator[None]:
+    """Plans follow from constants that tests change."""
+    launch.forget_plans()
+    yield
+    launch.forget_plans()
