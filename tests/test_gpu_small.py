@@ -28,6 +28,7 @@ from helpers import assert_close_to_reference
 
 pytestmark = pytest.mark.gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+MANY = 3000 if DEVICE == "cuda" else 300  # rows: the interpreter takes a minute for thousands
 
 
 def shifted(x):
@@ -149,7 +150,7 @@ def test_linear_goodness(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(34, 96), (6, 31), (4, 4096), (3000, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(34, 96), (6, 31), (4, 4096), (MANY, 512)], ids=str)
 def test_positives(shape, dtype):
     for pairing in (ops.POSITIVE_GIVEN, ops.POSITIVE_STACKED, ops.POSITIVE_INTERLEAVED):
         positive = None if pairing else unit(*shape, dtype)
@@ -158,9 +159,9 @@ def test_positives(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(34, 96), (6, 31), (4, 4096), (3000, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(34, 96), (6, 31), (4, 4096), (MANY, 512)], ids=str)
 def test_class_positives(shape, dtype):
     for classes in (1, 10, shape[0]):
         group = torch.randint(classes, shape[:1], device=DEVICE)
         check_class_positives(unit(*shape, dtype), group, classes)
-        check_class_positives(shifted(unit(*shape, dtype)), group, classes)
+    check_class_positives(shifted(unit(*shape, dtype)), group, classes)
