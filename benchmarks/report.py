@@ -68,7 +68,10 @@ def _confirmed(all_results: list[Results], kernels: str, families: tuple[str, ..
     """The GPUs that have run a backend's kernels."""
     if (kernels, backend) in bars.NOT_WRITTEN:
         return "no such kernel"
-    return "; ".join(bars.gpu_runs(all_results, backend, families)) or "not yet measured on a GPU"
+    return (
+        "; ".join(bars.gpu_runs(all_results, backend, families, bars.WRITTEN.get(kernels, "")))
+        or "not yet measured on a GPU"
+    )
 
 
 def family_table(results: Results, family: str) -> str:

@@ -106,6 +106,17 @@ def test_kernels_count_as_unmeasured_until_a_gpu_has_run_them():
     assert "| similarity, both sums or rows only | a GPU | not yet measured on a GPU |" in text
 
 
+@pytest.mark.parametrize(
+    ("day", "found"), [("2026-11-26T06:34Z", "not yet measured on a GPU"), ("2026-12-01", "a GPU")]
+)
+def test_a_measurement_says_nothing_of_kernels_written_later(day, found):
+    record = {"provider": "triton", "family": "sup_con", "time": {"seconds": 1.0, "when": day}}
+    gpu = {"device": {"kind": "gpu", "name": "a GPU"}, "records": [record]}
+    assert bars.gpu_runs([gpu], "triton", ("sup_con",)) == ["a GPU"]
+    since = bars.WRITTEN["SupCon's positives"]
+    assert (bars.gpu_runs([gpu], "triton", ("sup_con",), since) or ["not yet measured on a GPU"]) == [found]
+
+
 @pytest.mark.parametrize("text", ("", "{", "[]", '{"schema": 99}'))
 def test_a_file_that_is_no_results_file_is_named(tmp_path, text, capsys):
     (tmp_path / "cpu-x.json").write_text(text)

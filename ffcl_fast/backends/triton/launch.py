@@ -54,8 +54,8 @@ class Launch:
     """A kernel with its grid, the scalars that follow its tensors, compile-time constants and options.
 
     The first call goes through Triton's launch, which looks at each argument and chooses what it has compiled. Those
-    after it hand their arguments to that choice, in a third of the time: keep a Launch by the :func:`kinds` of every
-    tensor it is called with. Tensors that were just allocated need not be among them, their sizes must.
+    after it hand their arguments to that choice and look at none: keep a Launch by the :func:`kinds` of every tensor it
+    is called with. Tensors that were just allocated need not be among them, their sizes must.
     """
 
     __slots__ = ("kernel", "grid", "scalars", "constants", "values", "compiled")
