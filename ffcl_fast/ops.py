@@ -229,8 +229,10 @@ define(
 # x_i = row_lse_i - p_i.
 #
 #   class_sums          -> sums (classes, D) = sum of weight_i x_i, or of x_i where weight is None, over each class's
-#                          rows, with the same bits on every run; a class with an element that is not finite is NaN.
-#                          counts (classes,) = the number of its rows. Both float32, or float64 for float64.
+#                          rows; an element that is not finite makes itself, or all of its class, infinite or NaN.
+#                          counts (classes,) = the number of its rows. Both float32, or float64 for float64. Kernels add
+#                          integers, for the same bits on every run: what they round off is 2^-62 of N times the largest
+#                          element of all classes.
 #   class_odds          -> from sums and counts of q itself: loss (N,) = x_i, or softplus(x_i) where n_i is 1 (that
 #                          positive is then left out of S), or 0 where n_i is 0; slope (N,) = dloss/dx_i; and
 #                          logit (N,) = p_i.

@@ -47,11 +47,21 @@ def compared(launches, monkeypatch):
 def off(x: torch.Tensor, elements: int) -> torch.Tensor:
     """x again, so many elements after a multiple of 16 bytes."""
     room = x.new_empty(x.numel() + elements)
-    return room[elements:].view(x.shape).copy_(x).requires_grad_(x.requires_grad)
+    return room[elements:].view(x.shape).copy_(x.detach()).requires_grad_(x.requires_grad)
 
 
 def rows(n: int, width: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(n, width).to(dtype).requires_grad_()
+
+
+def differentiated(step, *leaves: torch.Tensor) -> None:
+    """``step()`` and its gradients, for each choice of the leaves that want one."""
+    for wanted in itertools.product((True, False), repeat=len(leaves)):
+        for leaf, want in zip(leaves, wanted, strict=True):
+            leaf.requires_grad_(want)
+        out = step()
+        if out.requires_grad:
+            out.backward()
 
 
 def pair_loss(a, b, **options):
@@ -81,7 +91,7 @@ def test_similarity_launches_are_triton_s_own_choice(compared, name):
             a, b = off(rows(n, width, dtype), at[0]), off(rows(n, width, dtype), at[1])
             scale = off(torch.full((1,), 10.0, requires_grad=True), at[2])
             ids = off(torch.arange(n) // 2, at[1])
-            LOSSES[name](a, b, scale, ids).backward()
+            differentiated(lambda a=a, b=b, s=scale, ids=ids: LOSSES[name](a, b, s, ids), a, b, scale)
     assert compared.count(True) > 2 * compared.count(False) > 0
 
 
@@ -94,8 +104,8 @@ def test_goodness_launches_are_triton_s_own_choice(compared, shape):
         g = fn.goodness(h, "mean_squares", backend="triton")
         torch.autograd.grad(g, h, off(torch.ones_like(g), more))
         for reduction in ("mean", "none"):
-            loss = pair_loss(h, other, at=more, reduction=reduction)
-            torch.autograd.grad(loss, (h, other), off(torch.ones_like(loss), at))
+            pair = h.detach(), other.detach()
+            differentiated(lambda p=pair, i=more, how=reduction: pair_loss(*p, at=i, reduction=how).sum(), *pair)
         if len(shape) > 2:
             for x in (h, h.contiguous(memory_format=torch.channels_last)):
                 g, pooled = fn.pool_goodness(x, backend="triton")

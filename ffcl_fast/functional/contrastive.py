@@ -300,7 +300,7 @@ def sup_con(
         return two_views(z.reshape(-1, dim), scale, ids, interleaved=True, backend=backend).mean() * factor
 
     # torch.compile fuses what plain PyTorch does with the positives.
-    beside = None if torch.compiler.is_compiling() else backends.positives(backend, z, "class_odds")
+    beside = None if torch.compiler.is_compiling() else backends.positives(backend, z.reshape(-1, dim), "class_odds")
     if contrast_mode == "all" and mask is None and beside:
         return _class_loss_by_kernels(z, labels, scale, backend, beside) * factor
 

@@ -157,7 +157,8 @@ def add_class_kernel(q, sums, taken, counts, group, scale, share, logits, dq, ou
 
 
 def class_sums(x, group, weight, classes):
-    x = rows_of(x)
+    x, group = rows_of(x), group.contiguous()
+    weight = None if weight is None else weight.contiguous()
     width = x.shape[1]
     sums, counts = floats(x, classes, width), floats(x, classes)
     with on(x):
@@ -194,7 +195,8 @@ def _sums_plan(kinds: tuple, classes: int, parts: int) -> SumsPlan:
 
 
 def class_odds(q, sums, counts, group, scale, row_lse):
-    q, row_lse = rows_of(q), row_lse.contiguous()
+    q = rows_of(q)
+    sums, counts, group, row_lse = (x.contiguous() for x in (sums, counts, group, row_lse))
     rows = q.shape[0]
     loss, slope, logit = floats(q, rows), floats(q, rows), floats(q, rows)
     with on(q):
@@ -210,7 +212,9 @@ def _odds_launch(kinds: tuple) -> Launch:
 
 
 def add_class_positives(q, sums, taken, counts, group, scale, share, logit, dq):
-    q, share, logit, dq = rows_of(q), share.contiguous(), logit.contiguous(), dq.contiguous()
+    q = rows_of(q)
+    sums, taken, counts, group = (x.contiguous() for x in (sums, taken, counts, group))
+    share, logit, dq = (x.contiguous() for x in (share, logit, dq))
     out, inner = dq.new_empty(dq.shape), floats(q, q.shape[0])
     with on(q):
         tensors = q, sums, taken, counts, group, scale, share, logit, dq

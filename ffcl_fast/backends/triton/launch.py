@@ -39,8 +39,8 @@ def forget_plans() -> None:
 
 
 def kinds(*tensors: Tensor | None) -> tuple:
-    """All that plans may depend on: device, and each tensor's dtype, shape, strides and whether it begins at a multiple
-    of 16 bytes. It holds whatever Triton compiles differently for."""
+    """What plans may depend on of a call's tensors, and Triton compiles differently for: the device, and each tensor's
+    dtype, shape, strides and whether it begins at a multiple of 16 bytes."""
     found = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in tensors]
     return tensors[0].device, *found
 
@@ -55,7 +55,8 @@ class Launch:
 
     The first call goes through Triton's launch, which looks at each argument and chooses what it has compiled. Those
     after it hand their arguments to that choice and look at none: keep a Launch by the :func:`kinds` of every tensor it
-    is called with. Tensors that were just allocated need not be among them, their sizes must.
+    is called with. Tensors that were just allocated need not be among them, but what they follow from must be
+    in the key: their sizes, and which of them are None.
     """
 
     __slots__ = ("kernel", "grid", "scalars", "constants", "values", "compiled")

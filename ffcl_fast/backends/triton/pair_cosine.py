@@ -207,7 +207,7 @@ def pair_cosine_forward(h1, h2, target, margin, relu, scale, need_1, need_2):
     d1, d2 = (h1.new_empty((rows if need else 0, width)) for need in (need_1, need_2))
     outputs = loss, coefficients, optional(d1), optional(d2)
     with on(h1):
-        walk = _forward(kinds(h1, h2, target), margin, relu, scale, need_1 or need_2)
+        walk = _forward(kinds(h1, h2, target), margin, relu, scale, need_1, need_2)
         if not walk.partials:
             walk.first(h1, h2, target, *outputs)
         else:
@@ -218,7 +218,7 @@ def pair_cosine_forward(h1, h2, target, margin, relu, scale, need_1, need_2):
 
 
 @planned
-def _forward(kinds: tuple, margin: float, relu: bool, scale: float, gradients: bool) -> Walk:
+def _forward(kinds: tuple, margin: float, relu: bool, scale: float, need_1: bool, need_2: bool) -> Walk:
     cut, unit, size = _sizes(kinds)
     rows = kinds[1][1][0]
     common = constants(unit, relu)
@@ -227,7 +227,7 @@ def _forward(kinds: tuple, margin: float, relu: bool, scale: float, gradients: b
         grid = cdiv(rows, cut.rows), 1, 1
         scalars = rows, *size, margin, scale
         return Walk(Launch(pair_cosine_kernel, grid, scalars, **common, **how, **cut.constants, **cut.options))
-    columns, count = cut.parts if gradients else 1, rows * cut.parts
+    columns, count = cut.parts if need_1 or need_2 else 1, rows * cut.parts
     first = Launch(
         pair_partial_kernel, (count, 1, 1), (cut.parts, cut.steps, count, *size),
         **common, BLOCK=cut.block, **cut.options,
