@@ -231,7 +231,7 @@ define(
 #   class_sums          -> sums (classes, D) = sum of weight_i x_i, or of x_i where weight is None, over each class's
 #                          rows; an element that is not finite makes itself, or all of its class, infinite or NaN.
 #                          counts (classes,) = the number of its rows. Both float32, or float64 for float64. Kernels add
-#                          integers, for the same bits on every run: what they round off is 2^-62 of N times the largest
+#                          integers, for the same bits on every run, each rounded by at most N 2^-61 of the largest
 #                          element of all classes.
 #   class_odds          -> from sums and counts of q itself: loss (N,) = x_i, or softplus(x_i) where n_i is 1 (that
 #                          positive is then left out of S), or 0 where n_i is 0; slope (N,) = dloss/dx_i; and

@@ -155,10 +155,10 @@ def _positive_kernels(chip: str) -> Iterator[Compilation]:
         }
         for pairing in range(3) if width == 512 else (0,):
             without = ("col_lse", "col_slope", "d_positive") if pairing else ()
-            c = positives.constants(odds, unit, pairing) | {"DECOUPLED": pairing == 1}
+            c = positives.constants(odds, unit) | {"PAIRING": pairing, "DECOUPLED": pairing == 1}
             present = {name: kind for name, kind in types.items() if name not in without}
             yield _item("odds", positives.odds_kernel, c, odds, dtype, width, present, without)
-            c = positives.constants(add, unit, pairing) | {"PRECISION": "hardware"}
+            c = positives.constants(add, unit) | {"PAIRING": pairing, "PRECISION": "hardware"}
             yield _item("add positives", positives.add_kernel, c, add, dtype, width, present, without)
 
 
@@ -178,7 +178,7 @@ def _class_kernels(chip: str) -> Iterator[Compilation]:
             (class_positives.add_class_kernel, 8, {"PRECISION": "hardware"}),
         ):
             cut = positives.whole_rows(65536, width, tensors, chip)
-            c = {"UNIT": unit, "ROWS": cut.rows, "BLOCK": cut.block} | more
+            c = positives.constants(cut, unit) | more
             name = kernel.fn.__name__.removesuffix("_kernel").replace("_", " ")
             yield _item(name, kernel, c, cut, dtype, width, types)
             if "weight" in kernel.arg_names and width == 512:

@@ -156,7 +156,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for each time")
     options = parser.parse_args(arguments)
     wanted = {name for name in options.only.split(",") if name}
-    torch.set_num_threads(1)
     todo = {(w.name, w.width if isinstance(w, Products) else len(w.shape)): w for w in WORKLOADS if not w.once}
     if unknown := wanted - {name for name, _ in todo}:
         parser.error(f"--only: no workload is called {', '.join(sorted(unknown))}")

@@ -114,6 +114,8 @@ def positives(backend: str, x: Tensor, op: str = "positive_odds") -> str | None:
 
     The CUDA C++ kernels, which have none, are joined by Triton's where Triton is installed.
     """
+    if torch.compiler.is_compiling():  # torch.compile fuses what plain PyTorch does with the positives
+        return None
     if backend == "auto":
         backend = _confirmed(op, x)
     if backend == "triton" or (backend == "cuda" and load("triton").unavailable(op, x) is None):

@@ -18,6 +18,11 @@ def is_aligned(x: Tensor) -> bool:
     return whole and x.stride(1) == 1 and x.shape[1] <= x.stride(0) and step < 1 << 40
 
 
+def without_padding(x: Tensor, width: int) -> Tensor:
+    """The gradient of what :func:`aligned_rows` took, `width` wide, from that of what it returned."""
+    return x if x.shape[1] == width else x[:, :width].contiguous()
+
+
 def aligned_rows(x: Tensor) -> Tensor:
     """x itself where :func:`is_aligned`, else a copy that is: its rows end in zeros, which change no product.
 

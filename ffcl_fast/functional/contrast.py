@@ -73,8 +73,7 @@ def contrast(
     positive = None if positive is None else prepare(positive, unit_q, backend)
     save = grad_wanted(q, k, positive, scale)
     k, positive, col_ids = apart(k, q), apart(positive, q, k), apart(col_ids, row_ids)
-    # torch.compile fuses what plain PyTorch does with the positives.
-    beside = None if torch.compiler.is_compiling() else backends.positives(backend, q)
+    beside = backends.positives(backend, q)
     if beside and (pairing == KEYS) == (k is not None):
         options = (exclude, pairing, both, decoupled, save, backend, beside)
         return _ContrastByKernels.apply(q, k, positive, scale, row_ids, col_ids, *options)

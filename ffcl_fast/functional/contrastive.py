@@ -299,10 +299,10 @@ def sup_con(
         ids = torch.arange(batch, device=z.device)
         return two_views(z.reshape(-1, dim), scale, ids, interleaved=True, backend=backend).mean() * factor
 
-    # torch.compile fuses what plain PyTorch does with the positives.
-    beside = None if torch.compiler.is_compiling() else backends.positives(backend, z.reshape(-1, dim), "class_odds")
-    if contrast_mode == "all" and mask is None and beside:
-        return _class_loss_by_kernels(z, labels, scale, backend, beside) * factor
+    if contrast_mode == "all" and mask is None:
+        beside = backends.positives(backend, z.reshape(-1, dim), "class_odds")
+        if beside:
+            return _class_loss_by_kernels(z, labels, scale, backend, beside) * factor
 
     if contrast_mode == "all":
         anchors, keys = z.reshape(-1, dim), None

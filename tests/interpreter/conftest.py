@@ -1,15 +1,11 @@
 """Shared by the interpreter's tests."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from ffcl_fast.backends.triton import launch
 
 
 @pytest.fixture(autouse=True)
-def no_plans_of_other_tests() -> Iterator[None]:
+def no_plans_of_other_tests() -> None:
     """Plans follow from constants that tests change."""
-    launch.forget_plans()
-    yield
     launch.forget_plans()

@@ -14,9 +14,9 @@ import triton.language as tl
 
 from . import config
 from .config import cdiv
-from .launch import Grid, Launch, kinds, on, planned, rows_of
-from .positives import dots, loss_of, whole_rows
-from .rows import floats, rounding, vector_unit
+from .launch import Launch, kinds, on, planned, rows_of
+from .positives import dots, loss_of, over_whole_rows
+from .rows import floats, rounding
 from .tiles import elements_apart, narrow
 
 INTEGER_BITS = 62  # of 63, so that rounding up of every row does not reach the sign
@@ -183,7 +183,7 @@ class SumsPlan(NamedTuple):
 
 @planned
 def _sums_plan(kinds: tuple, classes: int, parts: int) -> SumsPlan:
-    grid, (rows, width, stride), constants = _shared(kinds, 2)
+    grid, (rows, width, stride), constants = over_whole_rows(kinds, 2, 1)
     bits = INTEGER_BITS - rows.bit_length()
     constants["PARTS"] = parts
     return SumsPlan(
@@ -207,7 +207,7 @@ def class_odds(q, sums, counts, group, scale, row_lse):
 
 @planned
 def _odds_launch(kinds: tuple) -> Launch:
-    grid, scalars, constants = _shared(kinds, 4)
+    grid, scalars, constants = over_whole_rows(kinds, 4, 1)
     return Launch(class_odds_kernel, grid, scalars, **constants)
 
 
@@ -224,14 +224,5 @@ def add_class_positives(q, sums, taken, counts, group, scale, share, logit, dq):
 
 @planned
 def _add_launch(kinds: tuple) -> Launch:
-    grid, scalars, constants = _shared(kinds, 8)
+    grid, scalars, constants = over_whole_rows(kinds, 8, 1)
     return Launch(add_class_kernel, grid, scalars, PRECISION=rounding(kinds[0]), **constants)
-
-
-def _shared(kinds: tuple, tensors: int) -> tuple[Grid, tuple[int, int, int], dict]:
-    """Grid, scalars and constants of launches over whole rows of the first of `kinds`, `tensors`, a power of two,
-    like it in registers."""
-    device, (dtype, (rows, width), (stride, _), _), *_ = kinds
-    cut, unit = whole_rows(rows, width, tensors, config.family(device)), vector_unit(dtype, width, stride)
-    constants = {"UNIT": unit, "ROWS": cut.rows, "BLOCK": cut.block} | cut.options
-    return (cdiv(rows, cut.rows), 1, 1), (rows, width // unit, stride // unit), constants

@@ -123,9 +123,9 @@ def add_kernel(q, positive, scale, grad, slope, col_slope, logits, dq, d_positiv
         tl.store(d_positive + dense, narrow(d, d_positive.dtype.element_ty, PRECISION), mask=whole)
 
 
-def constants(cut: Cut, element_unit: int, pairing: int) -> dict:
-    """Compile-time constants that both kernels have."""
-    return {"UNIT": element_unit, "ROWS": cut.rows, "BLOCK": cut.block, "PAIRING": pairing}
+def constants(cut: Cut, element_unit: int) -> dict:
+    """Compile-time constants of every kernel over whole rows."""
+    return {"UNIT": element_unit, "ROWS": cut.rows, "BLOCK": cut.block}
 
 
 def whole_rows(rows: int, width: int, tensors: int, chip: str) -> Cut:
@@ -149,8 +149,8 @@ def positive_odds(q, positive, scale, row_lse, col_lse, pairing, decoupled):
 
 @planned
 def _odds_launch(kinds: tuple, pairing: int, decoupled: bool) -> Launch:
-    grid, scalars, constants = _shared(kinds, 2, pairing)
-    return Launch(odds_kernel, grid, scalars, DECOUPLED=decoupled, **constants)
+    grid, scalars, constants = over_whole_rows(kinds, 2, 2)
+    return Launch(odds_kernel, grid, scalars, PAIRING=pairing, DECOUPLED=decoupled, **constants)
 
 
 def add_positives_(q, positive, scale, grad, slope, col_slope, logit, dq, d_positive, pairing):
@@ -167,19 +167,20 @@ def add_positives_(q, positive, scale, grad, slope, col_slope, logit, dq, d_posi
 
 @planned
 def _add_launch(kinds: tuple, pairing: int) -> Launch:
-    grid, scalars, constants = _shared(kinds, 4, pairing)
+    grid, scalars, constants = over_whole_rows(kinds, 4, 2)
     (grad_stride,) = kinds[4][2]
     how = rounding(kinds[0])
-    return Launch(add_kernel, grid, (*scalars, grad_stride), PRECISION=how, **constants)
+    return Launch(add_kernel, grid, (*scalars, grad_stride), PAIRING=pairing, PRECISION=how, **constants)
 
 
-def _shared(kinds: tuple, tensors: int, pairing: int) -> tuple[Grid, tuple, dict]:
-    """Grid, scalars and constants that the launches of both kernels have: q and positive are the first of `kinds`."""
-    device, (dtype, (rows, width), (q_stride, _), _), (_, _, (p_stride, _), _), *_ = kinds
-    cut = whole_rows(rows, width, tensors, config.family(device))
-    unit = vector_unit(dtype, width, q_stride, p_stride)
-    scalars = rows, width // unit, q_stride // unit, p_stride // unit
-    return (cdiv(rows, cut.rows), 1, 1), scalars, constants(cut, unit, pairing) | cut.options
+def over_whole_rows(kinds: tuple, tensors: int, strided: int) -> tuple[Grid, tuple, dict]:
+    """Grid, scalars and constants of a launch over whole rows of the first of `kinds`, with `tensors` (a power of two)
+    like it in registers. The first `strided` of `kinds` may have any distance between rows."""
+    device, (dtype, (rows, width), _, _), *_ = kinds
+    strides = [stride for _, _, (stride, _), _ in kinds[1 : 1 + strided]]
+    cut, unit = whole_rows(rows, width, tensors, config.family(device)), vector_unit(dtype, width, *strides)
+    scalars = rows, width // unit, *(stride // unit for stride in strides)
+    return (cdiv(rows, cut.rows), 1, 1), scalars, constants(cut, unit) | cut.options
 
 
 def _pair(q: Tensor, positive: Tensor | None, pairing: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..aligned import aligned_rows, unit
+from ..aligned import aligned_rows, unit, without_padding
 from . import config
 from .config import Tile, cdiv
 from .gradient_panels import walk
@@ -94,7 +94,7 @@ def siglip(q, k, scale, bias, positives, need_q, need_k):
     arguments = q, k, scale, bias, positives, need_q, need_k
     with on(q):
         loss, dq, dk, dbias = _siglip(*arguments, lambda: measure(lambda: _siglip(*arguments, None)))
-    return loss, dq[:, :width].contiguous(), dk[:, :width].contiguous(), dbias
+    return loss, without_padding(dq, width), without_padding(dk, width), dbias
 
 
 def _siglip(q, k, scale, bias, positives, need_q, need_k, timing):

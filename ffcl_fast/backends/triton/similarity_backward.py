@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import ops
-from ..aligned import aligned_rows, unit
+from ..aligned import aligned_rows, unit, without_padding
 from . import config
 from .config import Tile, cdiv
 from .gradient_panels import combine, walk
@@ -296,9 +296,7 @@ def similarity_backward(
         side_y = side_x if triangle else (vectors[3 * q.shape[0] :], col_ids)
         arguments = q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k and not triangle
         dq, dk = compute(*arguments, lambda: measure(lambda: compute(*arguments, None)))
-    if q.shape[1] == width:
-        return dq, dk
-    return dq[:, :width].contiguous(), dk[:, :width].contiguous()
+    return without_padding(dq, width), without_padding(dk, width)
 
 
 def _vectors(scale, lse, rests, grads, cols, gain) -> tuple[Tensor, Tensor]:
