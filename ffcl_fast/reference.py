@@ -193,7 +193,7 @@ def _contrast_loss(x: Tensor, count: Tensor, kind: int) -> tuple[Tensor, Tensor]
     return softplus, slope
 
 
-def _positives_of(x: Tensor, given: Tensor | None, pairing: int) -> Tensor:
+def positives_of(x: Tensor, given: Tensor | None, pairing: int) -> Tensor:
     """Each row's entry of ``given``, or where that is None the one of ``x`` that belongs to its positive."""
     if given is not None:
         return given
@@ -203,7 +203,7 @@ def _positives_of(x: Tensor, given: Tensor | None, pairing: int) -> Tensor:
 
 def positive_odds(q, positive, scale, row_lse, col_lse, pairing, decoupled):
     kind = ops.CONTRAST_DECOUPLED if decoupled else ops.CONTRAST_SOFTPLUS
-    logit = scale.double() * (q.double() * _positives_of(q, positive, pairing).double()).sum(1)
+    logit = scale.double() * (q.double() * positives_of(q, positive, pairing).double()).sum(1)
     x = torch.add(row_lse - logit, logit, alpha=0.0)  # an infinite logit is an overflow: NaN, not a loss of 0
     loss, slope = _contrast_loss(x.to(row_lse.dtype), logit, kind)
     col_slope = col_lse.clone()
@@ -220,8 +220,8 @@ def add_positives_(q, positive, scale, grad, slope, col_slope, logit, dq, d_posi
     if dq.numel():
         along = (q.to(slope.dtype) * dq).sum(1)
         inner = (along / 2 if positive is None else along) - share * logit
-        both = weight if positive is not None else weight + _positives_of(weight, None, pairing)
-        dq.copy_(torch.addcmul(dq.to(slope.dtype), both[:, None], _positives_of(q, positive, pairing)))
+        both = weight if positive is not None else weight + positives_of(weight, None, pairing)
+        dq.copy_(torch.addcmul(dq.to(slope.dtype), both[:, None], positives_of(q, positive, pairing)))
     if d_positive.numel():
         d_positive.copy_(torch.addcmul(d_positive.to(slope.dtype), weight[:, None], q))
     return inner
