@@ -22,6 +22,8 @@ _FAMILIES = {
     "siglip": "siglip",
     "goodness + normalise": "goodness_normalize",
     "pair cosine": "pair_cosine",
+    "pool goodness": "pool_goodness",
+    "layerwise": "layerwise",
 }
 _DESCRIPTION = ("key", "name", "rows", "width")
 _OURS = {

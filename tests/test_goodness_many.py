@@ -8,9 +8,12 @@ from goodness_cases import BACKENDS, DTYPES, activations
 
 from ffcl_fast import GoodnessLoss, functional
 from ffcl_fast import functional as ff
+from ffcl_fast.functional.goodness import KINDS
+from ffcl_fast.functional.objectives import OBJECTIVES, TwoThreshold
 
 _ops = torch.ops.ffcl_fast
 SHAPES = ((5, 31), (17, 8), (3, 5000), (1, 1))
+LAYERS = ((6, 2, 2), (40,), (7, 3))  # without the batch
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -61,6 +64,61 @@ def test_layerwise_groups_the_goodness_losses(monkeypatch):
     torch.testing.assert_close(grads, torch.autograd.grad(sum(each), pos + neg))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("penalty", (0.0, 0.3))
+def test_all_layers_at_once_are_each_layer_alone(objective, kind, penalty):
+    constants = TwoThreshold(1.5, 0.5, None, 3.0, penalty)
+    loss = GoodnessLoss(kind, objective, two_threshold=constants)
+    for negatives, last in ((3, 3), (5, 3), (5, 4)):  # the last layer's samples: as many as the others' or not
+        if objective == "symba" and negatives != 3:
+            continue
+        sizes = [(3, negatives)] * 2 + [(last, negatives)]
+        pos, neg = (
+            [activations(n[i], *s, dtype=torch.float64).requires_grad_() for n, s in zip(sizes, LAYERS, strict=True)]
+            for i in (0, 1)
+        )
+        each = [loss(p, q) for p, q in zip(pos, neg, strict=True)]
+        together = loss.of_layers(pos, neg)
+        assert isinstance(together, torch.Tensor) == (last == 3)
+        torch.testing.assert_close(list(together), each)
+        learned = [0.5, torch.tensor(2.0, dtype=torch.float64, requires_grad=True), 1]
+        for weights in (None, [0.5, 2, 0.0], learned):
+            total, layers = functional.layerwise(loss, pos, neg, weights=weights, return_layers=True)
+            expected = [x * w for x, w in zip(each, weights or (1, 1, 1), strict=True)]
+            assert all(not x.requires_grad for x in layers)
+            torch.testing.assert_close(layers, [x.detach() for x in expected])
+            leaves = [*pos, *neg, *learned[1:2]] if weights is learned else [*pos, *neg]
+            grads = torch.autograd.grad(sum(expected), leaves, retain_graph=True)
+            torch.testing.assert_close(torch.autograd.grad(total, leaves), grads)
+
+
+def test_thresholds_are_copied_to_the_device_once(monkeypatch):
+    loss = GoodnessLoss()  # a threshold a layer
+    pos, neg = ([activations(n, *s) for s in LAYERS] for n in (3, 5))
+    with torch.inference_mode():
+        expected = loss.of_layers(pos, neg)
+    monkeypatch.setattr(torch, "tensor", None)
+    torch.testing.assert_close(loss.of_layers([x.requires_grad_() for x in pos], neg), expected.clone())
+
+
+@pytest.mark.compiler
+def test_one_graph_takes_all_layers():
+    loss = GoodnessLoss()
+    pos, neg = ([activations(n, *s).requires_grad_() for s in LAYERS] for n in (3, 5))
+
+    def step(pos, neg):
+        return functional.layerwise(loss, pos, neg, weights=[0.5, 2.0, 1.0])
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(pos, neg), step(pos, neg))
+
+
+def test_a_layer_that_is_not_finite_is_the_only_one():
+    pos, neg = ([activations(n, *s) for s in LAYERS] for n in (3, 5))
+    pos[1][2, 3] = float("inf")
+    assert GoodnessLoss().of_layers(pos, neg).isnan().tolist() == [False, True, False]
+
+
 def test_layers_of_several_dtypes_and_losses_of_ones_own_go_one_by_one():
     class Doubled(GoodnessLoss):
         def forward(self, h_pos, h_neg):
@@ -70,7 +128,13 @@ def test_layers_of_several_dtypes_and_losses_of_ones_own_go_one_by_one():
     neg = [activations(4, 8), activations(4, 9, dtype=torch.bfloat16)]
     one = GoodnessLoss()
     torch.testing.assert_close(functional.layerwise(one, pos, neg), one(pos[0], neg[0]) + one(pos[1], neg[1]))
+
+    class Constant(GoodnessLoss):
+        def of_goodness(self, g_pos, g_neg, width):
+            return g_pos.sum() * 0 + width
+
     alone = functional.layerwise(one, pos[:1], neg[:1])
+    assert functional.layerwise(Constant(), pos[:1] * 2, neg[:1] * 2) == 16
     torch.testing.assert_close(functional.layerwise(Doubled(), pos[:1], neg[:1]), 2 * alone)
 
 
@@ -87,5 +151,15 @@ def test_bad_arguments():
     ):
         with pytest.raises(error, match=words):
             call()
+    layers = [h, h], [h[:1], h[:1]]
+    for loss, error, words in (
+        (GoodnessLoss(objective="symba"), ValueError, "compares pairs"),
+        (GoodnessLoss(threshold="2"), TypeError, "threshold must be a number"),
+        (GoodnessLoss(alpha="2"), TypeError, "alpha must be a number"),
+        (GoodnessLoss(objective="two_threshold", two_threshold=3), TypeError, "two_threshold must be"),
+    ):
+        for call in (lambda loss=loss: loss.of_layers(*layers), lambda loss=loss: loss(h, h[:1])):
+            with pytest.raises(error, match=words):
+                call()
     with pytest.raises(ValueError, match="activations of one layer"):
         functional.layerwise(GoodnessLoss(), [h, h], [h, h[:, :3]])

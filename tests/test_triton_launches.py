@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from ffcl_fast import functional as fn  # noqa: E402
-from ffcl_fast.backends.triton import launch  # noqa: E402
+from ffcl_fast.backends.triton import config, launch  # noqa: E402
 from ffcl_fast.functional.similarity import normalized  # noqa: E402
 from tools import host_time  # noqa: E402
 
@@ -116,12 +116,40 @@ def test_goodness_launches_are_triton_s_own_choice(compared, shape):
     assert compared.count(True) > compared.count(False) > 0
 
 
+@pytest.mark.parametrize("shapes", [[(64, 64)], [(33, 200), (64, 8, 7, 7), (65, 512)], [(70, 24)] * 40, [(1, 1 << 16)]])
+def test_launches_of_many_layers_are_triton_s_own_choice(compared, shapes):
+    for dtype, at, more in itertools.product((torch.bfloat16, torch.float32), (0, 1, 8), (0, 1)):
+        layers = [off(torch.randn(s).to(dtype), (at, more)[i % 2]) for i, s in enumerate(shapes)]
+        for wanted in (layers, layers[::2]):
+            for x in wanted:
+                x.requires_grad_()
+            g = torch.cat(fn.goodness_many(layers, relu=bool(more), backend="triton"))
+            torch.autograd.grad(g, wanted, off(torch.ones_like(g), more))
+    assert compared.count(True) > compared.count(False) > 0
+
+
+@pytest.mark.parametrize("sizes", [(64, 64, 96), (33, 200, 65), (300, 13, 4100)])
+def test_launches_of_a_linear_layer_are_triton_s_own_choice(compared, monkeypatch, sizes):
+    n, width, out = sizes
+    if n == 300:
+        monkeypatch.setattr(config, "WORKSPACE", 1 << 14)  # several chunks of rows, the last one shorter
+    for dtype, at in itertools.product((torch.bfloat16, torch.float32), itertools.product((0, 1, 8), repeat=3)):
+        x, weight, bias = (
+            off(torch.randn(s).to(dtype), i) for s, i in zip(((n, width), (out, width), (out,)), at, strict=True)
+        )
+        for kind, given in (("sum_squares", bias), ("mean_squares", None)):
+            fn.linear_goodness(x, weight, given, kind, relu=given is None, backend="triton")
+    assert compared.count(True) > compared.count(False) > 0
+
+
 def test_a_second_call_asks_triton_for_nothing(launches, monkeypatch):
     def step():
         a, b = rows(64, 512), rows(64, 512)
         fn.clip(a, b, torch.tensor(10.0, requires_grad=True), backend="triton").backward()
         fn.nt_xent(a, b, backend="triton").backward()
         pair_loss(a, b, at=0).backward()
+        sum(fn.goodness_many([a, b[:, :64]], backend="triton"))[0].backward()
+        fn.linear_goodness(a.detach(), b.detach(), backend="triton")
         return dict(launches)
 
     first = step()

@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ffcl_fast import functional
+from ffcl_fast import GoodnessLoss, LayerwiseLoss, functional
 from ffcl_fast.functional.similarity import normalized
 
 from .gpu_peers import SCALE
@@ -84,11 +84,27 @@ class Bytes:
         return self.reads[0] * size, self.reads[1] * size
 
     def small(self) -> Bytes:
-        return Bytes(self.name, (6, *(4,) * (len(self.shape) - 1)), self.tensors, self.reads, self.ours, self.plain)
+        return replace(self, shape=(6, *(4,) * (len(self.shape) - 1)))
+
+
+@dataclass(frozen=True)
+class Layers(Bytes):
+    """Memory-bound work on positive and negative samples, `shape` (N,), as ResNet-18 pools each block."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (64, 64, 128, 128, 256, 256, 512, 512) * self.tensors
+
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(self.shape[0], d, device=device).bfloat16().requires_grad_() for d in self.widths)
+
+    def useful(self) -> tuple[float, float]:
+        forward, both = super().useful()
+        return forward * sum(self.widths), both * sum(self.widths)
 
 
 Workload = Products | Bytes
-WITHOUT_CUDA = ("siglip", "unit rows")  # workloads whose kernel is written in Triton alone
+WITHOUT_CUDA = ("siglip", "unit rows", "linear goodness")  # workloads whose kernel is written in Triton alone
 
 
 def by_cuda(workload: Workload) -> Callable[..., Tensor] | None:
@@ -168,6 +184,39 @@ def plain_pair_cosine(h1: Tensor, h2: Tensor) -> Tensor:
     return F.cosine_embedding_loss(h1.flatten(1), h2.flatten(1), torch.ones(h1.shape[0], device=h1.device))
 
 
+def pool_goodness(h: Tensor, backend: str = "triton") -> tuple[Tensor, Tensor]:
+    return functional.pool_goodness(h, "mean_squares", backend=backend)
+
+
+def plain_pool_goodness(h: Tensor) -> tuple[Tensor, Tensor]:
+    pooled = h.mean((2, 3), dtype=torch.float32)
+    return pooled.square().mean(1), pooled
+
+
+@functools.cache
+def _layerwise_loss(backend: str) -> LayerwiseLoss:
+    return LayerwiseLoss(GoodnessLoss("mean_squares", backend=backend))
+
+
+def layerwise(*h: Tensor, backend: str = "triton") -> Tensor:
+    n = len(h) // 2
+    return _layerwise_loss(backend)(h[:n], h[n:])
+
+
+def plain_layerwise(*h: Tensor) -> Tensor:
+    n = len(h) // 2
+    good, bad = ([x.float().square().mean(1) for x in side] for side in (h[:n], h[n:]))
+    return sum(F.softplus(2 - p).mean() + F.softplus(q - 2).mean() for p, q in zip(good, bad, strict=True)) / 2
+
+
+def linear_goodness(x: Tensor, weight: Tensor, scale: Tensor, backend: str = "triton") -> Tensor:
+    return functional.linear_goodness(x, weight, relu=True, backend=backend)
+
+
+def plain_linear_goodness(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return F.linear(x, weight).relu().float().square().sum(1)
+
+
 def unit_rows(x: Tensor, backend: str = "triton") -> Tensor:
     return normalized(x, x.dtype, backend=backend)
 
@@ -198,5 +247,8 @@ WORKLOADS: tuple[Workload, ...] = (
     Products("info_nce", 4096, 65536, 128, (1, 4), info_nce, plain_info_nce),
     Products("info_nce", 8192, 262144, 768, (1, 4), info_nce),
     *(Products("nt_xent", n, n, 128, (0.5, 2), nt_xent) for n in (8192, 131072)),
+    Bytes("pool goodness", (64, 64, 56, 56), 1, (1, 2), pool_goodness, plain_pool_goodness),
+    Layers("layerwise", (8192,), 2, (1, 3), layerwise, plain_layerwise),
+    Products("linear goodness", 32768, 2048, 2048, (1, 4), linear_goodness, plain_linear_goodness),
     *(Products("ragged clip", 30011, 30011, d, (1, 4), clip) for d in (96, 200, 384, 1152)),
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -122,8 +123,10 @@ def _modules() -> list:
 def small(workload: Workload) -> Workload:
     if isinstance(workload, Products):
         return Products(workload.name, ROWS, ROWS, workload.width, workload.work, workload.ours)
-    shape = (16, *workload.shape[1:]) if len(workload.shape) > 2 else (ROWS, 512)
-    return type(workload)(workload.name, shape, workload.tensors, workload.reads, workload.ours)
+    shape = workload.shape
+    return dataclasses.replace(
+        workload, shape=(16, *shape[1:]) if len(shape) > 2 else (ROWS, *(512 for _ in shape[1:]))
+    )
 
 
 def microseconds(call: Callable[[], object], seconds: float) -> float:

@@ -32,6 +32,12 @@ def goodness_many(
         TypeError: no list, an element that ``goodness`` would refuse, or several dtypes.
         ValueError: an empty list or tensor, several devices, or another argument out of its range.
     """
+    g = goodness_of_all(activations, kind, relu=relu, backend=backend)
+    return list(g.split([h.shape[0] for h in activations]))
+
+
+def goodness_of_all(activations: Sequence[Tensor], kind: str, *, relu: bool, backend: str) -> Tensor:
+    """What :func:`goodness_many` returns as one tensor, the samples of a list's tensors one after the other."""
     if not isinstance(activations, list | tuple):
         raise TypeError(f"activations must be a list of tensors; got {type(activations).__name__}")
     if not activations:
@@ -46,8 +52,7 @@ def goodness_many(
             raise ValueError(f"activations must be on one device; got {first.device} and, at {i}, {h.device}")
     mean = is_mean(kind)
     _checks.backend(backend)
-    g = _GoodnessMany.apply(mean, relu, backend, *(flatten(h)[0] for h in activations))
-    return list(g.split([h.shape[0] for h in activations]))
+    return _GoodnessMany.apply(mean, relu, backend, *(flatten(h)[0] for h in activations))
 
 
 class _GoodnessMany(Function):

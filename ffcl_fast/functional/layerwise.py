@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -24,7 +26,7 @@ def layerwise(
         loss: takes a layer's two activations, and ``target`` unless that is None; returns a 0-dimensional tensor. With
             an attribute ``folds_weight`` that is true, it is also given ``weight=`` and returns the weighted loss. With
             a method ``of_layers`` (as :class:`GoodnessLoss` has) and no target, that gets both lists at once and
-            returns the list of losses.
+            returns their losses, a list or a (layers,) tensor.
         activations_1, activations_2: lists of one tensor a layer.
         target: what every layer's loss gets as third argument, such as (N,) labels.
         weights: one number a layer; None for 1 each.
@@ -53,13 +55,31 @@ def layerwise(
     folds = getattr(loss, "folds_weight", False)
     together = getattr(loss, "of_layers", None) if target is None else None
     each = together(activations_1, activations_2) if together else None
+    numbers = weights is None or all(isinstance(weight, int | float) for weight in weights)
+    if isinstance(each, Tensor) and numbers:
+        losses = each if weights is None else each * constants(weights, each)
+        return (losses.sum(), list(losses.detach())) if return_layers else losses.sum()
     values = []
     for i in range(count):
         weight = 1.0 if weights is None else weights[i]
         if folds:
             values.append(loss(activations_1[i], activations_2[i], *extra, weight=weight))
         else:
-            value = each[i] if each else loss(activations_1[i], activations_2[i], *extra)
+            value = loss(activations_1[i], activations_2[i], *extra) if each is None else each[i]
             values.append(value if weight == 1.0 else value * weight)
     total = sum(values[1:], values[0])
     return (total, [v.detach() for v in values]) if return_layers else total
+
+
+def constants(values: Sequence[float], like: Tensor) -> Tensor:
+    """``values`` in the dtype and on the device of ``like``: copied there once, not in every step."""
+    make = _made if torch.compiler.is_compiling() or type(like) is not Tensor else _kept
+    return make(tuple(values), like.dtype, like.device)
+
+
+def _made(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+_kept = functools.lru_cache(maxsize=256)(_made)

@@ -75,30 +75,44 @@ def goodness_loss(
     """
     for name, g in (("g_pos", g_pos), ("g_neg", g_neg)):
         check_activation(g, name, dims=1)
-    _checks.choice("objective", objective, OBJECTIVES)
     check_number(threshold, "threshold")
+    return goodness_loss_over(None, g_pos, g_neg, objective, threshold, alpha, two_threshold)
+
+
+def goodness_loss_over(
+    dim: int | None,
+    g_pos: Tensor,
+    g_neg: Tensor,
+    objective: str,
+    threshold: float | Tensor,
+    alpha: float,
+    two_threshold: TwoThreshold | None,
+) -> Tensor:
+    """:func:`goodness_loss` of the samples along one dimension, or (None) of all. ``threshold``: checked."""
+    _checks.choice("objective", objective, OBJECTIVES)
     check_number(alpha, "alpha")
-    # 0, or NaN where a goodness is not finite: softplus would make a plausible 0 of a positive's infinity.
-    nothing = (g_pos.detach() - g_pos.detach()).sum() + (g_neg.detach() - g_neg.detach()).sum()
-    if objective in ("logistic", "silu"):
-        cost = F.softplus if objective == "logistic" else F.silu
-        total = cost(threshold - g_pos).sum() + cost(g_neg - threshold).sum()
-        return (total + nothing) / (g_pos.numel() + g_neg.numel())
-    if objective == "symba":
-        if g_pos.shape != g_neg.shape:
-            raise ValueError(
-                f"objective 'symba' compares pairs: g_pos and g_neg must have the same shape; got {tuple(g_pos.shape)}"
-                f" and {tuple(g_neg.shape)}"
-            )
-        return F.softplus(-alpha * (g_pos - g_neg)).mean() + nothing
+    if objective == "symba" and g_pos.shape != g_neg.shape:
+        raise ValueError(
+            f"objective 'symba' compares pairs: g_pos and g_neg must have the same shape; got {tuple(g_pos.shape)}"
+            f" and {tuple(g_neg.shape)}"
+        )
     if two_threshold is not None and not isinstance(two_threshold, TwoThreshold):
         raise TypeError(f"two_threshold must be a TwoThreshold or None; got {type(two_threshold).__name__}")
+    samples = [g.numel() if dim is None else g.shape[dim] for g in (g_pos, g_neg)]
+    # 0, or NaN where a goodness is not finite: softplus would make a plausible 0 of a positive's infinity.
+    nothing = (g_pos.detach() - g_pos.detach()).sum(dim) + (g_neg.detach() - g_neg.detach()).sum(dim)
+    if objective in ("logistic", "silu"):
+        cost = F.softplus if objective == "logistic" else F.silu
+        total = cost(threshold - g_pos).sum(dim) + cost(g_neg - threshold).sum(dim)
+        return (total + nothing) / sum(samples)
+    if objective == "symba":
+        return F.softplus(-alpha * (g_pos - g_neg)).mean(dim) + nothing
     c = two_threshold or TwoThreshold()
     t1 = threshold if c.threshold_positive is None else c.threshold_positive
     t2 = threshold if c.threshold_negative is None else c.threshold_negative
-    loss = F.softplus(c.slope_positive * (t1 - g_pos)).mean() + F.softplus(c.slope_negative * (g_neg - t2)).mean()
-    loss = loss + nothing
-    return loss + c.penalty * g_pos.norm() / g_pos.numel() ** 0.5 if c.penalty else loss
+    loss = F.softplus(c.slope_positive * (t1 - g_pos)).mean(dim)
+    loss = loss + F.softplus(c.slope_negative * (g_neg - t2)).mean(dim) + nothing
+    return loss + c.penalty * g_pos.norm(dim=dim) / samples[0] ** 0.5 if c.penalty else loss
 
 
 def channel_group_loss(h: Tensor, labels: Tensor, classes: int, *, relu: bool = False, backend: str = "auto") -> Tensor:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from ..functional import _checks
 from ..functional.goodness import KINDS, check_activation, check_number, goodness
-from ..functional.goodness_many import goodness_many
-from ..functional.objectives import OBJECTIVES, TwoThreshold, default_threshold, goodness_loss
+from ..functional.goodness_many import goodness_of_all
+from ..functional.layerwise import constants
+from ..functional.objectives import OBJECTIVES, TwoThreshold, default_threshold, goodness_loss, goodness_loss_over
 from ..functional.pair_cosine import pair_cosine
 
 
@@ -95,22 +96,37 @@ class GoodnessLoss(nn.Module):
         g_pos, g_neg = (goodness(h, self.goodness, relu=self.relu, backend=self.backend) for h in (h_pos, h_neg))
         return self.of_goodness(g_pos, g_neg, h_pos[0].numel())
 
-    def of_layers(self, positive: Sequence[Tensor], negative: Sequence[Tensor]) -> list[Tensor]:
-        """The loss of every layer, as :meth:`forward` gives it, from one grouped pass over both lists."""
+    def of_layers(self, positive: Sequence[Tensor], negative: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """The loss of every layer, as :meth:`forward` gives it, from one grouped pass over both lists: (layers,), or a
+        list where layers differ in their number of samples, dtype or device, or a subclass has a loss of its own."""
         layers = list(zip(positive, negative, strict=True))
         for pair in layers:
             _check_layer(*pair)
-        kinds = {(h.dtype, h.device) for pair in layers for h in pair}
-        if len(kinds) > 1 or type(self).forward is not GoodnessLoss.forward:
+        if len({(h.dtype, h.device) for pair in layers for h in pair}) > 1 or not self._is_ours("forward"):
             return [self(*pair) for pair in layers]
-        g = goodness_many([*positive, *negative], self.goodness, relu=self.relu, backend=self.backend)
+        sizes, widths = [h.shape[0] for h in (*positive, *negative)], [h[0].numel() for h in positive]
+        g = goodness_of_all([*positive, *negative], self.goodness, relu=self.relu, backend=self.backend)
         count = len(layers)
-        return [self.of_goodness(g[i], g[count + i], h[0].numel()) for i, h in enumerate(positive)]
+        if any(len(set(side)) > 1 for side in (sizes[:count], sizes[count:])) or not self._is_ours("of_goodness"):
+            each = g.split(sizes)
+            return [self.of_goodness(*x) for x in zip(each[:count], each[count:], widths, strict=True)]
+        g_pos, g_neg = (x.view(count, -1) for x in g.split((count * sizes[0], count * sizes[-1])))
+        thresholds = [self._threshold_at(width) for width in widths]
+        theta = constants(thresholds, g)[:, None] if len(set(thresholds)) > 1 else thresholds[0]
+        return goodness_loss_over(1, g_pos, g_neg, self.objective, theta, self.alpha, self.two_threshold)
+
+    def _is_ours(self, method: str) -> bool:
+        return getattr(type(self), method) is getattr(GoodnessLoss, method)
 
     def of_goodness(self, g_pos: Tensor, g_neg: Tensor, width: int) -> Tensor:
         """The loss where the goodness is already known; ``width``: elements a sample that it was taken over."""
-        theta = default_threshold(self.goodness, width) if self.threshold is None else self.threshold
-        return goodness_loss(g_pos, g_neg, self.objective, theta, self.alpha, self.two_threshold)
+        return goodness_loss(g_pos, g_neg, self.objective, self._threshold_at(width), self.alpha, self.two_threshold)
+
+    def _threshold_at(self, width: int) -> float:
+        if self.threshold is None:
+            return default_threshold(self.goodness, width)
+        check_number(self.threshold, "threshold")
+        return self.threshold
 
     def extra_repr(self) -> str:
         return f"{self.goodness!r}, {self.objective!r}, threshold={self.threshold}, relu={self.relu}"

@@ -8,8 +8,9 @@ device in a step, and CUDA graphs can capture it. Addresses change with every st
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,15 +20,15 @@ from torch import Tensor
 from . import config
 from .config import cdiv, next_power_of_2
 from .goodness import goodness_backward, goodness_forward
-from .launch import on, processors, rows_of
-from .rows import LONGEST, TILE, activation, floats, rounding, store_gradient, warps_for
+from .launch import Launch, kinds, on, planned, processors, rows_of
+from .rows import LONGEST, TILE, activation, floats, rounding, store_gradient, vector_unit, warps_for
 
 MOST = 32  # layers a launch: 512 bytes of addresses
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch's layers, their sizes on the device, and its tiles."""
+    """The order of a launch's layers, their sizes on the device, and its tiles."""
 
     order: tuple[int, ...]  # layers, the widest first: what is long starts early
     table: Tensor  # (5, slots) int64: first tile, rows, width, row stride (in units), first row of the result
@@ -87,8 +88,17 @@ def chosen(pointers, layer, SLOTS: tl.constexpr):
 # BLOCK, adding squares in registers. The widest layers come first, so the last programs to start are short ones.
 # Bound by memory: one read; for lists of small layers by the latency of one launch.
 @triton.jit
-def many_kernel(pointers, table, goodness, UNIT: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
-                BLOCK: tl.constexpr, MEAN: tl.constexpr, RELU: tl.constexpr):
+def many_kernel(
+    pointers,
+    table,
+    goodness,
+    UNIT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MEAN: tl.constexpr,
+    RELU: tl.constexpr,
+):
     tile = tl.program_id(0)
     layer, first, rows, width, stride, result = layer_of(table, tile, SLOTS)
     row = (tile - first) * ROWS + tl.arange(0, ROWS)
@@ -109,9 +119,19 @@ def many_kernel(pointers, table, goodness, UNIT: tl.constexpr, SLOTS: tl.constex
 # How it works: the same walk, writing dh = 2 grad a.
 # Bound by memory: one read and one write.
 @triton.jit
-def many_backward_kernel(pointers, gradients, table, grad, UNIT: tl.constexpr, SLOTS: tl.constexpr,
-                         ROWS: tl.constexpr, BLOCK: tl.constexpr, MEAN: tl.constexpr, RELU: tl.constexpr,
-                         PRECISION: tl.constexpr):
+def many_backward_kernel(
+    pointers,
+    gradients,
+    table,
+    grad,
+    UNIT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MEAN: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     tile = tl.program_id(0)
     layer, first, rows, width, stride, result = layer_of(table, tile, SLOTS)
     row = (tile - first) * ROWS + tl.arange(0, ROWS)
@@ -129,58 +149,72 @@ def many_backward_kernel(pointers, gradients, table, grad, UNIT: tl.constexpr, S
         store_gradient(to + start, factor[:, None] * a, a, mask, RELU, PRECISION)
 
 
-def launches(h: list[Tensor]) -> list[tuple[Plan, list[Tensor], int]]:
-    """(plan, its layers, vector unit) of each launch for a list of layers."""
-    firsts, total = [], 0
-    for x in h:
-        firsts.append(total)
-        total += x.shape[0]
-    result = []
-    for begin in range(0, len(h), MOST):
-        some = h[begin : begin + MOST]
-        unit = math.gcd(16 // some[0].element_size(), *(x.shape[1] for x in some), *(x.stride(0) for x in some))
-        shapes = tuple((*x.shape, x.stride(0)) for x in some)
-        result.append((plan(shapes, tuple(firsts[begin : begin + MOST]), unit, some[0].device), some, unit))
-    return result
+class Group(NamedTuple):
+    """One launch: the layers in its slots, the last again in those that have none, and their sizes."""
 
+    slots: tuple[int, ...]
+    table: Tensor
+    launch: Launch
 
-def in_slots(plan: Plan, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors in the order of the plan's slots, the last repeated in the slots that have none."""
-    slots = [tensors[i] for i in plan.order]
-    return (*slots, *slots[-1:] * (plan.table.shape[1] - len(slots)))
-
-
-def _few(h: list[Tensor]) -> bool:
-    """Whether samples are too few and too long for one program each: then each layer shares its rows out by itself."""
-    return sum(x.shape[0] for x in h) < 2 * processors(h[0].device) and max(x.shape[1] for x in h) > LONGEST
+    def pointers(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple([tensors[i] for i in self.slots])
 
 
 def goodness_many(h, mean, relu):
     h = [rows_of(x) for x in h]
-    if _few(h):
-        return torch.cat([goodness_forward(x, mean, relu, False, 0.0)[0] for x in h])
-    goodness = floats(h[0], sum(x.shape[0] for x in h))
     with on(h[0]):
-        for p, layers, unit in launches(h):
-            many_kernel[(p.tiles,)](
-                in_slots(p, layers), p.table, goodness, UNIT=unit, **p.constants, MEAN=mean, RELU=relu,
-                num_warps=p.warps,
-            )  # fmt: skip
+        groups = _forward(kinds(*h), mean, relu)
+        if not groups:
+            return torch.cat([goodness_forward(x, mean, relu, False, 0.0)[0] for x in h])
+        goodness = floats(h[0], sum([x.shape[0] for x in h]))
+        for group in groups:
+            group.launch(group.pointers(h), group.table, goodness)
     return goodness
+
+
+@planned
+def _forward(kinds: tuple, mean: bool, relu: bool) -> list[Group]:
+    device, *layers = kinds
+    return _groups(many_kernel, device, layers, MEAN=mean, RELU=relu)
 
 
 def goodness_many_backward(h, grad_goodness, mean, relu):
     h = [rows_of(x) for x in h]
-    grads = grad_goodness.split([x.shape[0] for x in h])
-    if _few(h):
-        return [goodness_backward(x, g, g, None, mean, relu, 0.0) for x, g in zip(h, grads, strict=True)]
-    dh = [x.new_empty(x.shape) for x in h]
-    made = iter(dh)
     with on(h[0]):
-        for p, layers, unit in launches(h):
-            outputs = [next(made) for _ in layers]
-            many_backward_kernel[(p.tiles,)](
-                in_slots(p, layers), in_slots(p, outputs), p.table, grad_goodness, UNIT=unit, **p.constants,
-                MEAN=mean, RELU=relu, PRECISION=rounding(h[0].device), num_warps=p.warps,
-            )  # fmt: skip
+        groups = _backward(kinds(grad_goodness, *h), mean, relu)
+        if not groups:
+            grads = grad_goodness.split([x.shape[0] for x in h])
+            return [goodness_backward(x, g, g, None, mean, relu, 0.0) for x, g in zip(h, grads, strict=True)]
+        dh = [x.new_empty(x.shape) for x in h]
+        for group in groups:
+            group.launch(group.pointers(h), group.pointers(dh), group.table, grad_goodness)
     return dh
+
+
+@planned
+def _backward(kinds: tuple, mean: bool, relu: bool) -> list[Group]:
+    device, _, *layers = kinds
+    return _groups(many_backward_kernel, device, layers, MEAN=mean, RELU=relu, PRECISION=rounding(device))
+
+
+def _groups(
+    kernel: triton.runtime.KernelInterface, device: torch.device, layers: list, **constants: object
+) -> list[Group]:
+    """The launches of a kernel for layers of these kinds. None where samples are too few and too long for one program
+    each: then each layer shares its rows out by itself."""
+    shapes = [(*shape, stride[0]) for _, shape, stride, _ in layers]
+    firsts = [0, *itertools.accumulate([rows for rows, _, _ in shapes])]
+    if firsts[-1] < 2 * processors(device) and max(width for _, width, _ in shapes) > LONGEST:
+        return []
+    groups = []
+    for begin in range(0, len(shapes), MOST):
+        some = tuple(shapes[begin : begin + MOST])
+        unit = vector_unit(layers[0][0], *itertools.chain.from_iterable([sizes[1:] for sizes in some]))
+        tiles = plan(some, tuple(firsts[begin : begin + len(some)]), unit, device)
+        slots = [begin + i for i in tiles.order]
+        slots += slots[-1:] * (tiles.table.shape[1] - len(slots))
+        launch = Launch(
+            kernel, (tiles.tiles, 1, 1), (), UNIT=unit, **tiles.constants, **constants, num_warps=tiles.warps
+        )
+        groups.append(Group(tuple(slots), tiles.table, launch))
+    return groups

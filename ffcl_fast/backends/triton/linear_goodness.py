@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..aligned import aligned_rows, unit
+from ..aligned import aligned_rows
 from . import config
 from .config import Tile, cdiv
-from .launch import on, operand, tile_constants
+from .launch import Launch, kinds, on, operand, planned, tile_constants
 from .rows import add_parts, floats
 from .tiles import grouped, product
 
@@ -53,23 +52,25 @@ def linear_goodness(x, weight, bias, mean, relu):
     rows, cols = x.shape[0], weight.shape[0]
     goodness = floats(x, rows)
     with on(x):
-        tile = config.pick("linear", x, weight)
+        tile, how = config.pick("linear", x, weight), config.precision(x)
         slots = cdiv(cols, tile.cols)
         chunk = max(1, config.WORKSPACE // (4 * slots * tile.rows)) * tile.rows
         for begin in range(0, rows, chunk):
-            part = slice(begin, min(rows, begin + chunk))
-            partials = floats(x, slots, part.stop - part.start)
-            _squares(aligned_rows(x[part]), weight, bias, partials, relu, tile)
-            add_parts(partials.T, goodness[part], 1.0 / cols if mean else 1.0)
+            some = aligned_rows(x[begin : begin + chunk])
+            partials = floats(x, slots, some.shape[0])
+            squares = _squares(kinds(some, weight, bias), tile, how, relu)
+            squares(operand(some, tile.rows, tile), operand(weight, tile.cols, tile), bias, partials)
+            add_parts(partials.T, goodness[begin : begin + chunk], 1.0 / cols if mean else 1.0)
     return goodness
 
 
-def _squares(x: Tensor, weight: Tensor, bias: Tensor | None, partials: Tensor, relu: bool, tile: Tile) -> None:
-    """partials (slots, rows) = sums of squares of a over each block of columns."""
-    element_unit = unit(x)
-    slots, rows = partials.shape
-    linear_goodness_kernel[(cdiv(rows, tile.rows) * slots,)](
-        operand(x, tile.rows, tile), operand(weight, tile.cols, tile), bias, partials, rows, weight.shape[0],
-        x.stride(0) // element_unit, weight.stride(0) // element_unit,
-        **kernel_constants(tile, x.shape[1], element_unit, config.precision(x), relu), **tile.options,
-    )  # fmt: skip
+@planned
+def _squares(kinds: tuple, tile: Tile, how: str, relu: bool) -> Launch:
+    """Sums of squares over each block of columns, (blocks, rows)."""
+    _, (dtype, (rows, width), (x_stride, _), _), (_, (cols, _), (weight_stride, _), _), _ = kinds
+    element_unit = 16 // dtype.itemsize
+    grid = cdiv(rows, tile.rows) * cdiv(cols, tile.cols), 1, 1
+    scalars = rows, cols, x_stride // element_unit, weight_stride // element_unit
+    return Launch(
+        linear_goodness_kernel, grid, scalars, **kernel_constants(tile, width, element_unit, how, relu), **tile.options
+    )
