@@ -74,8 +74,9 @@ int row_dots(const Rows& a, const Rows& b, int threads, double* dot) {
     const decltype(left) right(b);
     for_rows(a, threads, [&](int64_t i) {
       const auto *x = left.row(i), *y = right.row(i);
-      dot[i] =
-          sum_over(a.dim, [&](int64_t d) { return static_cast<double>(left.get(i, x + d)) * right.get(i, y + d); });
+      const float x_norm = left.norm_of(i), y_norm = right.norm_of(i);
+      dot[i] = sum_over(
+          a.dim, [&](int64_t d) { return static_cast<double>(left.get(x + d, x_norm)) * right.get(y + d, y_norm); });
     });
   });
   return ok;
@@ -85,8 +86,9 @@ int add_weighted_rows(const Rows& z, const float* weight, int threads, float* gr
   by_type(z, [&](auto source, auto) {
     for_rows(z, threads, [&](int64_t i) {
       const auto* row = source.row(i);
+      const float norm = source.norm_of(i), w = weight[i];
       float* to = grad + i * z.dim;
-      for (int64_t d = 0; d < z.dim; ++d) to[d] += weight[i] * source.get(i, row + d);
+      for (int64_t d = 0; d < z.dim; ++d) to[d] += w * source.get(row + d, norm);
     });
   });
   return ok;
@@ -99,12 +101,14 @@ int class_dots(const Rows& z, const int64_t* order, const int64_t* group, int th
       for (int64_t d = 0; d < z.dim; ++d) total[d] = 0;
       for (int64_t e = first; e < last; ++e) {
         const auto* row = source.row(order[e]);
-        for (int64_t d = 0; d < z.dim; ++d) total[d] += source.get(order[e], row + d);
+        const float norm = source.norm_of(order[e]);
+        for (int64_t d = 0; d < z.dim; ++d) total[d] += source.get(row + d, norm);
       }
       for (int64_t e = first; e < last; ++e) {
         const auto* row = source.row(order[e]);
+        const float norm = source.norm_of(order[e]);
         dot[order[e]] = sum_over(z.dim, [&](int64_t d) {
-          const double v = source.get(order[e], row + d);
+          const double v = source.get(row + d, norm);
           return v * (total[d] - v);
         });
       }
@@ -123,8 +127,9 @@ int add_class_gradient(const Rows& z, const int64_t* order, const int64_t* group
       for (int64_t e = first; e < last; ++e) {
         const auto* row = source.row(order[e]);
         const double w = weight[order[e]];
+        const float norm = source.norm_of(order[e]);
         for (int64_t d = 0; d < z.dim; ++d) {
-          const double v = source.get(order[e], row + d);
+          const double v = source.get(row + d, norm);
           total[d] += v;
           weighted[d] += w * v;
         }
@@ -132,9 +137,10 @@ int add_class_gradient(const Rows& z, const int64_t* order, const int64_t* group
       for (int64_t e = first; e < last; ++e) {
         const auto* row = source.row(order[e]);
         const double w = weight[order[e]];
+        const float norm = source.norm_of(order[e]);
         float* to = grad + order[e] * z.dim;
         for (int64_t d = 0; d < z.dim; ++d) {
-          const double v = source.get(order[e], row + d);
+          const double v = source.get(row + d, norm);
           to[d] = static_cast<float>(to[d] + w * (total[d] - v) + (weighted[d] - w * v));
         }
       }
@@ -147,11 +153,12 @@ int finish_gradient(const Rows& z, double eps, int threads, float* grad, double*
   by_type(z, [&](auto source, auto) {
     for_rows(z, threads, [&](int64_t i) {
       const auto* row = source.row(i);
+      const float norm = source.norm_of(i);
       float* g = grad + i * z.dim;
-      inner[i] = sum_over(z.dim, [&](int64_t d) { return static_cast<double>(source.get(i, row + d)) * g[d]; });
+      inner[i] = sum_over(z.dim, [&](int64_t d) { return static_cast<double>(source.get(row + d, norm)) * g[d]; });
       if (!z.norm) return;
-      const float along = z.norm[i] > static_cast<float>(eps) ? static_cast<float>(inner[i]) : 0.0f;
-      for (int64_t d = 0; d < z.dim; ++d) g[d] = (g[d] - source.get(i, row + d) * along) / z.norm[i];
+      const float along = norm > static_cast<float>(eps) ? static_cast<float>(inner[i]) : 0.0f;
+      for (int64_t d = 0; d < z.dim; ++d) g[d] = (g[d] - source.get(row + d, norm) * along) / norm;
     });
   });
   return ok;
