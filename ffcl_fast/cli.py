@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ from typing import Any, NoReturn
 
 from .pretrain import config as pretrain_config
 from .train.config import FIELDS, base_type, load_config
-from .train.errors import UserError
+from .train.errors import UserError, closest, did_you_mean
 from .train.kinds import kind_of
 
 _EVALUATE = ("data", "data_dir", "workers", "device")  # settings that may differ between training and evaluation
@@ -32,14 +31,15 @@ class _Parser(argparse.ArgumentParser):
 
     def unknown(self, arguments: Sequence[str]) -> str:
         """A line on arguments that no flag takes, with the flags that may have been meant."""
-        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
         meant: list[str] = []
-        for typed in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
-            longer = [flag for flag in flags if len(typed) > 4 and flag.startswith(typed)]
-            meant += longer or difflib.get_close_matches(typed, flags, n=2, cutoff=0.75)
-        meant = list(dict.fromkeys(meant))[:5]
-        most = ", ".join(meant[:-1]) + " or " if len(meant) > 1 else ""
-        hint = f"; did you mean {most}{meant[-1]}?" if meant else ""
+        for typed in (argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")):
+            meant += [f"--{flag}" for flag in closest(typed, flags)]
+        if "data" in flags and not arguments[0].startswith("-"):
+            with contextlib.suppress(UserError):
+                kind_of(arguments[0])
+                meant.append(f"--data {arguments[0]}")
+        hint = did_you_mean(list(dict.fromkeys(meant))[:5])
         return f"{self.prog}: unrecognized arguments: {' '.join(arguments)}{hint} (see {self.prog} --help)"
 
     def error(self, message: str) -> NoReturn:

@@ -83,6 +83,8 @@ def test_a_config_file_and_flags_over_it(tmp_path, capsys):
         (["evaluate", "r", "--dat-dir", "x"], "did you mean --data-dir"),
         (["--versoin"], "did you mean --version?"),
         (["train", "5"], "unrecognized arguments: 5 (see"),
+        (["train", "digits"], "did you mean --data digits?"),
+        (["evaluate", "r", "."], "did you mean --data .?"),
         (["--fast"], "--fast"),
         (["train", "--resume", "/no/run"], "/no/run"),
         (["train", "--resume", "/no/run", "--config", "x.yaml"], "--resume"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..train.config import read_yaml
+from ..train.config import read_yaml, unknown_setting
 from ..train.errors import UserError
 
 METHODS = ("simclr", "supcon", "clip")
@@ -123,9 +123,9 @@ def resumed_config(run: str, flags: Mapping[str, Any]) -> Config:
         directory = directory.resolve()
     stored = read_yaml(directory / CONFIG)
     known = [field.name for field in dataclasses.fields(Config)]
-    unknown = [name for name in stored if name not in known]
-    if unknown:
-        raise UserError(f"config {directory / CONFIG}: unknown setting {unknown[0]!r}; settings are {', '.join(known)}")
+    for name in stored:
+        if name not in known:
+            raise UserError(f"config {directory / CONFIG}: {unknown_setting(name, known)}")
     try:
         first = Config(**stored).as_dict()
     except UserError as error:

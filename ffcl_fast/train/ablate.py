@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from .checkpoint import write_text
-from .config import FIELDS, Config, load_config, read_yaml, shown
+from .config import FIELDS, Config, load_config, read_yaml, shown, unknown_setting
 from .data import Data, prepare
 from .errors import Interrupted, UserError
 from .kinds import kind_of
@@ -117,7 +117,7 @@ def read_plan(file: str | Path | None, flags: Mapping[str, Any], seeds: str | No
     parsed = ROWS if rows is None else [_row(row, file) for row in rows]
     for name in {**settings, **{key: 0 for row in parsed for key in row.settings}}:
         if name not in FIELDS:
-            raise UserError(f"config {file}: unknown setting {shown(name)}; settings are {', '.join(FIELDS)}")
+            raise UserError(f"config {file}: {unknown_setting(name, FIELDS)}")
     numbers = values.get("seeds", list(SEEDS)) if seeds is None else seeds.split(",")
     try:
         numbers = [int(str(number)) for number in numbers]

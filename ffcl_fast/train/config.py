@@ -11,12 +11,12 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, closest, did_you_mean
 
 STAGES = ("local", "global", "downstream")
 # These compare two views of each sample with the rest of the batch.
@@ -286,10 +286,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def read_file(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file. Raises UserError for an unreadable file or an unknown setting."""
     values = read_yaml(path)
-    unknown = [key for key in values if key not in FIELDS]
-    if unknown:
-        raise UserError(f"config {path}: unknown setting {shown(unknown[0])}; settings are {', '.join(FIELDS)}")
+    for key in values:
+        if key not in FIELDS:
+            raise UserError(f"config {path}: {unknown_setting(key, FIELDS)}")
     return values
+
+
+def unknown_setting(name: object, known: Collection[str]) -> str:
+    """What is said of a setting that does not exist, with those that may have been meant."""
+    hint = did_you_mean(closest(name, known) if isinstance(name, str) else ())
+    return f"unknown setting {shown(name)}{hint or '; settings are ' + ', '.join(known)}"
 
 
 def load_config(flags: Mapping[str, Any], file: str | Path | None = None) -> Config:

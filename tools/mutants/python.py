@@ -93,4 +93,28 @@ MUTANTS = (
         "return total, None",
         "tests/test_across.py -k 'test_contract and 2'",
     ),
+    Mutant(
+        "python",
+        "every layer has the first one's threshold",
+        "ffcl_fast/losses/goodness.py",
+        "theta = constants(thresholds, g)[:, None] if len(set(thresholds)) > 1 else thresholds[0]",
+        "theta = thresholds[0]",
+        "tests/test_goodness_many.py -k at_once",
+    ),
+    Mutant(
+        "python",
+        "negatives are counted as if there were as many as positives",
+        _FN + "objectives.py",
+        "samples = [g.numel() if dim is None else g.shape[dim] for g in (g_pos, g_neg)]",
+        "samples = [g.numel() if dim is None else g.shape[dim] for g in (g_pos, g_pos)]",
+        "tests/test_objectives.py",
+    ),
+    Mutant(
+        "python",
+        "the layers' weights are left out of their sum",
+        _FN + "layerwise.py",
+        "losses = each if weights is None else each * constants(weights, each)",
+        "losses = each",
+        "tests/test_goodness_many.py -k at_once",
+    ),
 )
