@@ -400,7 +400,7 @@ def test_a_config_without_end(tmp_path, monkeypatch):
     refused(lambda: load_config({}, "/dev/zero"), "/dev/zero")
 
 
-@pytest.mark.parametrize(("name", "meant"), [("epochs", "epochs_local, epochs_global or "), ("bachsize", "batch_size?")])
+@pytest.mark.parametrize(("name", "meant"), [("epochs", "epochs_local, epochs_global or"), ("bachsize", "batch_size?")])
 def test_settings_that_may_have_been_meant(tmp_path, name, meant):
     (tmp_path / "c.yaml").write_text(f"{name}: 3\n")
     refused(lambda: load_config({}, tmp_path / "c.yaml"), f"unknown setting '{name}'; did you mean {meant}")
