@@ -23,6 +23,19 @@ FFCL_INLINE double sum_over(int64_t n, F&& term) {
   return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
 }
 
+// f(source, get) with z[i, d] = get(row + d, norm of row i), so that loops over d hold no branch, and no division
+// where rows are not divided.
+template <class F>
+FFCL_INLINE void by_rows(const Rows& z, bool divided, F&& f) {
+  by_type(z, [&](auto source, auto type) {
+    using T = decltype(type);
+    if (divided)
+      f(source, [](const typename T::type* x, float norm) { return T::get(x) / norm; });
+    else
+      f(source, [](const typename T::type* x, float) { return T::get(x); });
+  });
+}
+
 template <class F>
 void for_rows(const Rows& z, int threads, F&& body) {
   const int64_t step = larger(1, TASK_ELEMENTS / z.dim);
@@ -70,25 +83,25 @@ int row_norms(const Rows& x, double eps, int threads, float* norm) {
 }
 
 int row_dots(const Rows& a, const Rows& b, int threads, double* dot) {
-  by_type(a, [&](auto left, auto) {
+  by_rows(a, a.norm || b.norm, [&](auto left, auto get) {
     const decltype(left) right(b);
     for_rows(a, threads, [&](int64_t i) {
       const auto *x = left.row(i), *y = right.row(i);
       const float x_norm = left.norm_of(i), y_norm = right.norm_of(i);
       dot[i] = sum_over(
-          a.dim, [&](int64_t d) { return static_cast<double>(left.get(x + d, x_norm)) * right.get(y + d, y_norm); });
+          a.dim, [&](int64_t d) { return static_cast<double>(get(x + d, x_norm)) * get(y + d, y_norm); });
     });
   });
   return ok;
 }
 
 int add_weighted_rows(const Rows& z, const float* weight, int threads, float* grad) {
-  by_type(z, [&](auto source, auto) {
+  by_rows(z, z.norm, [&](auto source, auto get) {
     for_rows(z, threads, [&](int64_t i) {
       const auto* row = source.row(i);
       const float norm = source.norm_of(i), w = weight[i];
       float* to = grad + i * z.dim;
-      for (int64_t d = 0; d < z.dim; ++d) to[d] += w * source.get(row + d, norm);
+      for (int64_t d = 0; d < z.dim; ++d) to[d] += w * get(row + d, norm);
     });
   });
   return ok;
@@ -96,19 +109,19 @@ int add_weighted_rows(const Rows& z, const float* weight, int threads, float* gr
 
 int class_dots(const Rows& z, const int64_t* order, const int64_t* group, int threads, double* dot) {
   int status = ok;
-  by_type(z, [&](auto source, auto) {
+  by_rows(z, z.norm, [&](auto source, auto get) {
     status = for_classes(z, group, threads, [&](int64_t first, int64_t last, double* total) {
       for (int64_t d = 0; d < z.dim; ++d) total[d] = 0;
       for (int64_t e = first; e < last; ++e) {
         const auto* row = source.row(order[e]);
         const float norm = source.norm_of(order[e]);
-        for (int64_t d = 0; d < z.dim; ++d) total[d] += source.get(row + d, norm);
+        for (int64_t d = 0; d < z.dim; ++d) total[d] += get(row + d, norm);
       }
       for (int64_t e = first; e < last; ++e) {
         const auto* row = source.row(order[e]);
         const float norm = source.norm_of(order[e]);
         dot[order[e]] = sum_over(z.dim, [&](int64_t d) {
-          const double v = source.get(row + d, norm);
+          const double v = get(row + d, norm);
           return v * (total[d] - v);
         });
       }
@@ -120,7 +133,7 @@ int class_dots(const Rows& z, const int64_t* order, const int64_t* group, int th
 int add_class_gradient(const Rows& z, const int64_t* order, const int64_t* group, const float* weight, int threads,
                        float* grad) {
   int status = ok;
-  by_type(z, [&](auto source, auto) {
+  by_rows(z, z.norm, [&](auto source, auto get) {
     status = for_classes(z, group, threads, [&](int64_t first, int64_t last, double* total) {
       double* weighted = total + z.dim;
       for (int64_t d = 0; d < z.dim; ++d) total[d] = weighted[d] = 0;
@@ -129,7 +142,7 @@ int add_class_gradient(const Rows& z, const int64_t* order, const int64_t* group
         const double w = weight[order[e]];
         const float norm = source.norm_of(order[e]);
         for (int64_t d = 0; d < z.dim; ++d) {
-          const double v = source.get(row + d, norm);
+          const double v = get(row + d, norm);
           total[d] += v;
           weighted[d] += w * v;
         }
@@ -140,7 +153,7 @@ int add_class_gradient(const Rows& z, const int64_t* order, const int64_t* group
         const float norm = source.norm_of(order[e]);
         float* to = grad + order[e] * z.dim;
         for (int64_t d = 0; d < z.dim; ++d) {
-          const double v = source.get(row + d, norm);
+          const double v = get(row + d, norm);
           to[d] = static_cast<float>(to[d] + w * (total[d] - v) + (weighted[d] - w * v));
         }
       }
@@ -150,15 +163,15 @@ int add_class_gradient(const Rows& z, const int64_t* order, const int64_t* group
 }
 
 int finish_gradient(const Rows& z, double eps, int threads, float* grad, double* inner) {
-  by_type(z, [&](auto source, auto) {
+  by_rows(z, z.norm, [&](auto source, auto get) {
     for_rows(z, threads, [&](int64_t i) {
       const auto* row = source.row(i);
       const float norm = source.norm_of(i);
       float* g = grad + i * z.dim;
-      inner[i] = sum_over(z.dim, [&](int64_t d) { return static_cast<double>(source.get(row + d, norm)) * g[d]; });
+      inner[i] = sum_over(z.dim, [&](int64_t d) { return static_cast<double>(get(row + d, norm)) * g[d]; });
       if (!z.norm) return;
       const float along = norm > static_cast<float>(eps) ? static_cast<float>(inner[i]) : 0.0f;
-      for (int64_t d = 0; d < z.dim; ++d) g[d] = (g[d] - source.get(row + d, norm) * along) / norm;
+      for (int64_t d = 0; d < z.dim; ++d) g[d] = (g[d] - get(row + d, norm) * along) / norm;
     });
   });
   return ok;

@@ -99,9 +99,7 @@ struct Source {
         tail_stride(r.tail_stride),
         norm(r.norm) {}
   FFCL_INLINE const type* row(int64_t i) const { return i < split ? x + i * stride : tail + (i - split) * tail_stride; }
-  // Of row i, 1 where rows are not divided: z[i, d] = get(row(i) + d, norm_of(i)). Loops over d hold no branch then.
   FFCL_INLINE float norm_of(int64_t i) const { return norm ? norm[i] : 1.0f; }
-  FFCL_INLINE static float get(const type* element, float norm) { return T::get(element) / norm; }
   // z[i] at `element` but for the unit of row i (below), which bfloat16 holds without rounding.
   FFCL_INLINE uint16_t get_bf16(int64_t i, const type* element) const {
     return norm ? float_to_bf16(T::get(element) * inverse_power(norm[i])) : *element;

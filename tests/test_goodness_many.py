@@ -93,24 +93,45 @@ def test_all_layers_at_once_are_each_layer_alone(objective, kind, penalty):
             torch.testing.assert_close(torch.autograd.grad(total, leaves), grads)
 
 
-def test_thresholds_are_copied_to_the_device_once(monkeypatch):
+def test_inference_mode_then_training():
     loss = GoodnessLoss()  # a threshold a layer
     pos, neg = ([activations(n, *s) for s in LAYERS] for n in (3, 5))
     with torch.inference_mode():
-        expected = loss.of_layers(pos, neg)
-    monkeypatch.setattr(torch, "tensor", None)
-    torch.testing.assert_close(loss.of_layers([x.requires_grad_() for x in pos], neg), expected.clone())
+        expected = functional.layerwise(loss, pos, neg, weights=[0.5, 2.0, 1.0])
+    for x in pos:
+        x.requires_grad_()
+    torch.testing.assert_close(functional.layerwise(loss, pos, neg, weights=[0.5, 2.0, 1.0]), expected.clone())
 
 
 @pytest.mark.compiler
-def test_one_graph_takes_all_layers():
-    loss = GoodnessLoss()
-    pos, neg = ([activations(n, *s).requires_grad_() for s in LAYERS] for n in (3, 5))
+@pytest.mark.parametrize("goodness", KINDS)
+def test_one_graph_takes_all_layers_and_any_number_of_samples(goodness):
+    loss = GoodnessLoss(goodness)
 
     def step(pos, neg):
         return functional.layerwise(loss, pos, neg, weights=[0.5, 2.0, 1.0])
 
-    torch.testing.assert_close(torch.compile(step, fullgraph=True)(pos, neg), step(pos, neg))
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for n in (4, 3, 6, 7, 9):
+            pos, neg = ([activations(m, *s).requires_grad_() for s in LAYERS] for m in (n, n + 5))
+            torch.testing.assert_close(compiled(pos, neg), step(pos, neg))
+
+
+def test_losses_of_ones_own_are_taken_as_they_are():
+    pos, neg = ([activations(4, 8) for _ in range(3)] for _ in range(2))
+    loss = GoodnessLoss()
+    loss.of_goodness = lambda g_pos, g_neg, width: g_pos.sum() * 0 + 7
+    assert functional.layerwise(loss, pos, neg) == 21
+
+    def own(p, q):
+        raise AssertionError
+
+    for value in (torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1, 2, 3]), [torch.tensor(x) for x in (1, 2, 3)]):
+        own.of_layers = lambda p, q, value=value: value
+        assert functional.layerwise(own, pos, neg, weights=[0.5, 1.0, 1.5]) == 7
+        assert functional.layerwise(own, pos, neg, weights={0: 0.5, 1: 1.0, 2: 1.5}) == 7
 
 
 def test_a_layer_that_is_not_finite_is_the_only_one():

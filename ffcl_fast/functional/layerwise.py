@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -55,10 +54,11 @@ def layerwise(
     folds = getattr(loss, "folds_weight", False)
     together = getattr(loss, "of_layers", None) if target is None else None
     each = together(activations_1, activations_2) if together else None
-    numbers = weights is None or all(isinstance(weight, int | float) for weight in weights)
-    if isinstance(each, Tensor) and numbers:
-        losses = each if weights is None else each * constants(weights, each)
-        return (losses.sum(), list(losses.detach())) if return_layers else losses.sum()
+    if isinstance(each, Tensor) and each.shape == (count,) and each.is_floating_point():
+        numbers = None if weights is None else [weights[i] for i in range(count)]
+        if numbers is None or all(isinstance(x, int | float) for x in numbers):
+            losses = each if numbers is None else each * constants(numbers, each)
+            return (losses.sum(), list(losses.detach())) if return_layers else losses.sum()
     values = []
     for i in range(count):
         weight = 1.0 if weights is None else weights[i]
@@ -72,14 +72,6 @@ def layerwise(
 
 
 def constants(values: Sequence[float], like: Tensor) -> Tensor:
-    """``values`` in the dtype and on the device of ``like``: copied there once, not in every step."""
-    make = _made if torch.compiler.is_compiling() or type(like) is not Tensor else _kept
-    return make(tuple(values), like.dtype, like.device)
-
-
-def _made(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
-
-
-_kept = functools.lru_cache(maxsize=256)(_made)
+    """``values`` in the dtype and on the device of ``like``. Written there: a copy from the host would wait for the
+    device, and a CUDA graph could not capture it."""
+    return torch.stack([like.new_full((), value) for value in values])

@@ -96,7 +96,7 @@ def goodness_loss_over(
             f"objective 'symba' compares pairs: g_pos and g_neg must have the same shape; got {tuple(g_pos.shape)}"
             f" and {tuple(g_neg.shape)}"
         )
-    if two_threshold is not None and not isinstance(two_threshold, TwoThreshold):
+    if objective == "two_threshold" and two_threshold is not None and not isinstance(two_threshold, TwoThreshold):
         raise TypeError(f"two_threshold must be a TwoThreshold or None; got {type(two_threshold).__name__}")
     samples = [g.numel() if dim is None else g.shape[dim] for g in (g_pos, g_neg)]
     # 0, or NaN where a goodness is not finite: softplus would make a plausible 0 of a positive's infinity.

@@ -102,21 +102,28 @@ class GoodnessLoss(nn.Module):
         layers = list(zip(positive, negative, strict=True))
         for pair in layers:
             _check_layer(*pair)
-        if len({(h.dtype, h.device) for pair in layers for h in pair}) > 1 or not self._is_ours("forward"):
+        first = positive[0]
+        alike = all(h.dtype == first.dtype and h.device == first.device for pair in layers for h in pair)
+        if not (alike and self._is_ours("forward")):
             return [self(*pair) for pair in layers]
         sizes, widths = [h.shape[0] for h in (*positive, *negative)], [h[0].numel() for h in positive]
         g = goodness_of_all([*positive, *negative], self.goodness, relu=self.relu, backend=self.backend)
         count = len(layers)
-        if any(len(set(side)) > 1 for side in (sizes[:count], sizes[count:])) or not self._is_ours("of_goodness"):
+        # Compared, not hashed: in a compiled graph they may be symbols.
+        same = all(n == side[0] for side in (sizes[:count], sizes[count:]) for n in side)
+        if self.objective == "symba":
+            same = same and sizes[0] == sizes[-1]
+        if not (same and self._is_ours("of_goodness")):
             each = g.split(sizes)
             return [self.of_goodness(*x) for x in zip(each[:count], each[count:], widths, strict=True)]
         g_pos, g_neg = (x.view(count, -1) for x in g.split((count * sizes[0], count * sizes[-1])))
         thresholds = [self._threshold_at(width) for width in widths]
-        theta = constants(thresholds, g)[:, None] if len(set(thresholds)) > 1 else thresholds[0]
+        one = all(x == thresholds[0] for x in thresholds)
+        theta = thresholds[0] if one else constants(thresholds, g)[:, None]
         return goodness_loss_over(1, g_pos, g_neg, self.objective, theta, self.alpha, self.two_threshold)
 
     def _is_ours(self, method: str) -> bool:
-        return getattr(type(self), method) is getattr(GoodnessLoss, method)
+        return getattr(type(self), method) is getattr(GoodnessLoss, method) and method not in self.__dict__
 
     def of_goodness(self, g_pos: Tensor, g_neg: Tensor, width: int) -> Tensor:
         """The loss where the goodness is already known; ``width``: elements a sample that it was taken over."""

@@ -7,7 +7,6 @@ device in a step, and CUDA graphs can capture it. Addresses change with every st
 
 from __future__ import annotations
 
-import functools
 import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,7 +48,7 @@ def cut(widths: list[int], rows: list[int], chip: str) -> tuple[int, int, int]:
     return max(1, min(tile // block, next_power_of_2(max(rows)))), block, warps_for(tile, chip)
 
 
-@functools.lru_cache(maxsize=64)
+@planned
 def plan(shapes: tuple[tuple[int, int, int], ...], firsts: tuple[int, ...], unit: int, device: torch.device) -> Plan:
     """The launch for layers of ``shapes`` (rows, width, row stride), results from rows ``firsts``."""
     order = sorted(range(len(shapes)), key=lambda i: -shapes[i][1])
