@@ -88,8 +88,7 @@ int row_dots(const Rows& a, const Rows& b, int threads, double* dot) {
     for_rows(a, threads, [&](int64_t i) {
       const auto *x = left.row(i), *y = right.row(i);
       const float x_norm = left.norm_of(i), y_norm = right.norm_of(i);
-      dot[i] = sum_over(
-          a.dim, [&](int64_t d) { return static_cast<double>(get(x + d, x_norm)) * get(y + d, y_norm); });
+      dot[i] = sum_over(a.dim, [&](int64_t d) { return static_cast<double>(get(x + d, x_norm)) * get(y + d, y_norm); });
     });
   });
   return ok;

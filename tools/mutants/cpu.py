@@ -181,7 +181,7 @@ MUTANTS = (
         "cpu",
         "a row shorter than its divisor is projected",
         _ROWS,
-        "z.norm[i] > static_cast<float>(eps) ? static_cast<float>(inner[i]) : 0.0f;",
+        "norm > static_cast<float>(eps) ? static_cast<float>(inner[i]) : 0.0f;",
         "static_cast<float>(inner[i]);",
         "tests/test_hard_numbers.py -k 'short_rows and cpu'",
     ),
