@@ -182,5 +182,7 @@ def test_bad_arguments():
         for call in (lambda loss=loss: loss.of_layers(*layers), lambda loss=loss: loss(h, h[:1])):
             with pytest.raises(error, match=words):
                 call()
+    with pytest.raises(ValueError, match="at least one tensor"):
+        GoodnessLoss().of_layers([], [])
     with pytest.raises(ValueError, match="activations of one layer"):
         functional.layerwise(GoodnessLoss(), [h, h], [h, h[:, :3]])

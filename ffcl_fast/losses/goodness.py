@@ -102,8 +102,7 @@ class GoodnessLoss(nn.Module):
         layers = list(zip(positive, negative, strict=True))
         for pair in layers:
             _check_layer(*pair)
-        first = positive[0]
-        alike = all(h.dtype == first.dtype and h.device == first.device for pair in layers for h in pair)
+        alike = all((h.dtype, h.device) == (positive[0].dtype, positive[0].device) for pair in layers for h in pair)
         if not (alike and self._is_ours("forward")):
             return [self(*pair) for pair in layers]
         sizes, widths = [h.shape[0] for h in (*positive, *negative)], [h[0].numel() for h in positive]

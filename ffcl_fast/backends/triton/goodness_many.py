@@ -87,17 +87,8 @@ def chosen(pointers, layer, SLOTS: tl.constexpr):
 # BLOCK, adding squares in registers. The widest layers come first, so the last programs to start are short ones.
 # Bound by memory: one read; for lists of small layers by the latency of one launch.
 @triton.jit
-def many_kernel(
-    pointers,
-    table,
-    goodness,
-    UNIT: tl.constexpr,
-    SLOTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MEAN: tl.constexpr,
-    RELU: tl.constexpr,
-):
+def many_kernel(pointers, table, goodness, UNIT: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+                BLOCK: tl.constexpr, MEAN: tl.constexpr, RELU: tl.constexpr):
     tile = tl.program_id(0)
     layer, first, rows, width, stride, result = layer_of(table, tile, SLOTS)
     row = (tile - first) * ROWS + tl.arange(0, ROWS)
@@ -118,19 +109,9 @@ def many_kernel(
 # How it works: the same walk, writing dh = 2 grad a.
 # Bound by memory: one read and one write.
 @triton.jit
-def many_backward_kernel(
-    pointers,
-    gradients,
-    table,
-    grad,
-    UNIT: tl.constexpr,
-    SLOTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MEAN: tl.constexpr,
-    RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def many_backward_kernel(pointers, gradients, table, grad, UNIT: tl.constexpr, SLOTS: tl.constexpr,
+                         ROWS: tl.constexpr, BLOCK: tl.constexpr, MEAN: tl.constexpr, RELU: tl.constexpr,
+                         PRECISION: tl.constexpr):
     tile = tl.program_id(0)
     layer, first, rows, width, stride, result = layer_of(table, tile, SLOTS)
     row = (tile - first) * ROWS + tl.arange(0, ROWS)
