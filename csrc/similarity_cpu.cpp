@@ -94,9 +94,10 @@ int accumulate(Engine& e, bool both, const int32_t* offset, Normalizers& rows, N
   Partials parts{row_sum, row_max, col_sum, col_max, e.rb, e.cb};
   int64_t used = 0;
   e.for_each_panel(
+      true,
       [&](const Panel& p) {
         e.pack_rows(p, true, false);
-        const int64_t size = p.tiles * NR * p.rows_padded;
+        const int64_t size = p.size();
         float* keep = panels && used + size <= capacity ? panels + used : nullptr;
         if (keep) used += size;
         if (online)
@@ -209,8 +210,9 @@ int similarity_backward(const Similarity& args, const float* row_lse, const floa
   const bool need_k = dk || e.self;
   if (need_k) e.clear_columns();
   e.for_each_panel(
+      !panels || e.kept_size() > capacity,
       [&](const Panel& p) {
-        const int64_t size = p.tiles * NR * p.rows_padded;
+        const int64_t size = p.size();
         const bool stored = panels && used + size <= capacity;
         e.pack_rows(p, !stored, need_k);
         if (stored)
@@ -239,6 +241,7 @@ int siglip(const Similarity& args, float bias, bool positives, double* loss, dou
   if (dq) memset(dq, 0, static_cast<size_t>(args.rows * args.dim) * 4);
   if (dk) e.clear_columns();
   e.for_each_panel(
+      true,
       [&](const Panel& p) {
         e.pack_rows(p, true, dk != nullptr);
         e.scores(p, args.scale,

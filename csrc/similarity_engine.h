@@ -8,6 +8,7 @@ struct Panel {
   int64_t first_tile;  // where they start in the packed columns
   int64_t first_both;  // for k = q: tiles before this are on the diagonal block, whose mirror image is itself
 
+  int64_t size() const { return tiles * NR * rows_padded; }
   bool crosses_diagonal(int64_t i, int64_t j) const {
     const int64_t row = r0 + i, col = c0 + j * NR;
     return row < col + NR && col < row + MR;
@@ -100,25 +101,23 @@ class Engine {
   Buffer<int32_t> row_ids, col_ids;  // the low halves of the ids, to compare many at once
   bool ids_exact = true;  // they are the whole ids
 
+  // `scores` false: no panel's scores are computed, so that the columns are not packed for them.
   template <class Body, class End>
-  void for_each_panel(Body&& body, End&& columns_done) {
+  void for_each_panel(bool scores, Body&& body, End&& columns_done) {
     for (int64_t c0 = 0; c0 < cols; c0 += cb) {
       const int64_t c1 = smaller(cols, c0 + cb);
-      pack_columns(c0, c1);
-      for (int64_t r0 = 0; r0 < (self ? c1 : a.rows); r0 += rb) {
-        Panel p;
-        p.r0 = r0;
-        p.rows = smaller(rb, a.rows - r0);
-        p.rows_padded = round_up(p.rows, MR);
-        p.c0 = self ? larger(c0, r0) : c0;
-        p.cols = c1 - p.c0;
-        p.tiles = (p.cols + NR - 1) / NR;
-        p.first_tile = (p.c0 - c0) / NR;
-        p.first_both = self && r0 >= c0 ? smaller(p.tiles, rb / NR) : 0;
-        body(p);
-      }
+      pack_columns(c0, c1, scores);
+      for (int64_t r0 = 0; r0 < rows_to(c1); r0 += rb) body(panel(r0, c0, c1));
       columns_done(c0, c1);
     }
+  }
+
+  // Floats of exp(S) in all panels, padded to whole tiles.
+  int64_t kept_size() const {
+    int64_t size = 0;
+    for (int64_t c0 = 0; c0 < cols; c0 += cb)
+      for (int64_t r0 = 0, c1 = smaller(cols, c0 + cb); r0 < rows_to(c1); r0 += rb) size += panel(r0, c0, c1).size();
+    return size;
   }
 
   // Rows of a panel into q_dims for the scores, or q_rows for the gradient, or both.
@@ -303,14 +302,29 @@ class Engine {
     return smaller(full_row_block(), larger(ROW_TASK, round_up(self ? a.rows / 8 : a.rows, ROW_TASK)));
   }
 
-  void pack_columns(int64_t c0, int64_t c1) {
+  int64_t rows_to(int64_t c1) const { return self ? c1 : a.rows; }
+
+  Panel panel(int64_t r0, int64_t c0, int64_t c1) const {
+    Panel p;
+    p.r0 = r0;
+    p.rows = smaller(rb, a.rows - r0);
+    p.rows_padded = round_up(p.rows, MR);
+    p.c0 = self ? larger(c0, r0) : c0;
+    p.cols = c1 - p.c0;
+    p.tiles = (p.cols + NR - 1) / NR;
+    p.first_tile = (p.c0 - c0) / NR;
+    p.first_both = self && r0 >= c0 ? smaller(p.tiles, rb / NR) : 0;
+    return p;
+  }
+
+  void pack_columns(int64_t c0, int64_t c1, bool scores) {
     const int64_t n = c1 - c0, groups = (n + NR - 1) / NR;
     constexpr int64_t step = ROW_TASK / NR;
     by_type(a.keys(), [&](auto k, auto) {
       parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
         for (int64_t t = task * step; t < smaller(groups, (task + 1) * step); ++t) {
           const int64_t j = t * NR;
-          pack_group_by_dim<NR>(k, c0 + j, c1, k_dims + j * dim_words);
+          if (scores) pack_group_by_dim<NR>(k, c0 + j, c1, k_dims + j * dim_words);
           for (int64_t w = 0; k_rows.data && w < NR / PER_WORD; ++w)
             pack_row_by_panel<NR>(k, c0 + j + w, c0 + j + w + VW, c1, cb / PER_WORD * NR,
                                   k_rows + (j / PER_WORD + w) * NR);

@@ -10,6 +10,8 @@
 #pragma once
 
 #include <cstdlib>
+#include <cstring>
+#include <utility>
 
 #include "parallel.h"
 #include "rows.h"
@@ -182,23 +184,60 @@ FFCL_INLINE void store_words(Word* p, Words x) {
   *reinterpret_cast<any*>(p) = x;
 }
 
+FFCL_INLINE Words load_words(const Word* p) {
+  typedef Word any __attribute__((vector_size(VW * 4), aligned(4), may_alias));
+  return *reinterpret_cast<const any*>(p);
+}
+
+// A VW x VW block's transpose, in place: in each round rows r and r + h exchange the lanes whose number has, or lacks,
+// the bit h. One shuffle for each vector and round, where storing rows element by element takes VW.
+template <int h, int... lane>
+FFCL_INLINE void exchange(Words& a, Words& b, std::integer_sequence<int, lane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  const Words low = __builtin_shufflevector(a, b, ((lane & h) ? VW + lane - h : lane)...);
+  b = __builtin_shufflevector(a, b, ((lane & h) ? VW + lane : lane + h)...);
+#else
+  const Words low = __builtin_shuffle(a, b, vi{((lane & h) ? VW + lane - h : lane)...});
+  b = __builtin_shuffle(a, b, vi{((lane & h) ? VW + lane : lane + h)...});
+#endif
+  a = low;
+}
+template <int h = VW / 2>
+FFCL_INLINE void transpose(Words (&x)[VW]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < VW; ++r)
+    if (!(r & h)) exchange<h>(x[r], x[r + h], std::make_integer_sequence<int, VW>());
+  if constexpr (h > 1) transpose<h / 2>(x);
+}
+
 // Group of `width` rows, word by word along the dimensions: out[l * width + w] = word l of row first + w. Rows from
-// `end` on are zero. By blocks, whose lines of `out` stay in L1 while the rows write their columns of it.
+// `end` on are zero. By blocks of VW rows, whose words stay in L1 until they are transposed.
 template <int width, class T>
 void pack_group_by_dim(const Source<T>& x, int64_t first, int64_t end, Word* out) {
   constexpr int64_t block = 64;
   const int64_t valid = larger(0, smaller(width, end - first));
+  alignas(64) Word rows[VW][block] = {};
   for (int64_t d0 = 0; d0 < x.dim; d0 += block * PER_WORD, out += block * width) {
-    const int64_t n = smaller(block * PER_WORD, x.dim - d0), words = words_of(n);
-    for (int64_t w = 0; w < valid; ++w) {
-      alignas(64) Word row[block];
-      read_along(x, first + w, d0, n, row);
-      for (int64_t l = 0; l < words; ++l) out[l * width + w] = row[l];
+    const int64_t n = smaller(block * PER_WORD, x.dim - d0), words = words_of(n), padded = round_up(words, STEP);
+    for (int64_t w0 = 0; w0 < width; w0 += VW) {
+      const int64_t here = smaller(VW, valid - w0);
+      for (int64_t w = 0; w < here; ++w) read_along(x, first + w0 + w, d0, n, rows[w]);
+      for (int64_t w = 0; w < VW; ++w)  // what an earlier block or other rows left there
+        for (int64_t l = w < here ? words : 0; l < padded; ++l) rows[w][l] = 0;
+      for (int64_t l0 = 0; l0 < padded; l0 += VW) {
+        Words t[VW];
+#pragma GCC unroll 16
+        for (int w = 0; w < VW; ++w) t[w] = load_words(rows[w] + l0);
+        transpose(t);
+        for (int64_t l = 0; l < smaller(VW, padded - l0); ++l) {
+          Word* to = out + (l0 + l) * width + w0;
+          if (w0 + VW <= width)
+            store_words(to, t[l]);
+          else
+            memcpy(to, &t[l], (width - w0) * sizeof(Word));
+        }
+      }
     }
-    for (int64_t w = valid; w < width; ++w)
-      for (int64_t l = 0; l < words; ++l) out[l * width + w] = 0;
-    for (int64_t l = words; l < round_up(words, STEP); ++l)
-      for (int64_t w = 0; w < width; ++w) out[l * width + w] = 0;
   }
 }
 

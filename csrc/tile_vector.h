@@ -34,10 +34,6 @@ FFCL_INLINE Values& values(Tile& c) { return c; }
 
 FFCL_INLINE vf add_products(vf acc, vf a, vf b) { return acc + a * b; }
 FFCL_INLINE vf add_products(vf acc, vi a, vi b) { return dot_pairs(acc, a, b); }
-FFCL_INLINE Words load_words(const Word* p) {
-  typedef Word any __attribute__((vector_size(VW * 4), aligned(4), may_alias));
-  return *reinterpret_cast<const any*>(p);
-}
 FFCL_INLINE vf splat_word(float x) { return splat(x); }
 FFCL_INLINE vi splat_word(int32_t x) { return vi{} + x; }
 

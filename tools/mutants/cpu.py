@@ -11,6 +11,14 @@ _CONTRAST = "tests/test_contrast_ops.py -k '{}'"
 MUTANTS = (
     Mutant(
         "cpu",
+        "columns go unpacked for the panels that no cache holds",
+        _SIM,
+        "!panels || e.kept_size() > capacity,",
+        "!panels,",
+        "tests/test_similarity_cpu.py -k changes_rounding_only",
+    ),
+    Mutant(
+        "cpu",
         "the tail of rows is masked one row late",
         _ENGINE,
         "bool out = i0 + r >= p.rows ||",
