@@ -13,8 +13,8 @@
 
 namespace py = pybind11;
 
+void bind_contrast(py::module_& m);  // bindings_contrast.cpp
 void bind_goodness(py::module_& m);  // bindings_goodness.cpp
-void bind_rows(py::module_& m);  // bindings_rows.cpp
 void bind_similarity(py::module_& m);  // bindings_similarity.cpp
 void bind_goodness_cuda(py::module_& m);  // bindings_goodness_cuda.cpp, where nvcc was found
 void bind_similarity_cuda(py::module_& m);  // bindings_similarity_cuda.cpp, where nvcc was found
@@ -66,8 +66,8 @@ void bind_build(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of ffcl_fast. Internal: use ffcl_fast.functional.";
   bind_build(m);
+  bind_contrast(m);
   bind_goodness(m);
-  bind_rows(m);
   bind_similarity(m);
 #ifdef FFCL_CUDA_BUILT
   bind_goodness_cuda(m);

@@ -6,13 +6,13 @@
 namespace ffcl {
 
 int class_ids(int64_t rows, const int64_t* order, const int64_t* group, int64_t* ids, float* count) {
-  if (rows < 0 || !order || !group || !ids || !count) return bad_argument;
+  if (rows < 0 || !order || !group || !ids) return bad_argument;
   for (int64_t first = 0; first < rows;) {
     int64_t last = first + 1;
     while (last < rows && group[last] == group[first]) ++last;
     for (int64_t e = first; e < last; ++e) {
       ids[order[e]] = last - first == 2 ? order[first] : order[e];
-      count[order[e]] = static_cast<float>(last - first - 1);
+      if (count) count[order[e]] = static_cast<float>(last - first - 1);
     }
     first = last;
   }

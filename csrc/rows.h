@@ -43,7 +43,7 @@ enum class Contrast : int {
 };
 
 // ids (rows,): equal for the two rows of a class of two, else every row's own. count (rows,): the other rows of the
-// class.
+// class; may be null.
 int class_ids(int64_t rows, const int64_t* order, const int64_t* group, int64_t* ids, float* count);
 
 // loss (n,) and slope (n,) = dloss/dx; loss is added to where `add`. `count` only for Contrast::mean, else null. An

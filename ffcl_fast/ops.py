@@ -119,9 +119,8 @@ define(
 #                       and row_ids None: the classes make the ids.
 # and where `both` the columns' loss is added, with col_lse in place of row_lse (N == M).
 #
-#   contrast_forward  -> loss (N,); count (N,) = the number of positives, empty unless CONTRAST_MEAN; and for the
-#                        backward pass row_lse (N,), col_lse (M,), slope (N,) and col_slope (M,) = dloss/dx, cache as
-#                        in similarity_forward, norms = those of q with tail, k and positive where they are wanted.
+#   contrast_forward  -> loss (N,); count (N,) = the number of positives, empty unless CONTRAST_MEAN; state (any,) =
+#                        what the backend wants back in the backward pass, which is there to be had with `save` only.
 #   contrast_backward -> dq (N, D), dk (M, D), dpositive (N, D) in q's dtype, empty where not needed, and dscale ().
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -136,31 +135,19 @@ def _contrast_forward(
 ):
     acc = accumulator_dtype(q)
     rows = q.shape[0] + (0 if tail is None else tail.shape[0])
-    cols = k.shape[0] if both and k is not None else 0
-    cache = backends.get(backend, "contrast_forward", q).contrast_cache_size(rows, k) if save else 0
+    size = backends.get(backend, "contrast_forward", q).contrast_state_size
     return (
         q.new_empty(rows, dtype=acc),
         q.new_empty(rows if kind == CONTRAST_MEAN else 0, dtype=acc),
-        q.new_empty(rows, dtype=acc),
-        q.new_empty(cols, dtype=acc),
-        q.new_empty(rows, dtype=acc),
-        q.new_empty(cols, dtype=acc),
-        q.new_empty(cache, dtype=torch.float32),
-        q.new_empty(sum(norm_sizes(rows, k, positive, unit_q, unit_k)), dtype=acc),
+        q.new_empty(size(rows, k, positive, unit_q, unit_k, both, save), dtype=acc),
     )
 
 
-def norm_sizes(rows, k, positive, unit_q, unit_k):
-    """How many norms contrast_forward keeps of q with tail, of k and of positive."""
-    of_positive = positive.shape[0] if unit_q and positive is not None else 0
-    return rows if unit_q else 0, k.shape[0] if unit_k and k is not None else 0, of_positive
-
-
 def _contrast_backward(
-    q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k,
-    count, row_lse, col_lse, slope, col_slope, cache, norms, grad, need_q, need_k, need_positive, need_scale, backend,
+    q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind, count, state, grad,
+    need_q, need_k, need_positive, need_scale, backend,
 ):  # fmt: skip
-    rows, dim = row_lse.shape[0], q.shape[1]
+    rows, dim = q.shape[0] + (0 if tail is None else tail.shape[0]), q.shape[1]
     return (
         q.new_empty((rows if need_q else 0, dim)),
         q.new_empty((k.shape[0] if need_k and k is not None else 0, dim)),
@@ -172,14 +159,14 @@ def _contrast_backward(
 define(
     "contrast_forward(Tensor q, Tensor? tail, Tensor? k, Tensor? positive, Tensor scale, Tensor? row_ids,"
     " Tensor? col_ids, int exclude, Tensor? order, Tensor? group, bool unit_q, bool unit_k, bool both, int kind,"
-    " bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool save, str backend) -> (Tensor, Tensor, Tensor)",
     _contrast_forward,
 )
 define(
     "contrast_backward(Tensor q, Tensor? tail, Tensor? k, Tensor? positive, Tensor scale, Tensor? row_ids,"
-    " Tensor? col_ids, int exclude, Tensor? order, Tensor? group, bool unit_q, bool unit_k, Tensor count,"
-    " Tensor row_lse, Tensor col_lse, Tensor slope, Tensor col_slope, Tensor cache, Tensor norms, Tensor grad,"
-    " bool need_q, bool need_k, bool need_positive, bool need_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? col_ids, int exclude, Tensor? order, Tensor? group, bool unit_q, bool unit_k, bool both, int kind,"
+    " Tensor count, Tensor state, Tensor grad, bool need_q, bool need_k, bool need_positive, bool need_scale,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _contrast_backward,
 )
 

@@ -86,36 +86,39 @@ def _softmax(s: Tensor, lse: Tensor) -> Tensor:
     return torch.where(lse == -torch.inf, 0.0, torch.exp(s - lse))
 
 
-def contrast_cache_size(rows: int, k: Tensor | None) -> int:
-    return 0
+def contrast_state_size(rows, k, positive, unit_q, unit_k, both, save):
+    """The normalisers and the slopes, of the rows and perhaps of the columns."""
+    return rows * (4 if both else 2)
 
 
 def contrast_forward(
     q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind, save
 ):
     rows = _contrast_rows(q, tail, k, positive, row_ids, order, group, unit_q, unit_k, kind == ops.CONTRAST_MEAN)
-    z, z_k, z_positive, row_ids, count, norms = rows
+    z, z_k, z_positive, row_ids, count, _ = rows
     s = similarity_matrix(z, z_k, scale, row_ids, col_ids, exclude)
     logit = scale * (z.double() * z_positive.double()).sum(1) / count.clamp_min(1)
     empty = z.new_empty(0)
-    row_lse, col_lse = torch.logsumexp(s, 1), torch.logsumexp(s, 0) if both else empty.clone()
+    row_lse, col_lse = torch.logsumexp(s, 1), torch.logsumexp(s, 0) if both else empty
     loss, slope = _contrast_loss((row_lse - logit).to(z.dtype), count, kind)
-    col_slope = empty.clone()
+    col_slope = empty
     if both:
         of_columns, col_slope = _contrast_loss((col_lse - logit).to(z.dtype), count, kind)
         loss = loss + of_columns
-    cache = q.new_empty(0, dtype=torch.float32)
     count = count if kind == ops.CONTRAST_MEAN else empty
-    return loss, count, row_lse, col_lse, slope, col_slope, cache, torch.cat([n.reshape(-1) for n in norms])
+    return loss, count, torch.cat((row_lse, slope, col_lse, col_slope))
 
 
 def contrast_backward(
-    q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k,
-    count, row_lse, col_lse, slope, col_slope, cache, norms, grad, need_q, need_k, need_positive, need_scale,
+    q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind, count, state, grad,
+    need_q, need_k, need_positive, need_scale,
 ):  # fmt: skip
-    rows = _contrast_rows(q, tail, k, positive, row_ids, order, group, unit_q, unit_k, count.numel() > 0)
+    rows = _contrast_rows(q, tail, k, positive, row_ids, order, group, unit_q, unit_k, kind == ops.CONTRAST_MEAN)
     z, z_k, z_positive, row_ids, positives, (q_norm, k_norm, positive_norm) = rows
-    row_grad, col_grad = grad * slope, grad * col_slope if col_slope.numel() else col_slope
+    row_lse, slope, *of_columns = state.split(z.shape[0])
+    col_lse, col_slope = of_columns or (state[:0], state[:0])
+    row_grad, col_grad = grad * slope, grad * col_slope if both else col_slope
+    cache = q.new_empty(0, dtype=torch.float32)
     dz, dz_k = similarity_backward(
         z, z_k, scale, row_ids, col_ids, exclude, row_lse, col_lse, row_grad, col_grad, cache, True, k is not None
     )

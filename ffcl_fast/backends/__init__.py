@@ -69,7 +69,8 @@ def get(backend: str, op: str, x: Tensor) -> ModuleType:
     name = backend
     if backend == "auto":
         name, reason = _auto(op, x)
-        _log.debug("%s of %s on %s %s: %s (%s)", op, tuple(x.shape), x.device.type, x.dtype, name, reason)
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s of %s on %s %s: %s (%s)", op, tuple(x.shape), x.device.type, x.dtype, name, reason)
     module = load(name)
     problem = module.unavailable(op, x)
     if problem:

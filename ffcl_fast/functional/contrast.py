@@ -89,9 +89,9 @@ def kept(x: Tensor | None) -> Tensor | None:
 def fused(backend: str, *tensors: Tensor | None) -> bool:
     """Whether the contrast operators take these: their backend, one dtype, and that of the products."""
     first = tensors[0]
-    return backends.fuses(backend, first) and all(
-        x is None or (x.dtype == first.dtype and _checks.compute_dtype(x) == x.dtype) for x in tensors
-    )
+    if not backends.fuses(backend, first) or _checks.compute_dtype(first) != first.dtype:
+        return False
+    return all(x is None or x.dtype == first.dtype for x in tensors)
 
 
 def class_contrast(z: Tensor, order: Tensor, group: Tensor, scale: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -260,10 +260,10 @@ class _Fused(torch.autograd.Function):
         """``options``: the further arguments of contrast_forward, in its order."""
         if ctx.needs_input_grad[4]:
             scale = away_from_zero(scale)
-        loss, count, *saved = torch.ops.ffcl_fast.contrast_forward.default(q, tail, k, positive, scale, *options)
-        row_ids, col_ids, exclude, order, group, unit_q, unit_k, _, _, _, backend = options
-        ctx.save_for_backward(q, tail, k, positive, scale, row_ids, col_ids, order, group, count, *saved)
-        ctx.exclude, ctx.unit, ctx.backend = exclude, (unit_q, unit_k), backend
+        loss, count, state = torch.ops.ffcl_fast.contrast_forward.default(q, tail, k, positive, scale, *options)
+        row_ids, col_ids, exclude, order, group, *ctx.kind, _, ctx.backend = options
+        ctx.save_for_backward(q, tail, k, positive, scale, row_ids, col_ids, order, group, count, state)
+        ctx.exclude = exclude
         ctx.mark_non_differentiable(count)
         ctx.set_materialize_grads(False)
         return loss, count
@@ -271,12 +271,12 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad, _):
-        q, tail, k, positive, scale, row_ids, col_ids, order, group, *saved = ctx.saved_tensors
+        q, tail, k, positive, scale, row_ids, col_ids, order, group, count, state = ctx.saved_tensors
         need_q, need_tail, need_k, need_positive, need_scale = ctx.needs_input_grad[:5]
         if grad is None:
             return (None,) * 16
         dq, dk, d_positive, d_scale = torch.ops.ffcl_fast.contrast_backward.default(
-            q, tail, k, positive, scale, row_ids, col_ids, ctx.exclude, order, group, *ctx.unit, *saved, grad,
+            q, tail, k, positive, scale, row_ids, col_ids, ctx.exclude, order, group, *ctx.kind, count, state, grad,
             need_q or need_tail, need_k, need_positive, need_scale, ctx.backend,
         )  # fmt: skip
         split = q.shape[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import native
-from .contrast import contrast_backward, contrast_forward
+from .contrast import contrast_backward, contrast_forward, contrast_state_size
 from .goodness import (
     goodness_backward,
     goodness_forward,
@@ -18,13 +18,13 @@ from .goodness import (
     pool_goodness_forward,
     scale_,
 )
-from .similarity import cache_size, contrast_cache_size, siglip, similarity_backward, similarity_forward
+from .similarity import cache_size, siglip, similarity_backward, similarity_forward
 
 __all__ = [
     "cache_size",
     "contrast_backward",
-    "contrast_cache_size",
     "contrast_forward",
+    "contrast_state_size",
     "goodness_backward",
     "goodness_forward",
     "goodness_many",

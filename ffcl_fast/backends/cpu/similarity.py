@@ -23,10 +23,10 @@ def cache_size(q: Tensor, k: Tensor | None):
     """Floats of ``cache``: the normalisers, and as many tiles of exp(S), padded to whole tiles, as the budget holds."""
     if not native.usable(q):
         return panels.cache_size(q, k)
-    return contrast_cache_size(q.shape[0], k)
+    return kept_size(q.shape[0], k)
 
 
-def contrast_cache_size(rows, k: Tensor | None):
+def kept_size(rows, k: Tensor | None):
     """The same of ``rows`` rows."""
     cols = 0 if k is None else k.shape[0]
     panel_cols = rows if k is None else cols
@@ -107,7 +107,7 @@ class Problem:
     def forward(self, both: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         row_lse = self._new(self.rows)
         col_lse = self._new(self.cols if both and self.k is not None else 0)
-        cache = self._new(contrast_cache_size(self.rows, self.k) if save else 0)
+        cache = self._new(kept_size(self.rows, self.k) if save else 0)
         native.call(
             "similarity_forward", self.arguments, row_lse.data_ptr(), address(col_lse), address(cache), cache.numel()
         )
