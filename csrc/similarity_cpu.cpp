@@ -206,9 +206,7 @@ int similarity_backward(const Similarity& args, const float* row_lse, const floa
   const float* panels = cache && constant ? cache + header : nullptr;
   const int64_t capacity = cache_size - header;
   int64_t used = 0;
-  if (dq) memset(dq, 0, static_cast<size_t>(args.rows * args.dim) * 4);
   const bool need_k = dk || e.self;
-  if (need_k) e.clear_columns();
   e.for_each_panel(
       !panels || e.kept_size() > capacity,
       [&](const Panel& p) {
@@ -224,9 +222,7 @@ int similarity_backward(const Similarity& args, const float* row_lse, const floa
         e.products(p, dq, need_k);
       },
       [&](int64_t c0, int64_t c1) {
-        if (!need_k) return;
-        e.flush_columns(c0, c1, e.self ? dq : dk, e.self);
-        if (c1 < e.cols) e.clear_columns();
+        if (need_k) e.flush_columns(c0, c1, e.self ? dq : dk);
       });
   return ok;
 }
@@ -238,8 +234,6 @@ int siglip(const Similarity& args, float bias, bool positives, double* loss, dou
   Buffer<double> loss_part(e.rb / ROW_TASK * chunks), bias_part(e.rb / ROW_TASK * chunks);
   if (e.failed() || loss_part.failed || bias_part.failed) return out_of_memory;
   *loss = *dbias = 0;
-  if (dq) memset(dq, 0, static_cast<size_t>(args.rows * args.dim) * 4);
-  if (dk) e.clear_columns();
   e.for_each_panel(
       true,
       [&](const Panel& p) {
@@ -255,9 +249,7 @@ int siglip(const Similarity& args, float bias, bool positives, double* loss, dou
         if (gradients) e.products(p, dq, dk != nullptr);
       },
       [&](int64_t c0, int64_t c1) {
-        if (!dk) return;
-        e.flush_columns(c0, c1, dk, false);
-        if (c1 < e.cols) e.clear_columns();
+        if (dk) e.flush_columns(c0, c1, dk);
       });
   return ok;
 }

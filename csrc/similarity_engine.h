@@ -7,6 +7,7 @@ struct Panel {
   int64_t tiles;  // column tiles: cols / NR rounded up
   int64_t first_tile;  // where they start in the packed columns
   int64_t first_both;  // for k = q: tiles before this are on the diagonal block, whose mirror image is itself
+  bool rows_are_new, cols_are_new;  // no earlier panel has added to these rows' (columns') gradient
 
   int64_t size() const { return tiles * NR * rows_padded; }
   bool crosses_diagonal(int64_t i, int64_t j) const {
@@ -55,7 +56,7 @@ class Engine {
         cb(smaller(6 * (self ? rb : full_row_block()), self ? round_up(cols, rb) : round_up(cols, ROW_TASK))),
         log2_scale(args.scale * LOG2E),
         threads(args.rows * cols * args.dim < 200000 ? 1 : args.threads),
-        tile_chunk((rb > ROW_TASK ? 256 : 64) / NR),
+        tile_chunk(smaller((rb > ROW_TASK ? 256 : 64) / NR, share(rb / ROW_TASK * (cb / NR), 8))),
         dim_mr(round_up(args.dim, MR)),
         dim_nr(round_up(args.dim, NR)),
         dim_words(padded_words(args.dim)),
@@ -122,15 +123,13 @@ class Engine {
 
   // Rows of a panel into q_dims for the scores, or q_rows for the gradient, or both.
   void pack_rows(const Panel& p, bool scores, bool gradients) {
-    const int64_t groups = p.rows_padded / MR, end = p.r0 + p.rows;
-    constexpr int64_t step = ROW_TASK / MR;
+    const int64_t end = p.r0 + p.rows;
     by_type(a.queries(), [&](auto q, auto) {
-      parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
-        for (int64_t i = task * ROW_TASK; i < smaller(p.rows_padded, (task + 1) * ROW_TASK); i += MR) {
-          if (scores) pack_left(q, p.r0 + i, end, q_dims + i * dim_words);
-          if (gradients)
-            pack_left_transposed(q, p.r0 + i, end, p.rows_padded / PER_WORD * MR, q_rows + i / PER_WORD * MR);
-        }
+      parallel(p.rows_padded / MR, threads, [&](int64_t group, int) {
+        const int64_t i = group * MR;
+        if (scores) pack_left(q, p.r0 + i, end, q_dims + i * dim_words);
+        if (gradients)
+          pack_left_transposed(q, p.r0 + i, end, p.rows_padded / PER_WORD * MR, q_rows + i / PER_WORD * MR);
       });
     });
   }
@@ -141,14 +140,15 @@ class Engine {
       for (int64_t i = 0; i < x.rows; ++i) finite = finite && x.norm[i] < __builtin_inff();
       return 1;
     }
-    const int64_t tasks = (x.rows + ROW_TASK - 1) / ROW_TASK;
+    constexpr int64_t step = 32;
+    const int64_t tasks = (x.rows + step - 1) / step;
     Buffer<float> part(tasks);
     if (part.failed) return finite = false, 0.0;
     by_type(x, [&](auto source, auto type) {
       using T = decltype(type);
       parallel(tasks, threads, [&](int64_t task, int) {
         float best = 0;
-        for (int64_t i = task * ROW_TASK; i < smaller(x.rows, (task + 1) * ROW_TASK); ++i) {
+        for (int64_t i = task * step; i < smaller(x.rows, (task + 1) * step); ++i) {
           const auto* row = source.row(i);
           vf s0 = zero(), s1 = zero();
           int64_t d = 0;
@@ -251,10 +251,10 @@ class Engine {
     const int64_t row_tasks = dq ? (p.rows_padded + ROW_TASK - 1) / ROW_TASK : 0;
     const int64_t first_both = self ? p.first_both : 0;
     const int64_t both = need_k ? p.tiles - first_both : 0;
-    constexpr int64_t chunk = 128 / NR;
+    const int64_t chunk = smaller(128 / NR, share(both, 4));
     const int64_t col_tasks = (both + chunk - 1) / chunk;
     // Dimensions of dq in a task. All of them where there are rows enough for every thread: each slice reads G anew.
-    const int64_t slice = rb > ROW_TASK ? dim_nr : 128;
+    const int64_t slice = larger(128, round_up(share(a.dim, 6 / (rb / ROW_TASK)), NR));
     const int64_t slices = (a.dim + slice - 1) / slice;
     parallel(row_tasks * slices + col_tasks, threads, [&](int64_t task, int) {
       const int64_t col_task = task - row_tasks * slices;
@@ -267,26 +267,32 @@ class Engine {
     });
   }
 
-  // dk of columns [c0, c1): transposed out of dkt; added for k = q, where dq has their other half.
-  void flush_columns(int64_t c0, int64_t c1, float* dk, bool add) {
-    constexpr int64_t block = 32;
-    parallel((c1 - c0 + block - 1) / block, threads, [&](int64_t task, int) {
-      for (int64_t d0 = 0; d0 < a.dim; d0 += block)
-        for (int64_t j = task * block; j < smaller(c1 - c0, (task + 1) * block); ++j) {
-          float* to = dk + (c0 + j) * a.dim;
-          for (int64_t d = d0; d < smaller(a.dim, d0 + block); ++d) {
-            const float x = dkt[d * cb + j];
-            to[d] = add ? to[d] + x : x;
-          }
+  // dk of columns [c0, c1): transposed out of dkt. For k = q it is added: dq has the other half of each column, and
+  // all of those of the first panel, which lie on the diagonal block.
+  void flush_columns(int64_t c0, int64_t c1, float* dk) {
+    const int64_t begin = self && c0 == 0 ? smaller(rb, c1) : c0;
+    parallel((c1 - begin + VW - 1) / VW, threads, [&](int64_t task, int) {
+      const int64_t j = begin + task * VW, columns = smaller(VW, c1 - j);
+      for (int64_t d = 0; d < a.dim; d += VW) {
+        const int64_t dims = smaller(VW, a.dim - d);
+        vf x[VW];
+        for (int64_t l = 0; l < VW; ++l) x[l] = l < dims ? load(dkt + (d + l) * cb + j - c0) : zero();
+        transpose(x);
+        for (int64_t l = 0; l < columns; ++l) {
+          float* to = dk + (j + l) * a.dim + d;
+          if (dims == VW)
+            store(to, self ? load(to) + x[l] : x[l]);
+          else
+            for (int64_t m = 0; m < dims; ++m) to[m] = self ? to[m] + x[l][m] : x[l][m];
         }
+      }
     });
   }
 
-  void clear_columns() {
-    parallel(dim_mr, threads, [&](int64_t d, int) { memset(dkt + d * cb, 0, static_cast<size_t>(cb) * 4); });
-  }
-
  private:
+  // What a task takes of `work` for there to be `tasks`. By size, not by the number of threads: sums must not depend on it.
+  static int64_t share(int64_t work, int64_t tasks) { return larger(1, work / tasks); }
+
   const float* units_of_columns() const { return self ? row_unit : col_unit; }
 
   bool has_units() const { return PER_WORD == 2 && (a.q_norm || a.k_norm); }
@@ -314,21 +320,19 @@ class Engine {
     p.tiles = (p.cols + NR - 1) / NR;
     p.first_tile = (p.c0 - c0) / NR;
     p.first_both = self && r0 >= c0 ? smaller(p.tiles, rb / NR) : 0;
+    p.rows_are_new = self ? r0 >= c0 : c0 == 0;
+    p.cols_are_new = r0 == 0;
     return p;
   }
 
   void pack_columns(int64_t c0, int64_t c1, bool scores) {
-    const int64_t n = c1 - c0, groups = (n + NR - 1) / NR;
-    constexpr int64_t step = ROW_TASK / NR;
     by_type(a.keys(), [&](auto k, auto) {
-      parallel((groups + step - 1) / step, threads, [&](int64_t task, int) {
-        for (int64_t t = task * step; t < smaller(groups, (task + 1) * step); ++t) {
-          const int64_t j = t * NR;
-          if (scores) pack_group_by_dim<NR>(k, c0 + j, c1, k_dims + j * dim_words);
-          for (int64_t w = 0; k_rows.data && w < NR / PER_WORD; ++w)
-            pack_row_by_panel<NR>(k, c0 + j + w, c0 + j + w + VW, c1, cb / PER_WORD * NR,
-                                  k_rows + (j / PER_WORD + w) * NR);
-        }
+      parallel((c1 - c0 + NR - 1) / NR, threads, [&](int64_t group, int) {
+        const int64_t j = group * NR;
+        if (scores) pack_group_by_dim<NR>(k, c0 + j, c1, k_dims + j * dim_words);
+        for (int64_t w = 0; k_rows.data && w < NR / PER_WORD; ++w)
+          pack_row_by_panel<NR>(k, c0 + j + w, c0 + j + w + VW, c1, cb / PER_WORD * NR,
+                                k_rows + (j / PER_WORD + w) * NR);
       });
     });
   }
@@ -348,16 +352,17 @@ class Engine {
           if (i + MR <= p.rows && d + NR <= a.dim) prefetch_tile(dq + (p.r0 + i) * a.dim + d, a.dim);
           multiply_tiles<tile_words>(t, gradients().by_column + (j0 * p.rows_padded + i) * tile_words,
                                      p.rows_padded * tile_words, b, smaller(tiles_a_step, p.tiles - j0));
-          add_rows(t, dq + (p.r0 + i) * a.dim + d, p.rows - i, a.dim - d);
+          add_rows(t, dq + (p.r0 + i) * a.dim + d, p.rows - i, a.dim - d, p.rows_are_new && j0 == 0);
         }
   }
 
-  void add_rows(Tile& t, float* to, int64_t rows, int64_t dims) {
-    if (rows >= MR && dims >= NR) return add_tile(t, to, a.dim);
+  void add_rows(Tile& t, float* to, int64_t rows, int64_t dims, bool first) {
+    if (rows >= MR && dims >= NR) return first ? store_tile(t, to, a.dim) : add_tile(t, to, a.dim);
     alignas(64) float x[MR * NR];
     store_tile(t, x, NR);
     for (int64_t r = 0; r < smaller(rows, MR); ++r)
-      for (int64_t d = 0; d < smaller(dims, NR); ++d) to[r * a.dim + d] += x[r * NR + d];
+      for (int64_t d = 0; d < smaller(dims, NR); ++d)
+        to[r * a.dim + d] = first ? x[r * NR + d] : to[r * a.dim + d] + x[r * NR + d];
   }
 
   // dk^T of column tiles [j0, j1), 192 dimensions at a time so that q_rows' part stays in L2.
@@ -369,7 +374,10 @@ class Engine {
           for (int64_t d = d0; d < smaller(dim_mr, d0 + dims); d += MR) {
             float* c = dkt + d * cb + (p.first_tile + j) * NR;
             Tile t;
-            load_tile(t, c, cb);
+            if (p.cols_are_new && i == 0)
+              clear(t);
+            else
+              load_tile(t, c, cb);
             prefetch_tile(c + MR * cb, cb);
             prefetch(gradients().by_row + (j * p.rows_padded + i + depth) / PER_WORD * NR + (d - d0) / MR * ahead,
                      ahead * 4);

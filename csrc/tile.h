@@ -15,6 +15,7 @@
 
 #include "parallel.h"
 #include "rows.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace ffcl {
@@ -55,11 +56,12 @@ FFCL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 template <class T>
 struct Buffer {
   T* data = nullptr;
-  explicit Buffer(int64_t count) {
-    if (count > 0) data = static_cast<T*>(aligned_alloc(64, static_cast<size_t>(round_up(count * sizeof(T), 64))));
-    failed = count > 0 && !data;
+  const size_t bytes;
+  explicit Buffer(int64_t count) : bytes(count > 0 ? static_cast<size_t>(count) * sizeof(T) : 0) {
+    if (bytes) data = static_cast<T*>(take_scratch(bytes));
+    failed = bytes && !data;
   }
-  ~Buffer() { free(data); }
+  ~Buffer() { give_scratch(data, bytes); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   operator T*() const { return data; }
@@ -191,19 +193,19 @@ FFCL_INLINE Words load_words(const Word* p) {
 
 // A VW x VW block's transpose, in place: in each round rows r and r + h exchange the lanes whose number has, or lacks,
 // the bit h. One shuffle for each vector and round, where storing rows element by element takes VW.
-template <int h, int... lane>
-FFCL_INLINE void exchange(Words& a, Words& b, std::integer_sequence<int, lane...>) {
+template <int h, class V, int... lane>
+FFCL_INLINE void exchange(V& a, V& b, std::integer_sequence<int, lane...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-  const Words low = __builtin_shufflevector(a, b, ((lane & h) ? VW + lane - h : lane)...);
+  const V low = __builtin_shufflevector(a, b, ((lane & h) ? VW + lane - h : lane)...);
   b = __builtin_shufflevector(a, b, ((lane & h) ? VW + lane : lane + h)...);
 #else
-  const Words low = __builtin_shuffle(a, b, vi{((lane & h) ? VW + lane - h : lane)...});
+  const V low = __builtin_shuffle(a, b, vi{((lane & h) ? VW + lane - h : lane)...});
   b = __builtin_shuffle(a, b, vi{((lane & h) ? VW + lane : lane + h)...});
 #endif
   a = low;
 }
-template <int h = VW / 2>
-FFCL_INLINE void transpose(Words (&x)[VW]) {
+template <int h = VW / 2, class V>
+FFCL_INLINE void transpose(V (&x)[VW]) {
 #pragma GCC unroll 16
   for (int r = 0; r < VW; ++r)
     if (!(r & h)) exchange<h>(x[r], x[r + h], std::make_integer_sequence<int, VW>());
@@ -247,7 +249,10 @@ template <int width, class T>
 void pack_row_by_panel(const Source<T>& x, int64_t i, int64_t j, int64_t end, int64_t panel, Word* out) {
   for (int64_t d = 0; d < x.dim; d += width, out += panel) {
     const int64_t valid = i < end ? smaller(width, x.dim - d) : 0;
-    if (valid > 0) read_across(x, i, j, end, d, valid, out);
+    if (valid == width)  // whose number the compiler knows
+      read_across(x, i, j, end, d, width, out);
+    else if (valid > 0)
+      read_across(x, i, j, end, d, valid, out);
     for (int64_t w = valid; w < width; ++w) out[w] = 0;
   }
 }
