@@ -62,7 +62,7 @@ void bind_similarity(py::module_& m) {
       "siglip",
       [](const ffcl::Similarity& args, float bias, bool positives, uintptr_t loss, uintptr_t dbias, uintptr_t dq,
          uintptr_t dk) {
-        return ffcl::siglip(args, bias, positives, pointer<double>(loss), pointer<double>(dbias), pointer<float>(dq),
+        return ffcl::siglip(args, bias, positives, pointer<float>(loss), pointer<float>(dbias), pointer<float>(dq),
                             pointer<float>(dk));
       },
       py::call_guard<py::gil_scoped_release>());

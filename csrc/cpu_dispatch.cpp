@@ -173,7 +173,7 @@ int similarity_backward(const Similarity& args, const float* row_lse, const floa
   FFCL_DISPATCH_SIMILARITY(similarity_backward(args, row_lse, col_lse, row_grad, col_grad, cache, cache_size, dq, dk))
 }
 
-int siglip(const Similarity& args, float bias, bool positives, double* loss, double* dbias, float* dq, float* dk) {
+int siglip(const Similarity& args, float bias, bool positives, float* loss, float* dbias, float* dq, float* dk) {
   if (!valid(args) || !args.k || !loss || !dbias) return bad_argument;
   FFCL_DISPATCH_SIMILARITY(siglip(args, bias, positives, loss, dbias, dq, dk))
 }

@@ -47,8 +47,7 @@ int similarity_forward(const Similarity&, float* row_lse, float* col_lse, float*
 int similarity_backward(const Similarity&, const float* row_lse, const float* col_lse, const float* row_grad,
                         const float* col_grad, const float* cache, int64_t cache_size, float* dq, float* dk);
 
-// loss (1,) and dbias (1,) as float64, dq and dk as above or null for the loss alone. `positives`: z_ii = +1, else all
-// -1.
-int siglip(const Similarity&, float bias, bool positives, double* loss, double* dbias, float* dq, float* dk);
+// loss (1,) and dbias (1,), dq and dk as above or null for the loss alone. `positives`: z_ii = +1, else all -1.
+int siglip(const Similarity&, float bias, bool positives, float* loss, float* dbias, float* dq, float* dk);
 
 }  // namespace ffcl

@@ -227,13 +227,13 @@ int similarity_backward(const Similarity& args, const float* row_lse, const floa
   return ok;
 }
 
-int siglip(const Similarity& args, float bias, bool positives, double* loss, double* dbias, float* dq, float* dk) {
+int siglip(const Similarity& args, float bias, bool positives, float* loss, float* dbias, float* dq, float* dk) {
   const bool gradients = dq || dk;
   Engine e(args, gradients);
   const int64_t chunks = e.cb / (e.tile_chunk * NR) + 1;
   Buffer<double> loss_part(e.rb / ROW_TASK * chunks), bias_part(e.rb / ROW_TASK * chunks);
   if (e.failed() || loss_part.failed || bias_part.failed) return out_of_memory;
-  *loss = *dbias = 0;
+  double loss_sum = 0, bias_sum = 0;
   e.for_each_panel(
       true,
       [&](const Panel& p) {
@@ -243,14 +243,16 @@ int siglip(const Similarity& args, float bias, bool positives, double* loss, dou
                              gradients ? e.gradients() : Gradients{}));
         for (int64_t r = 0; r < (p.rows_padded + ROW_TASK - 1) / ROW_TASK; ++r)
           for (int64_t c = 0; c < (p.tiles + e.tile_chunk - 1) / e.tile_chunk; ++c) {
-            *loss += loss_part[r * chunks + c];
-            *dbias += bias_part[r * chunks + c];
+            loss_sum += loss_part[r * chunks + c];
+            bias_sum += bias_part[r * chunks + c];
           }
         if (gradients) e.products(p, dq, dk != nullptr);
       },
       [&](int64_t c0, int64_t c1) {
         if (dk) e.flush_columns(c0, c1, dk);
       });
+  *loss = static_cast<float>(loss_sum);
+  *dbias = static_cast<float>(bias_sum);
   return ok;
 }
 

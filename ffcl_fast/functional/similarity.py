@@ -162,10 +162,10 @@ def scale_grad(q: Tensor, k: Tensor | None, dq: Tensor, scale: Tensor) -> Tensor
     return total / 2 if k is None else total
 
 
-def _nothing(x: Tensor) -> Tensor:
-    """0 in the accumulator dtype, or NaN where an element of ``x`` is infinite or NaN."""
+def _spoilt_by(loss: Tensor, x: Tensor) -> Tensor:
+    """``loss`` (), or NaN where an element of ``x`` is infinite or NaN."""
     least, largest = torch.aminmax(x)
-    return (least * 0.0 + largest * 0.0).to(ops.accumulator_dtype(x))
+    return loss.add(least, alpha=0.0).add_(largest, alpha=0.0)
 
 
 def away_from_zero(scale: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ class _SigLip(torch.autograd.Function):
         ctx.options = positives, need_q, need_k, backend
         loss, *gradients = torch.ops.ffcl_fast.siglip.default(q, k, scale, bias, *ctx.options)
         # A sigmoid of infinity is a number: without this an overflow of the inputs could pass for a loss.
-        loss = loss + _nothing(q) + _nothing(k)
+        loss = _spoilt_by(_spoilt_by(loss, q), k)
         ctx.gradients = _with_scale(q, scale, gradients, ctx.needs_input_grad)
         ctx.save_for_backward(q, k, scale, bias.clone())  # plain PyTorch needs no bias, so it may be changed in place
         return loss
@@ -307,7 +307,9 @@ def handed_out(gradients: Sequence[Tensor | None], factor: Tensor, backend: str)
     if torch.compiler.is_compiling() or batched(factor):
         return [None if d is None else d.clone() * factor for d in gradients]
     for d in gradients:
-        if d is not None:
+        if d is not None and d.dim() == 0:
+            d.mul_(factor)
+        elif d is not None:
             torch.ops.ffcl_fast.scale_.default(d, factor, backend)
     return list(gradients)
 

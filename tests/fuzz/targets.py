@@ -98,18 +98,20 @@ def _rows(pick: Pick):
     return native.module.Activations(*_spoiled(pick, fields)), dim
 
 
-def _two_tensors(pick: Pick):
-    rows, dim = _size(pick, 40), _size(pick, 60)
-    return native.module.Rows(
-        *_spoiled(
-            pick,
-            [
-                _pointer(pick, 0), rows, dim, _stride(pick, dim), _dtype(pick),
-                _pointer(pick, 1) if pick.integer(0, 1) else 0, pick.of((1, 2, rows, rows - 1, 0, -1, 2**62)),
-                _stride(pick, dim), _pointer(pick, 2) if pick.integer(0, 1) else 0,
-            ],
-        )
-    )  # fmt: skip
+def _contrast(pick: Pick):
+    rows, cols, dim = _size(pick, 20), _size(pick, 20), _size(pick, 60)
+    if pick.integer(0, 1):
+        cols = rows
+    some = lambda pointer: pointer if pick.integer(0, 1) else 0  # noqa: E731
+    fields = [
+        _pointer(pick, 0), some(_pointer(pick, 1)), some(_pointer(pick, 2)), some(_pointer(pick, 3)), rows,
+        pick.of((1, 2, rows, rows - 1, 0, -1, 2**62)), cols, dim, *(_stride(pick, dim) for _ in range(4)), _dtype(pick),
+        _number(pick), _pointer(pick, 0, _ids), _pointer(pick, 1, _ids),
+        pick.integer(0, 4) if pick.integer(0, 5) else pick.of((-1, 5, 99)),
+        *(some(_pointer(pick, n, _ids)) for n in (0, 1)), pick.of((True, False)), pick.of((True, False)), _number(pick),
+        pick.of((True, False)), pick.of((0, 1, 2, 3, -1)), pick.of((1, 2, 3, 0, -4, 1000)),
+    ]  # fmt: skip
+    return native.module.ContrastLoss(*_spoiled(pick, fields))
 
 
 def _maps(pick: Pick):
@@ -128,8 +130,7 @@ def _maps(pick: Pick):
 
 def binding(pick: Pick) -> None:
     """One call of the native module. Buffers hold what sizes say, or sizes are impossible: no other promise is made."""
-    entry, p = pick.integer(0, 17), lambda n: _pointer(pick, n)
-    ids, count, threads = (lambda n: _pointer(pick, n, _ids)), pick.of((1, 7, 40, 0, -1)), pick.of((1, 2, 0, -4))
+    entry, p = pick.integer(0, 10), lambda n: _pointer(pick, n)
     cache_size = pick.of((0, 1, 16, 100, 200, ARENA, -1, -(2**63)))
     module, flag, x = native.module, pick.of((True, False)), _number(pick)
     if entry == 0:
@@ -159,25 +160,11 @@ def binding(pick: Pick) -> None:
     elif entry == 8:
         call, arguments = module.pool_goodness_backward, [_maps(pick), flag, p(3), p(2), p(5), p(7)]
     elif entry == 9:
-        call, arguments = module.row_norms, [_two_tensors(pick), x, threads, p(3)]
-    elif entry == 10:
-        call, arguments = module.row_dots, [_two_tensors(pick), _two_tensors(pick), threads, p(3)]
-    elif entry == 11:
-        call, arguments = module.add_weighted_rows, [_two_tensors(pick), p(4), threads, p(3)]
-    elif entry == 12:  # ids are all 0: an order that holds its rows
-        call, arguments = module.class_dots, [_two_tensors(pick), ids(0), ids(1), threads, p(3)]
-    elif entry == 13:
-        call, arguments = module.add_class_gradient, [_two_tensors(pick), ids(0), ids(1), p(4), threads, p(3)]
-    elif entry == 14:
-        call, arguments = module.finish_gradient, [_two_tensors(pick), x, threads, p(3), p(4)]
-    elif entry == 15:
-        call, arguments = module.class_ids, [count, ids(0), ids(1), _pointer(pick, 3), p(4)]
-    elif entry == 16:
-        kind = pick.of((0, 1, 2, 3, -1))
-        call, arguments = module.contrast_losses, [count, p(2), p(3), p(4), x, kind, flag, p(5), p(6)]
-    else:
-        buffers = [p(2), p(3), p(4), p(5)]
-        call, arguments = module.contrast_weights, [count, *buffers, x, p(6), p(7), p(8)]
+        call, arguments = module.contrast_forward, [_contrast(pick), p(4), cache_size, p(5), p(6)]
+    else:  # ids are all 0: an order that holds its rows
+        _arenas[4].zero_()
+        buffers = [p(5), p(6), p(7), p(8), p(3), p(2)]
+        call, arguments = module.contrast_backward, [_contrast(pick), p(4), cache_size, *buffers]
     status = call(*_spoiled(pick, arguments))
     if status not in (0, 1, 2):
         raise AssertionError(f"{call.__name__}: status {status}")

@@ -18,7 +18,8 @@
 namespace {
 
 using Check = bool (*)(Random&, bool);
-constexpr Check CHECKS[] = {check_similarity, check_siglip, check_goodness, check_pair_cosine, check_pool, check_rows};
+constexpr Check CHECKS[] = {check_similarity, check_siglip,  check_contrast, check_goodness,
+                            check_pair_cosine, check_pool, check_rows};
 
 int run(uint64_t seed, int small, int large) {
   Random random(seed);

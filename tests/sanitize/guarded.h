@@ -163,6 +163,7 @@ inline int64_t pick(Random& random, std::initializer_list<int64_t> values) {
 
 bool check_similarity(Random& random, bool large);  // one random problem each, true where the results are right
 bool check_siglip(Random& random, bool large);
+bool check_contrast(Random& random, bool large);
 bool check_goodness(Random& random, bool large);
 bool check_pair_cosine(Random& random, bool large);
 bool check_pool(Random& random, bool large);

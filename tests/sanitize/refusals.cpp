@@ -1,6 +1,7 @@
 // Arguments that no kernel may follow: each is refused with bad_argument before anything is read or written.
 #include <functional>
 
+#include "contrast.h"
 #include "goodness.h"
 #include "guarded.h"
 #include "similarity.h"
@@ -21,7 +22,7 @@ bool check_refusals() {
     change(s);
     refused(what, ffcl::similarity_forward(s, z.data, nullptr, nullptr, 0));
     refused(what, ffcl::similarity_backward(s, z.data, nullptr, z.data, nullptr, nullptr, 0, z.data, nullptr));
-    refused(what, ffcl::siglip(s, 0, false, sums.data, sums.data + 1, nullptr, nullptr));
+    refused(what, ffcl::siglip(s, 0, false, z.data, z.data + 1, nullptr, nullptr));
   };
   similarity("no q", [](auto& s) { s.q = nullptr; });
   similarity("no rows", [](auto& s) { s.rows = 0; });
@@ -39,11 +40,11 @@ bool check_refusals() {
   refused("no row_grad", ffcl::similarity_backward(good, z.data, nullptr, nullptr, nullptr, nullptr, 0, z.data, nullptr));
   refused("column gradients without normalisers",
           ffcl::similarity_backward(good, z.data, nullptr, z.data, z.data, nullptr, 0, z.data, nullptr));
-  refused("no loss", ffcl::siglip(good, 0, false, nullptr, sums.data, nullptr, nullptr));
+  refused("no loss", ffcl::siglip(good, 0, false, nullptr, z.data, nullptr, nullptr));
   ffcl::Similarity self = good;
   self.k = nullptr;
   refused("dq is missing where k is q", ffcl::similarity_backward(self, z.data, nullptr, z.data, nullptr, nullptr, 0, nullptr, nullptr));
-  refused("siglip of q with itself", ffcl::siglip(self, 0, false, sums.data, sums.data + 1, nullptr, nullptr));
+  refused("siglip of q with itself", ffcl::siglip(self, 0, false, z.data, z.data + 1, nullptr, nullptr));
 
   const ffcl::Activations rows{x.data, 4, 4, 4, ffcl::DType::float32, false, 1};
   const auto goodness = [&](const char* what, const std::function<void(ffcl::Activations&)>& change) {
@@ -104,5 +105,37 @@ bool check_refusals() {
   refused("a negative number of losses", ffcl::contrast_losses(-1, x.data, sums.data, nullptr, 1, ffcl::Contrast::softplus, false, y.data, z.data));
   refused("a mean of no count", ffcl::contrast_losses(2, x.data, sums.data, nullptr, 1, ffcl::Contrast::mean, false, y.data, z.data));
   refused("no weight", ffcl::contrast_weights(2, x.data, y.data, nullptr, nullptr, 1, z.data, nullptr, nullptr));
+
+  // Of 4 rows against 4 columns: 8 norms, 16 normalisers and slopes, in two lines.
+  const ffcl::ContrastLoss contrast{good, nullptr, 4, nullptr, nullptr, true, true, 0, true, ffcl::Contrast::softplus};
+  const auto loss = [&](const char* what, const std::function<void(ffcl::ContrastLoss&)>& change, float* count = nullptr) {
+    ffcl::ContrastLoss c = contrast;
+    change(c);
+    refused(what, ffcl::contrast_forward(c, z.data, 32, count, y.data));
+    refused(what, ffcl::contrast_backward(c, z.data, 32, count, y.data, x.data, nullptr, nullptr, nullptr));
+  };
+  loss("no q", [](auto& c) { c.pairs.q = nullptr; });
+  loss("a product beyond 64 bits", [](auto& c) { c.pairs.rows = c.pairs.cols = c.pairs.dim = int64_t{1} << 40; });
+  loss("norms of another's", [&](auto& c) { c.pairs.q_norm = z.data; });
+  loss("a kind that does not exist", [](auto& c) { c.kind = static_cast<ffcl::Contrast>(3); });
+  loss("columns' losses of fewer columns", [](auto& c) { c.pairs.cols = 3; });
+  loss("fewer positives than rows", [](auto& c) { c.both = false, c.pairs.cols = 3; });
+  loss("positives without a stride", [&](auto& c) { c.positive = x.data, c.positive_stride = -1; });
+  loss("no positives", [](auto& c) { c.both = false, c.pairs.k = nullptr; });
+  loss("classes and keys", [&](auto& c) { c.both = false, c.order = c.group = ids.data; });
+  loss("half of the classes", [&](auto& c) { c.both = false, c.pairs.k = nullptr, c.order = ids.data; });
+  loss("a mean without classes", [](auto& c) { c.both = false, c.kind = ffcl::Contrast::mean; }, z.data + 40);
+  loss("a mean without a count", [&](auto& c) {
+    c.both = false, c.pairs.k = nullptr, c.pairs.exclude = ffcl::Exclude::same_id, c.order = c.group = ids.data, c.kind = ffcl::Contrast::mean;
+  });
+  loss("a count without a mean", [](auto&) {}, z.data + 40);
+  refused("a state too small", ffcl::contrast_forward(contrast, z.data, 31, nullptr, y.data));
+  refused("a state too small", ffcl::contrast_backward(contrast, z.data, 31, nullptr, y.data, x.data, nullptr, nullptr, nullptr));
+  refused("a cache too small", ffcl::contrast_forward(contrast, z.data, 32 + 16, nullptr, y.data));
+  refused("no state", ffcl::contrast_forward(contrast, nullptr, 32, nullptr, y.data));
+  refused("no losses", ffcl::contrast_forward(contrast, z.data, 32, nullptr, nullptr));
+  refused("no gradient", ffcl::contrast_backward(contrast, z.data, 32, nullptr, nullptr, x.data, nullptr, nullptr, nullptr));
+  refused("dscale without dq", ffcl::contrast_backward(contrast, z.data, 32, nullptr, y.data, nullptr, x.data, nullptr, z.data));
+  refused("the gradient of no positives", ffcl::contrast_backward(contrast, z.data, 32, nullptr, y.data, x.data, nullptr, x.data, nullptr));
   return wrong == 0;
 }

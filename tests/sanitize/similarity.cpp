@@ -197,7 +197,7 @@ bool check_siglip(Random& random, bool large) {
   const ffcl::Similarity args{q.data, k.data, p.rows, p.cols, p.dim, q.stride, k.stride, p.dtype, p.scale,
                               nullptr, nullptr, Exclude::none, p.threads};
   Numbers<float> dq(gradients ? p.rows * p.dim : 0), dk(gradients ? p.cols * p.dim : 0);
-  Numbers<double> loss(1), dbias(1);
+  Numbers<float> loss(1), dbias(1);
   if (int status = ffcl::siglip(args, bias, positives, loss.data, dbias.data, dq.data, dk.data)) {
     std::fprintf(stderr, "siglip %s: gave %d\n", p.name, status);
     return false;

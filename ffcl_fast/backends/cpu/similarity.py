@@ -55,7 +55,7 @@ def similarity_backward(
 def siglip(q, k, scale, bias, positives, need_q, need_k):
     if not native.usable(q):
         return panels.siglip(q, k, scale, bias, positives, need_q, need_k)
-    sums = torch.zeros(2, dtype=torch.float64)
+    loss, dbias = (q.new_empty((), dtype=torch.float32) for _ in range(2))
     dq = q.new_empty(q.shape if need_q else (0, q.shape[1]), dtype=torch.float32)
     dk = q.new_empty(k.shape if need_k else (0, q.shape[1]), dtype=torch.float32)
     problem = Problem(q, k, scale, None, None, 0)
@@ -64,13 +64,12 @@ def siglip(q, k, scale, bias, positives, need_q, need_k):
         problem.arguments,
         float(bias),
         positives,
-        sums.data_ptr(),
-        sums.data_ptr() + 8,
+        loss.data_ptr(),
+        dbias.data_ptr(),
         address(dq),
         address(dk),
     )
-    loss, dbias = sums.to(torch.float32)
-    return loss.clone(), dq.to(q.dtype), dk.to(k.dtype), dbias.clone()
+    return loss, dq.to(q.dtype), dk.to(k.dtype), dbias
 
 
 class Problem:
