@@ -22,7 +22,8 @@ struct ContrastLoss {
 };
 
 // Both passes take the same two buffers: the first writes and the second reads them.
-// state: `state_size` floats: the norms that are asked for of q with its tail, of k and of positive; the rows' normalisers
+// state: `state_size` floats: the norms that are asked for of q with its tail, of k and of positive; the rows'
+// normalisers
 //   and slopes (rows.h) and, with `both`, the columns'; what is left of them after the end of a line of 16 floats is
 //   the cache of similarity.h.
 // count: (rows,), the number of each row's positives; null unless `kind` is mean.

@@ -1,5 +1,5 @@
-// Memory that one call of a kernel leaves to the next of the same thread. The C library may hand each call's memory back
-// to the system: in a call of a millisecond, as much time again would go into having its pages cleared.
+// Memory that one call of a kernel leaves to the next of the same thread. The C library may hand each call's memory
+// back to the system: in a call of a millisecond, as much time again would go into having its pages cleared.
 #pragma once
 
 #include <cstddef>

@@ -290,7 +290,8 @@ class Engine {
   }
 
  private:
-  // What a task takes of `work` for there to be `tasks`. By size, not by the number of threads: sums must not depend on it.
+  // What a task takes of `work` for there to be `tasks`. By size, not by the number of threads: sums must not depend on
+  // it.
   static int64_t share(int64_t work, int64_t tasks) { return larger(1, work / tasks); }
 
   const float* units_of_columns() const { return self ? row_unit : col_unit; }

@@ -122,12 +122,15 @@ define(
 #   contrast_forward  -> loss (N,); count (N,) = the number of positives, empty unless CONTRAST_MEAN; state (any,) =
 #                        what the backend wants back in the backward pass, which is there to be had with `save` only.
 #   contrast_backward -> dq (N, D), dk (M, D), dpositive (N, D) in q's dtype, empty where not needed, and dscale ().
+#
+# A scale nearer to 0 than SMALLEST_SCALE stands for that: dscale = <q, dq> / scale then holds at 0 too.
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONTRAST_SOFTPLUS = 0
 CONTRAST_DECOUPLED = 1
 CONTRAST_MEAN = 2
 UNIT_EPS = 1e-12  # as torch.nn.functional.normalize
+SMALLEST_SCALE = 2.0**-40
 
 
 def _contrast_forward(
@@ -144,8 +147,8 @@ def _contrast_forward(
 
 
 def _contrast_backward(
-    q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind, count, state, grad,
-    need_q, need_k, need_positive, need_scale, backend,
+    q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind, count, state,
+    grad, need_q, need_k, need_positive, need_scale, backend,
 ):  # fmt: skip
     rows, dim = q.shape[0] + (0 if tail is None else tail.shape[0]), q.shape[1]
     return (

@@ -111,7 +111,7 @@ def scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
             raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
         if not value.is_floating_point():
             raise TypeError(f"{name} must be floating, got {value.dtype}")
-        return value.reshape(()).to(device=x.device, dtype=acc)
+        return (value.reshape(()) if value.dim() else value).to(device=x.device, dtype=acc)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a one-element tensor, got {type(value).__name__}")
     if not -math.inf < value < math.inf:

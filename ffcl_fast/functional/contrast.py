@@ -258,8 +258,6 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, tail, k, positive, scale, *options):
         """``options``: the further arguments of contrast_forward, in its order."""
-        if ctx.needs_input_grad[4]:
-            scale = away_from_zero(scale)
         loss, count, state = torch.ops.ffcl_fast.contrast_forward.default(q, tail, k, positive, scale, *options)
         row_ids, col_ids, exclude, order, group, *ctx.kind, _, ctx.backend = options
         ctx.save_for_backward(q, tail, k, positive, scale, row_ids, col_ids, order, group, count, state)
@@ -281,7 +279,7 @@ class _Fused(torch.autograd.Function):
         )  # fmt: skip
         split = q.shape[0]
         return (
-            dq[:split] if need_q else None,
+            (dq if tail is None else dq[:split]) if need_q else None,
             dq[split:] if need_tail else None,
             dk if need_k else None,
             d_positive if need_positive else None,

@@ -29,7 +29,6 @@ _WITHOUT_IDS = (ops.EXCLUDE_NONE, ops.EXCLUDE_DIAGONAL)
 
 _CHUNK = 1 << 20  # elements of a row-wise product kept at once: 4 MiB of float32
 _DEVICE_CHUNK = 1 << 24  # on a GPU, where each piece costs launches
-_SMALLEST_SCALE = 2.0**-40
 
 
 def similarity_lse(
@@ -170,7 +169,7 @@ def _spoilt_by(loss: Tensor, x: Tensor) -> Tensor:
 
 def away_from_zero(scale: Tensor) -> Tensor:
     """``scale``, or 2^-40 where it is smaller: dscale = <q, dq> / scale then holds at 0 too and is not 0 / 0."""
-    return torch.where(scale.abs() < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
+    return torch.where(scale.abs() < ops.SMALLEST_SCALE, ops.SMALLEST_SCALE, scale)
 
 
 class _Refuse(torch.autograd.Function):

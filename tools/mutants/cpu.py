@@ -4,11 +4,60 @@ from .mutant import Mutant
 
 _SIM, _ENGINE, _AMX = "csrc/similarity_cpu.cpp", "csrc/similarity_engine.h", "csrc/tile_amx.h"
 _EPI, _GOOD, _ROWS = "csrc/similarity_epilogues.h", "csrc/goodness_cpu.cpp", "csrc/rows_cpu.cpp"
+_LOSS = "csrc/contrast.cpp"
 _OPS = "tests/test_ops.py -k 'cpu and {}'"
 _PAIRS = "tests/test_similarity_cpu.py -k 'pairs and {}'"
 _CONTRAST = "tests/test_contrast_ops.py -k '{}'"
 
 MUTANTS = (
+    Mutant(
+        "cpu",
+        "each panel's part of dq replaces the one before",
+        _ENGINE,
+        "p.rows_are_new = self ? r0 >= c0 : c0 == 0;",
+        "p.rows_are_new = true;",
+        _OPS.format("test_many_tiles"),
+    ),
+    Mutant(
+        "cpu",
+        "the first panel's part of dk is added to what the memory held",
+        _ENGINE,
+        "p.cols_are_new = r0 == 0;",
+        "p.cols_are_new = false;",
+        _OPS.format("test_similarity and float32"),
+    ),
+    Mutant(
+        "cpu",
+        "columns of the diagonal block, of which dk^T has nothing, are added",
+        _ENGINE,
+        "const int64_t begin = self && c0 == 0 ? smaller(rb, c1) : c0;",
+        "const int64_t begin = c0;",
+        _OPS.format("test_similarity and float32"),
+    ),
+    Mutant(
+        "cpu",
+        "scratch memory of another size is handed out",
+        "csrc/scratch.cpp",
+        "if (kept.blocks[i].bytes == bytes) return",
+        "if (kept.blocks[i].bytes <= bytes) return",
+        _OPS.format("test_similarity and float32"),
+    ),
+    Mutant(
+        "cpu",
+        "the scale's gradient in self-similarity counts each product twice",
+        _LOSS,
+        "2.0 * o.pairs.scale",
+        "1.0 * o.pairs.scale",
+        _CONTRAST.format("test_float32"),
+    ),
+    Mutant(
+        "cpu",
+        "positives of their own are divided by the norms of keys",
+        _LOSS,
+        "nullptr, 0, 0, positive_norm};",
+        "nullptr, 0, 0, k_norm};",
+        _CONTRAST.format("test_float32 and queue"),
+    ),
     Mutant(
         "cpu",
         "columns go unpacked for the panels that no cache holds",

@@ -29,15 +29,13 @@ def contrast_forward(
     loss = _Loss(q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind)
     out, count = loss.new(loss.rows), loss.new(loss.rows if kind == ops.CONTRAST_MEAN else 0)
     state = loss.new(contrast_state_size(loss.rows, k, positive, unit_q, unit_k, both, save))
-    native.call(
-        "contrast_forward", loss.native, state.data_ptr(), state.numel(), address(count), out.data_ptr()
-    )
+    native.call("contrast_forward", loss.native, state.data_ptr(), state.numel(), address(count), out.data_ptr())
     return out, count, state
 
 
 def contrast_backward(
-    q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind, count, state, grad,
-    need_q, need_k, need_positive, need_scale,
+    q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind, count, state,
+    grad, need_q, need_k, need_positive, need_scale,
 ):  # fmt: skip
     loss = _Loss(q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind)
     if grad.shape != (loss.rows,):
@@ -78,6 +76,7 @@ class _Loss:
         q, tail, k, positive = (x if x is None else unit_stride(x) for x in (q, tail, k, positive))
         row_ids, col_ids = (i if i is None else i.to(torch.int64).contiguous() for i in (row_ids, col_ids))
         order, group = (i if i is None else i.contiguous() for i in (order, group))
+        value = float(scale)
         self._held = (q, tail, k, positive, row_ids, col_ids, order, group)
         self._like = q
         split, dim = q.shape
@@ -97,7 +96,7 @@ class _Loss:
             k_stride=0 if k is None else k.stride(0),
             positive_stride=0 if positive is None else positive.stride(0),
             dtype=native.DTYPES[q.dtype],
-            scale=float(scale),
+            scale=ops.SMALLEST_SCALE if abs(value) < ops.SMALLEST_SCALE else value,
             row_ids=address(row_ids),
             col_ids=address(col_ids),
             exclude=exclude,
