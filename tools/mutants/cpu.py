@@ -20,14 +20,6 @@ MUTANTS = (
     ),
     Mutant(
         "cpu",
-        "the first panel's part of dk is added to what the memory held",
-        _ENGINE,
-        "p.cols_are_new = r0 == 0;",
-        "p.cols_are_new = false;",
-        _OPS.format("test_similarity and float32"),
-    ),
-    Mutant(
-        "cpu",
         "columns of the diagonal block, of which dk^T has nothing, are added",
         _ENGINE,
         "const int64_t begin = self && c0 == 0 ? smaller(rb, c1) : c0;",
@@ -141,9 +133,9 @@ MUTANTS = (
     Mutant(
         "cpu",
         "column gradients of a block start from the last block's",
-        _SIM,
-        "e.flush_columns(c0, c1, e.self ? dq : dk, e.self);\n        if (c1 < e.cols) e.clear_columns();",
-        "e.flush_columns(c0, c1, e.self ? dq : dk, e.self);",
+        _ENGINE,
+        "p.cols_are_new = r0 == 0;",
+        "p.cols_are_new = r0 == 0 && c0 == 0;",
         _OPS.format("test_many_tiles"),
     ),
     Mutant(
