@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools import gpu_check
+from tools import gpu_check, gpu_pack
 from tools.gpu_check import ROOT, STEPS, Step, run_steps
 from tools.gpu_table import markdown
 
@@ -322,3 +322,28 @@ def test_workloads_are_chosen_by_parts_of_their_keys_and_begun_within_the_budget
         with pytest.raises(SystemExit):
             gpu_measure.main([option, "no such"])
         assert "'no such' is in none of" in capsys.readouterr().err
+
+
+def test_a_pack_has_the_wheels_there_are_and_a_script(tmp_path, monkeypatch, capsys):
+    def download(library, folder, python):
+        if library == "memeff":
+            return "ERROR: no wheel"
+        assert python == "3.12"
+        return (folder / f"{library}.whl").touch()
+
+    monkeypatch.setattr(gpu_pack, "download", download)
+    monkeypatch.setenv("FFCL_COMMIT", "a b")
+    (tmp_path / "old.whl").touch()
+    assert gpu_pack.main(["--to", str(tmp_path)]) == 0
+    assert "memeff: left out: ERROR: no wheel" in capsys.readouterr().out
+    names = {f"{library}.whl" for library in gpu_pack.LIBRARIES} - {"memeff.whl"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"check.sh"}
+    subprocess.run(["sh", "-n", str(tmp_path / "check.sh")], check=True)
+    assert "FFCL_COMMIT='a b'" in (tmp_path / "check.sh").read_text()
+
+
+def test_a_pack_without_any_wheel_keeps_what_was_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_pack, "download", lambda *_: "ERROR")
+    (tmp_path / "old.whl").touch()
+    assert gpu_pack.main(["--to", str(tmp_path)]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["old.whl"]

@@ -1,0 +1,78 @@
+"""The libraries that `make gpu-check` measures beside ours, for a GPU machine that has PyTorch, a compiler and pytest but
+no network: as wheels, beside a script that installs them there, builds the kernels and runs the check.
+
+    python -m tools.gpu_pack [--to .gpu] [--python 3.12]     here
+    sh .gpu/check.sh [OPTIONS of tools.gpu_check]            there, in a copy of the tree that has .gpu/ with it
+
+Libraries without a wheel for that Python are named and left out: the table says "not installed" of them. Exit status 1
+where there is none at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .files import write_text
+from .gpu_measure import commit
+
+# Without what they need in turn, which PyTorch's own surroundings have, but for ftfy and its wcwidth.
+LIBRARIES = (
+    "memeff", "inf-cl", "open-clip-torch", "ftfy", "wcwidth", "liger-kernel", "cut-cross-entropy", "quack-kernels",
+    "siglip-kernel", "lightly", "pytorch-metric-learning", "info-nce-pytorch",
+)  # fmt: skip
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+SCRIPT = """\
+#!/bin/sh
+# Written by tools/gpu_pack.py: run it in the repository, on the machine with the GPU.
+set -e
+site=$(mktemp -d)
+python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$(dirname "$0")"/*.whl
+export PYTHONPATH="$site" FFCL_COMMIT={commit}
+FFCL_CUDA=1 python3 setup.py -q build_ext --inplace
+exec python3 -m tools.gpu_check "$@"
+"""
+
+
+def download(library: str, folder: Path, python: str) -> str | None:
+    """One wheel, without what it needs; the reason where there is none."""
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+        "--only-binary=:all:", "--implementation", "cp", "--python-version", python, "--dest", str(folder),
+        *(f"--platform={name}" for name in PLATFORMS), library,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    return next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), f"pip gave {done.returncode}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_pack", description=__doc__.splitlines()[0])
+    parser.add_argument("--to", type=Path, default=Path(".gpu"), help="its wheels are replaced (default %(default)s)")
+    parser.add_argument("--python", default="3.12", help="the GPU machine's (default %(default)s)")
+    options = parser.parse_args(arguments)
+    options.to.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.to) as scratch:
+        for library in LIBRARIES:
+            if problem := download(library, Path(scratch), options.python):
+                print(f"{library}: left out: {problem}")
+        wheels = sorted(Path(scratch).glob("*.whl"))
+        if not wheels:
+            return 1
+        for old in options.to.glob("*.whl"):
+            old.unlink()
+        for wheel in wheels:
+            wheel.rename(options.to / wheel.name)
+    write_text(options.to / "check.sh", SCRIPT.format(commit=shlex.quote(commit() or "unknown")))
+    size = sum(path.stat().st_size for path in options.to.iterdir())
+    print(f"{len(wheels)} wheels and check.sh in {options.to}, {size / 2**20:.1f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
