@@ -1,5 +1,5 @@
-"""Rivals of `make gpu-check` for a GPU machine that has PyTorch, a compiler and pytest but no network: their wheels, beside
-a script that installs them there, builds the kernels and runs the check.
+"""Rivals of `make gpu-check` for a GPU machine that has PyTorch, a compiler and pytest but no network: their wheels,
+beside a script that installs them there, builds the kernels and runs the check.
 
     python -m tools.gpu_pack [--to .gpu] [--python 3.12]     here
     sh .gpu/check.sh [OPTIONS of tools.gpu_check]            there, in a copy of the tree that has .gpu/ with it
