@@ -117,13 +117,13 @@ ACCURACY = [
     for name, family in NUMERICS.items()
 ]
 SMALL = [
-    *_list("nt_xent", (512, 128), (512, 512), leave_out=("pytorch-metric-learning",)),
+    *_list("nt_xent", (128, 512), (512, 128), (512, 512), leave_out=("pytorch-metric-learning",)),
     # It lists every pair of pairs, cubic in the rows: a thousand times slower, so it gets a size and rounds of its own.
     *_list("nt_xent", (384, 128), chosen=("cpu", "pytorch-metric-learning")),
-    *_list("clip", (512, 128), (512, 512)),
+    *_list("clip", (128, 512), (512, 128), (512, 512)),
     *_list("sup_con", (512, 128), (512, 512)),
     *_list("info_nce", (512, 128)),
-    *_list("siglip", (512, 512)),
+    *_list("siglip", (128, 512), (512, 512)),
 ]
 _CURVE = dict(leave_out=("pytorch-metric-learning", "product"))
 SCALING = [

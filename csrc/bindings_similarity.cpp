@@ -11,8 +11,7 @@ namespace {
 
 ffcl::Similarity problem(uintptr_t q, uintptr_t k, int64_t rows, int64_t cols, int64_t dim, int64_t q_stride,
                          int64_t k_stride, int dtype, float scale, uintptr_t row_ids, uintptr_t col_ids, int exclude,
-                         int threads, uintptr_t q_norm, uintptr_t k_norm, uintptr_t q_tail, int64_t q_split,
-                         int64_t q_tail_stride) {
+                         int threads) {
   return {pointer<const void>(q),
           pointer<const void>(k),
           rows,
@@ -25,12 +24,7 @@ ffcl::Similarity problem(uintptr_t q, uintptr_t k, int64_t rows, int64_t cols, i
           pointer<const int64_t>(row_ids),
           pointer<const int64_t>(col_ids),
           static_cast<ffcl::Exclude>(exclude),
-          threads,
-          pointer<const float>(q_norm),
-          pointer<const float>(k_norm),
-          pointer<const void>(q_tail),
-          q_split,
-          q_tail_stride};
+          threads};
 }
 
 }  // namespace
@@ -39,8 +33,7 @@ void bind_similarity(py::module_& m) {
   py::class_<ffcl::Similarity>(m, "Similarity", "The arguments that all similarity kernels share; see similarity.h.")
       .def(py::init(&problem), py::arg("q"), py::arg("k"), py::arg("rows"), py::arg("cols"), py::arg("dim"),
            py::arg("q_stride"), py::arg("k_stride"), py::arg("dtype"), py::arg("scale"), py::arg("row_ids"),
-           py::arg("col_ids"), py::arg("exclude"), py::arg("threads"), py::arg("q_norm") = 0, py::arg("k_norm") = 0,
-           py::arg("q_tail") = 0, py::arg("q_split") = 0, py::arg("q_tail_stride") = 0);
+           py::arg("col_ids"), py::arg("exclude"), py::arg("threads"));
   m.def(
       "similarity_forward",
       [](const ffcl::Similarity& args, uintptr_t row_lse, uintptr_t col_lse, uintptr_t cache, int64_t cache_size) {

@@ -16,8 +16,12 @@ struct Kept {
   static constexpr int MOST = 32;
   Block blocks[MOST];
   int count = 0;
-  size_t bytes = 0;
+  size_t bytes = 0, in_use = 0;
 
+  // Frees the oldest until there is room for `more` beside them and what is in use.
+  void make_room(size_t more) {
+    while (count && bytes + in_use + more > MOST_BYTES) free(remove(0).memory);
+  }
   Block remove(int i) {
     const Block found = blocks[i];
     for (--count; i < count; ++i) blocks[i] = blocks[i + 1];
@@ -43,16 +47,24 @@ size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 void* take_scratch(size_t bytes) {
   bytes = whole_lines(bytes);
-  for (int i = kept.count - 1; i >= 0; --i)
-    if (kept.blocks[i].bytes == bytes) return kept.remove(i).memory;
-  return aligned_alloc(64, bytes);
+  void* memory = nullptr;
+  for (int i = kept.count - 1; i >= 0 && !memory; --i)
+    if (kept.blocks[i].bytes == bytes) memory = kept.remove(i).memory;
+  if (!memory) {
+    kept.make_room(bytes);
+    memory = aligned_alloc(64, bytes);
+  }
+  if (memory) kept.in_use += bytes;
+  return memory;
 }
 
 void give_scratch(void* memory, size_t bytes) {
   bytes = whole_lines(bytes);
   if (!memory) return;
-  if (!KEEPS || bytes > Kept::MOST_BYTES / 4) return free(memory);
-  while (kept.count == Kept::MOST || kept.bytes + bytes > Kept::MOST_BYTES) free(kept.remove(0).memory);
+  kept.in_use -= bytes;
+  if (kept.count == Kept::MOST) free(kept.remove(0).memory);
+  kept.make_room(bytes);
+  if (!KEEPS || kept.in_use + bytes > Kept::MOST_BYTES) return free(memory);
   kept.blocks[kept.count++] = {memory, bytes};
   kept.bytes += bytes;
 }

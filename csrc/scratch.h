@@ -8,7 +8,8 @@ namespace ffcl {
 
 // `bytes` at an address that is a multiple of 64, or null. Their content is undefined.
 void* take_scratch(size_t bytes);
-// Takes back what take_scratch(bytes) gave. Keeps 16 MiB at most, the rest is freed.
+// Takes back what take_scratch(bytes) gave. With what is in use, 16 MiB at most are kept, so that a large call has no
+// more than its own.
 void give_scratch(void* memory, size_t bytes);
 
 }  // namespace ffcl

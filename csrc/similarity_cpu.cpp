@@ -13,7 +13,7 @@
 // exponential's epilogue are the limit there, at more than three times AVX-512's speed.
 //
 // Exponentials are taken against one constant offset for the whole call wherever the norms of the rows bound S tightly
-// enough (see similarity.md), else against running maxima.
+// enough (docs/mathematics.md), else against running maxima.
 
 #include "similarity.h"
 

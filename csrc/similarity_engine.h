@@ -205,10 +205,10 @@ class Engine {
           for (int64_t i = first; i < last; i += MR) {
             Tile t;
             float* part = partial + (i - first) * NR;
-            begin_part(t, d > 0 ? part : nullptr);
+            begin_part(t, d > 0 ? part : nullptr, NR);
             prefetch(b + (d + depth) * NR + (i - first) / MR * ahead, ahead * 4);
             multiply_packed(t, q_dims + i * dim_words + d * MR, b + d * NR, complete ? dim_words - d : depth);
-            end_part(t, d > 0 ? part : nullptr);
+            end_part(t, d > 0 ? part : nullptr, NR);
             if (!complete) {
               store_tile(t, part, NR);
               continue;
@@ -374,17 +374,16 @@ class Engine {
         for (int64_t i = 0; i < p.rows_padded; i += depth)
           for (int64_t d = d0; d < smaller(dim_mr, d0 + dims); d += MR) {
             float* c = dkt + d * cb + (p.first_tile + j) * NR;
+            const float* before = p.cols_are_new && i == 0 ? nullptr : c;
             Tile t;
-            if (p.cols_are_new && i == 0)
-              clear(t);
-            else
-              load_tile(t, c, cb);
+            begin_part(t, before, cb);
             prefetch_tile(c + MR * cb, cb);
             prefetch(gradients().by_row + (j * p.rows_padded + i + depth) / PER_WORD * NR + (d - d0) / MR * ahead,
                      ahead * 4);
             multiply_packed(t, q_rows + (d * p.rows_padded + i * MR) / PER_WORD,
                             gradients().by_row + (j * p.rows_padded + i) / PER_WORD * NR,
                             smaller(depth, p.rows_padded - i) / PER_WORD);
+            end_part(t, before, cb);
             store_tile(t, c, cb);
           }
   }

@@ -9,7 +9,6 @@
 // FFCL_AMX as well the tile is 32 x 32, in the processor's tile registers, and a step takes 16 words (tile_amx.h).
 #pragma once
 
-#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -27,7 +26,7 @@ constexpr int MR = 32;
 constexpr int MR = VW == 16 ? 12 : 6;
 #endif
 constexpr int NR = 2 * VW;
-constexpr int64_t ROW_TASK = 96;  // rows a thread takes at a time: a multiple of MR and NR for every instruction set
+constexpr int64_t ROW_TASK = 96;  // rows of a product that a thread takes at a time: a multiple of every MR and NR
 static_assert(ROW_TASK % MR == 0 && ROW_TASK % NR == 0, "blocks must hold whole tiles");
 
 #ifdef FFCL_BF16_PAIRS

@@ -115,8 +115,10 @@ FFCL_INLINE void add_tile(Tile& c, float* p, int64_t stride) {
       store(p + r * stride + h * VW, load(p + r * stride + h * VW) + load(x + r * NR + h * VW));
 }
 // One of several partial sums of a tile; `before` holds the sum of those before it, or is null.
-FFCL_INLINE void begin_part(Tile& c, const float* before) { before ? load_tile(c, before, NR) : clear(c); }
-FFCL_INLINE void end_part(Tile&, const float*) {}
+FFCL_INLINE void begin_part(Tile& c, const float* before, int64_t stride) {
+  before ? load_tile(c, before, stride) : clear(c);
+}
+FFCL_INLINE void end_part(Tile&, const float*, int64_t) {}
 FFCL_INLINE Values values(const Tile& c) {
   Values v;
   store_tile(c, reinterpret_cast<float*>(&v), NR);

@@ -24,11 +24,11 @@ FFCL_INLINE void add_tile(const Tile& c, float* p, int64_t stride) {
 
 // One of several partial sums of a tile; `before` holds the sum of those before it, or is null. Sums of sums have a
 // fraction of the rounding error of one long sum.
-FFCL_INLINE void begin_part(Tile& c, const float*) { clear(c); }
-FFCL_INLINE void end_part(Tile& c, const float* before) {
+FFCL_INLINE void begin_part(Tile& c, const float*, int64_t) { clear(c); }
+FFCL_INLINE void end_part(Tile& c, const float* before, int64_t stride) {
   if (!before) return;
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) c.x[r][0] += load(before + r * NR), c.x[r][1] += load(before + r * NR + VW);
+  for (int r = 0; r < MR; ++r) c.x[r][0] += load(before + r * stride), c.x[r][1] += load(before + r * stride + VW);
 }
 FFCL_INLINE Values& values(Tile& c) { return c; }
 

@@ -9,8 +9,8 @@ from similarity_cases import BACKENDS, DTYPES, to_float64
 
 from ffcl_fast import backends, ops, reference
 from ffcl_fast.backends import native
+from ffcl_fast.functional import clip, info_nce, nt_xent, sup_con
 from ffcl_fast.functional import contrast as contrast_module
-from ffcl_fast.functional import info_nce, nt_xent, sup_con
 from helpers import assert_close_to_reference
 
 _ops = torch.ops.ffcl_fast
@@ -302,3 +302,32 @@ def test_wrong_arguments_of_the_operators(backend):
             forward(**problem)
     with pytest.raises(TypeError, match="int64"):
         forward(order=order.int(), group=order.int())
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_the_scale_may_be_changed_before_the_backward_pass(backend):
+    q, k = (F.normalize(torch.randn(9, 5), dim=1) for _ in range(2))
+    scale = torch.tensor(5.0, requires_grad=True)
+    (expected,) = torch.autograd.grad(clip(q, k, scale), scale)
+    loss = clip(q, k, scale)
+    with torch.no_grad():
+        scale.clamp_(max=4.0)
+    torch.testing.assert_close(torch.autograd.grad(loss, scale)[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_sums_over_thousands_of_rows_round_as_little_as_plain_pytorch(backend):
+    """A key's gradient is one sum over all queries."""
+    unit = [F.normalize(torch.randn(2701, 40), dim=1) for _ in range(3)]
+
+    def gradient(loss, dtype):
+        q, positive, k = (x.to(dtype).requires_grad_() for x in unit)
+        return torch.autograd.grad(loss(q, positive, k), k)[0]
+
+    def plain(q, positive, k):
+        q, positive, k = (F.normalize(x, dim=1) for x in (q, positive, k))
+        logits = torch.cat(((q * positive).sum(1, keepdim=True), q @ k.T), 1) * 5.0
+        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64))
+
+    ours = gradient(lambda *x: info_nce(*x, temperature=0.2), torch.float32)
+    assert_close_to_reference(ours, gradient(plain, torch.float32), gradient(plain, torch.float64), factor=2)

@@ -258,6 +258,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, tail, k, positive, scale, *options):
         """``options``: the further arguments of contrast_forward, in its order."""
+        if ctx.needs_input_grad[4]:  # a parameter may be changed in place, clamped say, before the backward pass
+            scale = scale.clone()
         loss, count, state = torch.ops.ffcl_fast.contrast_forward.default(q, tail, k, positive, scale, *options)
         row_ids, col_ids, exclude, order, group, *ctx.kind, _, ctx.backend = options
         ctx.save_for_backward(q, tail, k, positive, scale, row_ids, col_ids, order, group, count, state)

@@ -75,11 +75,11 @@ def siglip(q, k, scale, bias, positives, need_q, need_k):
 class Problem:
     """ffcl::Similarity of some tensors; it keeps the copies alive that their layout asked for."""
 
-    def __init__(self, q, k, scale, row_ids, col_ids, exclude, tail=None, q_norm=None, k_norm=None):
-        q, k, tail = (None if x is None else unit_stride(x) for x in (q, k, tail))
+    def __init__(self, q, k, scale, row_ids, col_ids, exclude):
+        q, k = (None if x is None else unit_stride(x) for x in (q, k))
         row_ids, col_ids = (None if i is None else i.to(torch.int64).contiguous() for i in (row_ids, col_ids))
-        self._held = (q, k, tail, row_ids, col_ids, q_norm, k_norm)
-        self.rows, self.dim = q.shape[0] + (0 if tail is None else tail.shape[0]), q.shape[1]
+        self._held = (q, k, row_ids, col_ids)
+        self.rows, self.dim = q.shape
         self.cols = self.rows if k is None else k.shape[0]
         self.k, self.like = k, q
         self.arguments = native.module.Similarity(
@@ -96,11 +96,6 @@ class Problem:
             col_ids=address(col_ids),
             exclude=exclude,
             threads=torch.get_num_threads(),
-            q_norm=address(q_norm),
-            k_norm=address(k_norm),
-            q_tail=address(tail),
-            q_split=q.shape[0],
-            q_tail_stride=0 if tail is None else tail.stride(0),
         )
 
     def forward(self, both: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
