@@ -11,8 +11,8 @@ from ffcl_fast import backends, ops, reference
 
 NAMES = ("reference", "panels", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# `terms` of a normaliser: what rounds the exponentials and their sum, 2^-22 of it in float32, is as much of its logarithm
-# however near 0 that is. Plain PyTorch is exact for a lone pair.
+# `terms` of a normaliser: what rounds the exponentials and their sum, 2^-22 of it in float32, is as much of its
+# logarithm however near 0 that is. Plain PyTorch is exact for a lone pair.
 LSE_TERMS = 2.0**-22 / 2e-6
 # (N, M, D): ragged, no multiple of a block, with every 1; M is ignored where k is q.
 SHAPES = ((1, 1, 1), (1, 7, 3), (5, 1, 17), (33, 65, 96), (130, 71, 200), (257, 300, 384), (65, 40, 1152))
