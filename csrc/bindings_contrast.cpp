@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "address.h"
+#include "bindings_similarity.h"
 #include "contrast.h"
 
 namespace py = pybind11;
@@ -14,24 +15,9 @@ ffcl::ContrastLoss problem(uintptr_t q, uintptr_t tail, uintptr_t k, uintptr_t p
                            int64_t positive_stride, int dtype, float scale, uintptr_t row_ids, uintptr_t col_ids,
                            int exclude, uintptr_t order, uintptr_t group, bool unit_q, bool unit_k, double eps,
                            bool both, int kind, int threads) {
-  const ffcl::Similarity pairs{pointer<const void>(q),
-                               pointer<const void>(k),
-                               rows,
-                               cols,
-                               dim,
-                               q_stride,
-                               k_stride,
-                               static_cast<ffcl::DType>(dtype),
-                               scale,
-                               pointer<const int64_t>(row_ids),
-                               pointer<const int64_t>(col_ids),
-                               static_cast<ffcl::Exclude>(exclude),
-                               threads,
-                               nullptr,
-                               nullptr,
-                               pointer<const void>(tail),
-                               split,
-                               tail_stride};
+  ffcl::Similarity pairs =
+      similarity_of(q, k, rows, cols, dim, q_stride, k_stride, dtype, scale, row_ids, col_ids, exclude, threads);
+  pairs.q_tail = pointer<const void>(tail), pairs.q_split = split, pairs.q_tail_stride = tail_stride;
   return {pairs,
           pointer<const void>(positive),
           positive_stride,

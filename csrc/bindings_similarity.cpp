@@ -1,17 +1,16 @@
 // Python entry points of similarity.h.
 #include <pybind11/pybind11.h>
 
+#include "bindings_similarity.h"
+
 #include "address.h"
-#include "similarity.h"
 
 namespace py = pybind11;
 using ffcl::pointer;
 
-namespace {
-
-ffcl::Similarity problem(uintptr_t q, uintptr_t k, int64_t rows, int64_t cols, int64_t dim, int64_t q_stride,
-                         int64_t k_stride, int dtype, float scale, uintptr_t row_ids, uintptr_t col_ids, int exclude,
-                         int threads) {
+ffcl::Similarity similarity_of(uintptr_t q, uintptr_t k, int64_t rows, int64_t cols, int64_t dim, int64_t q_stride,
+                               int64_t k_stride, int dtype, float scale, uintptr_t row_ids, uintptr_t col_ids,
+                               int exclude, int threads) {
   return {pointer<const void>(q),
           pointer<const void>(k),
           rows,
@@ -27,11 +26,9 @@ ffcl::Similarity problem(uintptr_t q, uintptr_t k, int64_t rows, int64_t cols, i
           threads};
 }
 
-}  // namespace
-
 void bind_similarity(py::module_& m) {
   py::class_<ffcl::Similarity>(m, "Similarity", "The arguments that all similarity kernels share; see similarity.h.")
-      .def(py::init(&problem), py::arg("q"), py::arg("k"), py::arg("rows"), py::arg("cols"), py::arg("dim"),
+      .def(py::init(&similarity_of), py::arg("q"), py::arg("k"), py::arg("rows"), py::arg("cols"), py::arg("dim"),
            py::arg("q_stride"), py::arg("k_stride"), py::arg("dtype"), py::arg("scale"), py::arg("row_ids"),
            py::arg("col_ids"), py::arg("exclude"), py::arg("threads"));
   m.def(

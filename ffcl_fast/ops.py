@@ -33,6 +33,11 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def away_from_zero(scale: Tensor) -> Tensor:
+    """``scale``, or SMALLEST_SCALE where it is nearer to 0: dscale = <q, dq> / scale is no 0 / 0 then."""
+    return torch.where(scale.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scale)
+
+
 def define(schema: str, fake: Callable) -> None:
     """Register the operator of ``schema``; ``fake`` is its shape function.
 

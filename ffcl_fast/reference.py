@@ -94,7 +94,7 @@ def contrast_state_size(rows, k, positive, unit_q, unit_k, both, save):
 def contrast_forward(
     q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind, save
 ):
-    scale = _away_from_zero(scale)
+    scale = ops.away_from_zero(scale)
     rows = _contrast_rows(q, tail, k, positive, row_ids, order, group, unit_q, unit_k, kind == ops.CONTRAST_MEAN)
     z, z_k, z_positive, row_ids, count, _ = rows
     s = similarity_matrix(z, z_k, scale, row_ids, col_ids, exclude)
@@ -114,7 +114,7 @@ def contrast_backward(
     q, tail, k, positive, scale, row_ids, col_ids, exclude, order, group, unit_q, unit_k, both, kind, count, state,
     grad, need_q, need_k, need_positive, need_scale,
 ):  # fmt: skip
-    scale = _away_from_zero(scale)
+    scale = ops.away_from_zero(scale)
     rows = _contrast_rows(q, tail, k, positive, row_ids, order, group, unit_q, unit_k, kind == ops.CONTRAST_MEAN)
     z, z_k, z_positive, row_ids, positives, (q_norm, k_norm, positive_norm) = rows
     row_lse, slope, *of_columns = state.split(z.shape[0])
@@ -150,10 +150,6 @@ def contrast_backward(
         of_x(d_positive, z_positive, positive_norm, need_positive),
         dscale,
     )
-
-
-def _away_from_zero(scale: Tensor) -> Tensor:
-    return torch.where(scale.abs() < ops.SMALLEST_SCALE, ops.SMALLEST_SCALE, scale)
 
 
 def _contrast_rows(q, tail, k, positive, row_ids, order, group, unit_q, unit_k, mean):

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..functional.class_sums import class_sums
-from ..functional.similarity import away_from_zero, row_dot, siglip_needs
+from ..functional.similarity import row_dot, siglip_needs
 from .exchange import all_reduce, gather_rows, reduce_scatter_rows
 from .meeting import Meeting
 
@@ -26,7 +26,7 @@ class _AcrossSigLip(torch.autograd.Function):
     def forward(ctx, q, k, scale, bias, meeting, grad_enabled, backend):
         need_q, need_k, need_scale, need_bias = ctx.needs_input_grad[:4]
         if need_scale:
-            scale = away_from_zero(scale)
+            scale = ops.away_from_zero(scale)
         own, others = siglip_needs(*(grad_enabled and need for need in ctx.needs_input_grad[:4]))
         acc = ops.accumulator_dtype(q)
         q, k = q.contiguous(), k.contiguous()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..functional.similarity import away_from_zero, scale_grad
+from ..functional.similarity import scale_grad
 from .exchange import all_reduce_lse, gather_rows, reduce_scatter_rows
 from .meeting import Meeting
 
@@ -51,7 +51,7 @@ class _AcrossLSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, scale, row_ids, col_ids, across, both, meeting, backend):
         if ctx.needs_input_grad[2]:
-            scale = away_from_zero(scale)
+            scale = ops.away_from_zero(scale)
         q = q.contiguous()
         k = None if k is None else k.contiguous()
         # The rank's number in the group, not the pointer: saved so that backward asks nothing of the forward's tensors.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .similarity import away_from_zero, differentiable_once, grad_wanted
+from .similarity import differentiable_once, grad_wanted
 
 _ops = torch.ops.ffcl_fast
 
@@ -29,7 +29,7 @@ class _ClassContrast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, group, row_ids, sums, counts, scale, save, backend, beside):
         if ctx.needs_input_grad[5]:
-            scale = away_from_zero(scale)
+            scale = ops.away_from_zero(scale)
         exclude = ops.EXCLUDE_DIAGONAL if row_ids is None else ops.EXCLUDE_SAME_ID
         row_lse, _, cache = _ops.similarity_forward.default(
             z, None, scale, row_ids, None, exclude, False, save, backend

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from .contrast import log_odds, odds_grad, odds_loss
-from .similarity import apart, away_from_zero, differentiable_once, grad_wanted, row_dot
+from .similarity import apart, differentiable_once, grad_wanted, row_dot
 
 
 def contrast_constant(
@@ -32,7 +32,7 @@ class _ContrastConstant(torch.autograd.Function):
     def forward(ctx, q, keys, positive, scale, decoupled, save, backend):
         need_q, _, _, need_scale = ctx.needs_input_grad[:4]
         if need_scale:
-            scale = away_from_zero(scale)
+            scale = ops.away_from_zero(scale)
         pull = save and (need_q or need_scale)
         row_lse, col_lse, cache = torch.ops.ffcl_fast.similarity_forward.default(
             q, keys, scale, None, None, ops.EXCLUDE_NONE, False, pull, backend

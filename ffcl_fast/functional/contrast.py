@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import backends, ops
 from . import _checks
-from .similarity import apart, away_from_zero, batched, differentiable_once, grad_wanted, prepare, row_dot, scale_grad
+from .similarity import apart, batched, differentiable_once, grad_wanted, prepare, row_dot, scale_grad
 
 # Where the positive of row i is.
 KEYS = ops.POSITIVE_GIVEN  # k_i
@@ -115,7 +115,7 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend):
         if ctx.needs_input_grad[3]:
-            scale = away_from_zero(scale)
+            scale = ops.away_from_zero(scale)
         row_lse, col_lse, cache = torch.ops.ffcl_fast.similarity_forward.default(
             q, k, scale, row_ids, col_ids, exclude, both, save, backend
         )
@@ -191,7 +191,7 @@ class _ContrastByKernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend, beside):
         if ctx.needs_input_grad[3]:
-            scale = away_from_zero(scale)
+            scale = ops.away_from_zero(scale)
         row_lse, col_lse, cache = torch.ops.ffcl_fast.similarity_forward.default(
             q, k, scale, row_ids, col_ids, exclude, both, save, backend
         )

@@ -167,11 +167,6 @@ def _spoilt_by(loss: Tensor, x: Tensor) -> Tensor:
     return loss.add(least, alpha=0.0).add_(largest, alpha=0.0)
 
 
-def away_from_zero(scale: Tensor) -> Tensor:
-    """``scale``, or 2^-40 where it is smaller: dscale = <q, dq> / scale then holds at 0 too and is not 0 / 0."""
-    return torch.where(scale.abs() < ops.SMALLEST_SCALE, ops.SMALLEST_SCALE, scale)
-
-
 class _Refuse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -245,7 +240,7 @@ class _SimilarityLSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, scale, row_ids, col_ids, exclude, both, save, backend):
         if ctx.needs_input_grad[2]:
-            scale = away_from_zero(scale)
+            scale = ops.away_from_zero(scale)
         row_lse, col_lse, cache = torch.ops.ffcl_fast.similarity_forward.default(
             q, k, scale, row_ids, col_ids, exclude, both, save, backend
         )
@@ -277,7 +272,7 @@ class _SigLip(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, scale, bias, positives, need_q, need_k, backend):
         if ctx.needs_input_grad[2]:
-            scale = away_from_zero(scale)
+            scale = ops.away_from_zero(scale)
         ctx.options = positives, need_q, need_k, backend
         loss, *gradients = torch.ops.ffcl_fast.siglip.default(q, k, scale, bias, *ctx.options)
         # A sigmoid of infinity is a number: without this an overflow of the inputs could pass for a loss.
