@@ -24,6 +24,16 @@ def activations(
     return (scale * (torch.randn(shape, dtype=torch.float64, device=device) + 0.3)).to(dtype)
 
 
+def direction_terms(h: Tensor, grad_out: Tensor | None, relu: bool, eps: float) -> float:
+    """``terms`` of the gradient through a normalised activation: what of ``grad_out`` is orthogonal to the sample,
+    the difference of two terms of this size, and next to nothing where a sample has one element."""
+    if grad_out is None:
+        return 0.0
+    a = h.double().clamp(min=0) if relu else h.double()
+    size = a.square().mean(1, keepdim=True).sqrt()
+    return float(torch.where(size == 0, 0.0, grad_out / (size + eps)).square().mean().sqrt())
+
+
 def unchanged(args) -> list[tuple[Tensor, Tensor]]:
     """The tensors of ``args`` with copies, for :func:`assert_unchanged`."""
     return [(a, a.clone()) for a in args if isinstance(a, Tensor)]

@@ -6,7 +6,7 @@ import pytest
 import test_gpu_cuda
 import torch
 from emulated import emulated, emulated_module, use  # noqa: F401
-from goodness_cases import DTYPES, activations, assert_unchanged, unchanged
+from goodness_cases import DTYPES, activations, assert_unchanged, direction_terms, unchanged
 from guards import guarded, inside_nan  # noqa: F401
 
 from ffcl_fast import functional, reference
@@ -40,10 +40,7 @@ def test_goodness(shape, dtype, emulated, guarded):  # noqa: F811
         goodness, _ = compare(reference.goodness_forward, (h,), mean, relu, True, EPS)
         grads = torch.randn(shape[0]), torch.randn(shape).to(dtype)
         used = grads if relu else (None, grads[1])
-        # The direction of a single number has no gradient but EPS's: what is left of two terms of this size.
-        terms = (
-            float((grads[1] / (h.abs() + EPS)).float().square().mean().sqrt()) if shape[1] == 1 and not relu else 0.0
-        )
+        terms = direction_terms(h, grads[1], relu, EPS)
         compare(reference.goodness_backward, (h, goodness, *used), mean, relu, EPS, factor=3.0, terms=terms)
 
 

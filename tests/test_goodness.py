@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-from goodness_cases import BACKENDS, DTYPES, NATIVE, ODD_VALUES, SHAPES, activations, assert_unchanged, unchanged
+from goodness_cases import (
+    BACKENDS,
+    DTYPES,
+    NATIVE,
+    ODD_VALUES,
+    SHAPES,
+    activations,
+    assert_unchanged,
+    direction_terms,
+    unchanged,
+)
 
 from ffcl_fast import functional as ff
 from ffcl_fast import ops, reference
@@ -68,9 +78,7 @@ def test_goodness_operator(backend, dtype, shape, mean, relu):
         assert dh.dtype == dtype and dh.is_contiguous()
         eager_dh = plain_gradient(plain, h, (mean, relu), grads)
         truth_dh = plain_gradient(plain, wide, (mean, relu), grads)
-        # The gradient through `out` is what of grad_out is orthogonal to h: nothing, where a sample has one element.
-        norm = (wide.clamp(min=0) if relu else wide).square().mean(1, keepdim=True).sqrt()
-        terms = 0.0 if grads[1] is None else float((grads[1] / (norm + EPS)).square().mean().sqrt())
+        terms = direction_terms(h, grads[1], relu, EPS)
         assert_close_to_reference(dh, eager_dh, truth_dh, factor=3, name="dh", terms=terms)
     assert_unchanged(before)
 

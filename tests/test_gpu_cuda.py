@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from goodness_cases import DTYPES, activations
+from goodness_cases import DTYPES, activations, direction_terms
 from gpu_cases import DEVICE, OPS, assert_right, both_passes, check_similarity, three
 from similarity_cases import problem, vectors
 
@@ -49,12 +49,9 @@ def check_goodness(shape, dtype, padding, mean=True, relu=True):
     compare(reference.goodness_forward, (h1,), mean, relu, True, EPS)
     goodness = reference.goodness_forward(h1, mean, relu, False, EPS)[0]
     grads = torch.randn(rows, device=DEVICE), torch.randn(shape, device=DEVICE).to(dtype)
-    # The gradient through `out` is what of grad_out is orthogonal to h: nothing, where a sample has one element.
-    units = (h1.double().clamp(min=0) if relu else h1.double()).norm(dim=1, keepdim=True) / width**0.5 + EPS
-    terms = float((grads[1] / units).square().mean().sqrt())
     for used in (grads, (grads[0], None), (None, grads[1])):
         results = three(reference.goodness_backward, (h1, goodness, *used), mean, relu, EPS, backend="cuda")
-        assert_right("goodness_backward", results, 3.0, terms if used[1] is not None else 0.0)
+        assert_right("goodness_backward", results, 3.0, direction_terms(h1, used[1], relu, EPS))
     target = torch.where(torch.rand(rows, device=DEVICE) < 0.5, 1.0, -1.0)
     coefficients = reference.pair_cosine_forward(h1, h2, target, 0.1, relu, 1.0, False, False)[1]
     for function, tensors, options in (
