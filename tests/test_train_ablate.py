@@ -235,11 +235,22 @@ def test_sound_metrics_are_those_of_a_run_that_is_done(stored_run, capsys):
     assert found["rows"][0]["runs"][0]["stages"]["local"] == {"best_epoch": 1, "epochs": 1, "val": EPOCH["val"]}
 
 
-def test_a_dry_run_looks_whether_the_data_is_there(stored_run, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("data", "said"),
+    (
+        (["no.tar"], "no such file"),
+        (["chestmnist"], "multi-label"),
+        (["pneumoniamnist_65"], "sizes"),
+        (["pneumoniamnist", "--data-dir", "nowhere"], "no such folder"),
+    ),
+    ids=("none", "labels", "size", "folder"),
+)
+def test_a_dry_run_looks_whether_the_data_is_there(data, said, stored_run, tmp_path, monkeypatch, capsys):
     arguments, _ = stored_run
-    assert cli.main([*arguments, "--seeds", "0,1", "--data", str(tmp_path / "no.tar"), "--dry-run"]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*arguments, "--out", "other", "--dry-run", "--data", *data]) == 2
     out, err = capsys.readouterr()
-    assert not out and len(err.splitlines()) == 1 and "data" in err and "no.tar" in err
+    assert not out and len(err.splitlines()) == 1 and "data" in err and said in err
 
 
 def test_flags_win_over_the_file(tmp_path):

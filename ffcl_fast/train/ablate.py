@@ -173,7 +173,7 @@ def ablate(
 
 def _check_without_data(config: Config, own_backbone: bool = False) -> None:
     """UserError for what of a run does not exist, as far as that can be told before its data is read."""
-    kind_of(config.data)
+    kind_of(config.data, config.data_dir)
     device_for(config)
     if not own_backbone:
         check_backbone(config)

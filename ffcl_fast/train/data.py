@@ -69,7 +69,7 @@ def prepare(config: Config, progress: Callable | None = None) -> Data:
     """
     from . import folder, sources
 
-    name, kind = config.data, kind_of(config.data)
+    name, kind = config.data, kind_of(config.data, config.data_dir)
     if name is None:
         note = "no --data given: training on scikit-learn's embedded digits (nothing to download)"
         data = sources.digits(config, (note,))

@@ -7,11 +7,16 @@ import os
 from .errors import UserError
 
 
-def kind_of(name: str | None) -> str:
-    """``digits``, ``medmnist`` or ``path``: what the setting ``data`` names. Raises UserError where that is nothing."""
+def kind_of(name: str | None, data_dir: str | None = None) -> str:
+    """``digits``, ``medmnist`` or ``path``: what the setting ``data`` names.
+
+    Raises UserError where that is nothing, or nothing to train on: 3-D or multi-label images, a ``data_dir`` that does
+    not exist.
+    """
     if name in (None, "digits"):
         return "digits"
     if is_medmnist(name):
+        _check_medmnist(name, data_dir)
         return "medmnist"
     if name.endswith(".npz") and os.path.isfile(name):
         place, file = os.path.split(name)
@@ -33,3 +38,15 @@ def is_medmnist(name: str) -> bool:
     import medmnist
 
     return name.partition("_")[0] in medmnist.INFO
+
+
+def _check_medmnist(name: str, data_dir: str | None) -> None:
+    import medmnist
+
+    flag, underscore, size = name.partition("_")
+    if underscore and size not in ("64", "128", "224"):
+        raise UserError(f"data {name}: MedMNIST has the sizes 28 ({flag}), 64, 128 and 224 ({flag}_224)")
+    if "3d" in flag or medmnist.INFO[flag]["task"] == "multi-label, binary-class":
+        raise UserError(f"data {name}: {'3-D' if '3d' in flag else 'multi-label'} data sets are not supported")
+    if data_dir and not os.path.isdir(data_dir):
+        raise UserError(f"data_dir {data_dir!r}: no such folder")
