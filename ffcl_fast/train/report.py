@@ -161,7 +161,7 @@ def _losses(axis: Any, stage: str, history: list[dict[str, Any]], best: int, los
     steps = [r["epoch"] - 1 + (i + 0.5) / len(r["trace"]) for r in history for i in range(len(r["trace"]))]
     axis.plot(steps, [value for r in history for value in r["trace"]], color=_TRAIN, lw=1.5, label="train")
     axis.plot(epochs, [r["val"]["loss"] for r in history], color=_VAL, lw=2, marker="o", ms=4, label="validation")
-    axis.plot(best, history[best - 1]["val"]["loss"], "*", color=_BEST, ms=11, label=f"best: epoch {best}")
+    axis.plot(best, history[best - 1]["val"]["loss"], "*", color=_BEST, mfc="none", ms=12, label=f"best: epoch {best}")
     if layers:
         axis.plot([], [], color=shades[0], lw=0.8, label=f"{layers[0]} ...")
         axis.plot([], [], color=shades[-1], lw=0.8, label=f"... {layers[-1]} (validation)")
