@@ -39,6 +39,10 @@ def ours(make: Callable[[str], Function]) -> dict[str, Provider]:
     }
 
 
+def in_bf16(what: str, build: Callable[[], Function]) -> Provider:
+    return Provider("rival", f"{what}, bfloat16 inputs", build, torch.bfloat16, devices=("cpu",))
+
+
 def fewer(rows: int) -> Callable[[Shape], Shape]:
     return lambda shape: (min(shape[0], rows), *shape[1:])
 
@@ -141,6 +145,7 @@ NT_XENT = Family(
             "rival", "pytorch_metric_learning.losses.NTXentLoss", _metric_learning_nt_xent
         ),
         "lightly, compiled": compiled("lightly.loss.NTXentLoss", _lightly),
+        "lightly-bf16": in_bf16("lightly.loss.NTXentLoss", _lightly),
         "product": _own_product(),
         "product 8192": product_8192(),
     },
@@ -197,6 +202,7 @@ CLIP = Family(
     | {
         "open_clip": Provider("rival", "open_clip.ClipLoss", _open_clip),
         "open_clip, compiled": compiled("open_clip.ClipLoss", _open_clip),
+        "open_clip-bf16": in_bf16("open_clip.ClipLoss", _open_clip),
         **gpu_rivals.CLIP,
         "product": product("image", "text"),
         "product 8192": product_8192(),

@@ -21,6 +21,7 @@ from .provider import Family, Inputs, Provider
 from .workloads import ON_GPU, Workload, prepared
 
 BASELINE = "triton" if ON_GPU else "cpu"  # the provider that every other one's time is divided by
+BASELINE_BF16 = "cpu-bf16"  # instead, for a rival on a CPU with bfloat16 inputs
 _MAX_ROUNDS = 200
 _COMPARED_ROUNDS = 5
 FAILURES = (ImportError, RuntimeError, MemoryError, ValueError, TypeError, AttributeError)
@@ -253,12 +254,15 @@ def records(workload: Workload, found: dict[str, Samples], stamp: dict[str, str]
     """One record a provider, summary statistics only; ratios are medians over rounds of the time over ours in that
     round, so that what slows the whole machine for a while cancels."""
     run = uuid.uuid4().hex[:8]
-    ours = found.get(BASELINE, Samples()).total
     ceiling = next((found[n].total for n, p in workload.providers().items() if p.kind == "ceiling" and n in found), [])
-    return [
-        base_record(workload, name) | {"time": stamp | {"run": run} | _time(workload, name, samples, ours, ceiling)}
-        for name, samples in found.items()
-    ]
+    made = []
+    for name, samples in found.items():
+        provider = workload.providers()[name]
+        baseline = BASELINE_BF16 if (provider.kind, provider.dtype) == ("rival", torch.bfloat16) else BASELINE
+        ours = found.get(baseline, Samples()).total
+        time = stamp | {"run": run} | _time(workload, name, samples, ours, ceiling)
+        made.append(base_record(workload, name) | {"time": time})
+    return made
 
 
 def base_record(workload: Workload, name: str) -> dict[str, Any]:

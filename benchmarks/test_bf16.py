@@ -1,4 +1,4 @@
-"""Do bfloat16 inputs pay on this processor?"""
+"""Do bfloat16 inputs pay on this processor, and how do rivals do with them?"""
 
 from __future__ import annotations
 

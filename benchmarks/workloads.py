@@ -141,8 +141,8 @@ GOODNESS = [
     *_list("layerwise", (256,), (2048,), (8192,)),
 ]
 BF16 = [
-    *_list("nt_xent", (8192, 256), chosen=("cpu", "cpu-bf16")),
-    *_list("clip", (8192, 256), chosen=("cpu", "cpu-bf16")),
+    *_list("nt_xent", (1024, 512), (8192, 256), chosen=("cpu", "cpu-bf16", "lightly-bf16")),
+    *_list("clip", (1024, 512), (8192, 256), chosen=("cpu", "cpu-bf16", "open_clip-bf16")),
 ]
 # Peak memory in a process of its own. The largest are for us alone: a matrix of pairs would have 2^32 entries.
 _OTHERS = ("product", "panels")  # a process takes seconds: NT-Xent shows what the panels take

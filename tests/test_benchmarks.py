@@ -116,6 +116,17 @@ def test_a_rival_that_fails_costs_its_own_row_only():
     assert records["failing"]["problem"].startswith("out of memory")
 
 
+def test_a_rival_in_bfloat16_is_compared_with_our_kernels_in_bfloat16():
+    workload = next(w for w in BF16 if w.family.name == "clip")
+    seconds = {"cpu": 4.0, "cpu-bf16": 1.0, "open_clip-bf16": 3.0}
+    found = {n: measure.Samples(total={0: s}, forward={0: s}) for n, s in seconds.items()}
+    records = {r["provider"]: r for r in measure.records(workload, found, {})}
+    assert {n: r["time"]["over_ours"] for n, r in records.items()} == {
+        "cpu": 1.0, "cpu-bf16": 0.25, "open_clip-bf16": 3.0
+    }  # fmt: skip
+    assert records["open_clip-bf16"]["dtype"] == "bfloat16"
+
+
 def test_errors_and_different_bits_are_seen():
     calls = iter(range(1, 100))
     wrong = {
