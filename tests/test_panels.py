@@ -100,4 +100,5 @@ def test_both_ways_agree(symmetric, monkeypatch):
     first = run()
     monkeypatch.setattr(panels_similarity._Tiles, "offset", lambda self: None)
     for a, b in zip(first, run(), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-4)
+        largest = float(b.abs().max()) if b.numel() else 0.0  # an element may be what is left of terms of this size
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * largest)
