@@ -20,7 +20,7 @@ from torch import Tensor
 from .provider import Family, Inputs, Provider
 from .workloads import ON_GPU, Workload, prepared
 
-BASELINE = "triton" if ON_GPU else "cpu"  # the provider that every other one's time is divided by
+BASELINE = "triton" if ON_GPU else "cpu"  # the provider that times are divided by
 BASELINE_BF16 = "cpu-bf16"  # instead, for a rival on a CPU with bfloat16 inputs
 _MAX_ROUNDS = 200
 _COMPARED_ROUNDS = 5

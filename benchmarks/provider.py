@@ -48,7 +48,8 @@ class Family:
     Attributes:
         inputs: float32 inputs of a shape from a generator, on the generator's device.
         leaves: the inputs that need a gradient.
-        providers: by name; "cpu", on a GPU "triton", is the one that others are compared with.
+        providers: by name; "cpu", on a GPU "triton", is the one that others are compared with; "cpu-bf16" for a
+            rival with bfloat16 inputs.
         units: U that count, forward and backward; 0 for memory-bound work.
         unit_flops: operations of one U.
         useful_bytes: float32 bytes that have to move, forward and backward; None for products.

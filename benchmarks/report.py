@@ -88,13 +88,14 @@ def family_table(results: Results, family: str) -> str:
             rows.append([bars.size(r), name, *[""] * 7, time["problem"]])
             continue
         gigabytes = time.get("gigabytes_per_second")
+        own = " (cpu-bf16)" if (r["kind"], r["provider"][-5:]) == ("rival", "-bf16") else ""
         rate = f"{gigabytes:.1f} GB/s" if gigabytes else f"{1e3 * (time['tflops'] or 0):.0f} GFLOP/s"
         rows.append(
             [
                 bars.size(r),
                 name,
                 *(_called(time, part) for part in ("forward_", "")),
-                _optional(time.get("over_ours"), "{:.2f}"),
+                _optional(time.get("over_ours"), "{:.2f}" + own),
                 rate,
                 _optional(time.get("fraction_of_ceiling"), "{:.0%}"),
                 _megabytes(time["peak_bytes"]),

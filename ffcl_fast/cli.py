@@ -211,7 +211,7 @@ def _train(flags: dict[str, Any]) -> int:
     file, resume = flags.pop("config"), flags.pop("resume")
     if resume is None:
         config = load_config(flags, file)
-        kind_of(config.data, config.data_dir)  # before the imports, which take seconds
+        kind_of(config.data, config.data_dir)  # before the trainer's imports, which take seconds
     elif file is not None:
         raise UserError("config: cannot be given with --resume, which keeps the run's own settings")
     from .train.parallel import restarts

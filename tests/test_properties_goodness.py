@@ -216,8 +216,8 @@ def test_a_layer_that_trains_itself(data, n, m, k, width, dtype, mean, relu, nor
     shapes = (n, k), (m, k), (width, k), (width,)
     inputs = data.draw(tensors(*shapes, dtype=dtype, by=(by, by, k**-0.5, 0.1), device=device))
     x_pos, x_neg, weight, bias = inputs
-    # PyTorch's own layer reads past the ends of bfloat16 rows where a processor has AMX, into what lies beside them.
-    x_pos, x_neg = (x.clone(memory_format=torch.contiguous_format) for x in (x_pos, x_neg))
+    if dtype == torch.bfloat16:  # with AMX the layer of PyTorch 2.14 itself is NaN where NaN lies beside an odd row
+        x_pos, x_neg = (x.clone(memory_format=torch.contiguous_format) for x in (x_pos, x_neg))
     module = nn.Linear(k, width, device=device, dtype=dtype)
     with torch.no_grad():
         module.weight.copy_(weight), module.bias.copy_(bias)

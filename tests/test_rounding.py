@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import plain
 import pytest
 import torch
 
@@ -30,3 +31,17 @@ def test_ties_go_to_the_even_number(dtype):
     h = torch.ones(2, 40).to(dtype).requires_grad_()
     (dh,) = torch.autograd.grad(fn.goodness(h, backend="cpu"), h, (1 + eps * torch.tensor([1.5, 2.5])) / 2)
     assert torch.equal(dh.double(), torch.full((2, 40), 1 + 2 * eps, dtype=torch.float64))
+
+
+def test_the_rule_of_the_other_tests_knows_numbers_below_the_normal_ones():
+    """plain.compare, of a float16 gradient near 4e-6, where one unit in the last place is 1.5 % of it."""
+    x, weight = torch.randn(40, 129).half(), torch.randn(40, 129, dtype=torch.float64)
+
+    def written_out(x):
+        return (x * weight.to(x.dtype)).sum() * 2.0**-15
+
+    value = written_out(x)
+    exact = weight * 2.0**-15 * plain.upstream(value.double())
+    plain.compare([value, exact.half()], written_out, [x])
+    with pytest.raises(AssertionError, match="gradient 1"):
+        plain.compare([value, (1.1 * exact).half()], written_out, [x])
