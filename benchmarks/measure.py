@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .provider import Family, Inputs, Provider
+from .provider import Family, Inputs, Provider, baseline
 from .workloads import ON_GPU, Workload, prepared
 
-BASELINE = "triton" if ON_GPU else "cpu"  # the provider that times are divided by
-BASELINE_BF16 = "cpu-bf16"  # instead, for a rival on a CPU with bfloat16 inputs
+BASELINE = "triton" if ON_GPU else "cpu"  # the provider that most times are divided by
 _MAX_ROUNDS = 200
 _COMPARED_ROUNDS = 5
 FAILURES = (ImportError, RuntimeError, MemoryError, ValueError, TypeError, AttributeError)
@@ -257,11 +256,9 @@ def records(workload: Workload, found: dict[str, Samples], stamp: dict[str, str]
     ceiling = next((found[n].total for n, p in workload.providers().items() if p.kind == "ceiling" and n in found), [])
     made = []
     for name, samples in found.items():
-        provider = workload.providers()[name]
-        baseline = BASELINE_BF16 if (provider.kind, provider.dtype) == ("rival", torch.bfloat16) else BASELINE
-        ours = found.get(baseline, Samples()).total
-        time = stamp | {"run": run} | _time(workload, name, samples, ours, ceiling)
-        made.append(base_record(workload, name) | {"time": time})
+        record = base_record(workload, name)
+        ours = found.get(baseline(record["kind"], name, BASELINE), Samples()).total
+        made.append(record | {"time": stamp | {"run": run} | _time(workload, name, samples, ours, ceiling)})
     return made
 
 

@@ -48,8 +48,7 @@ class Family:
     Attributes:
         inputs: float32 inputs of a shape from a generator, on the generator's device.
         leaves: the inputs that need a gradient.
-        providers: by name; "cpu", on a GPU "triton", is the one that others are compared with; "cpu-bf16" for a
-            rival with bfloat16 inputs.
+        providers: by name; :func:`baseline` says which of them each is compared with.
         units: U that count, forward and backward; 0 for memory-bound work.
         unit_flops: operations of one U.
         useful_bytes: float32 bytes that have to move, forward and backward; None for products.
@@ -73,3 +72,9 @@ class Family:
     ceiling_bytes: Callable[[Shape], float] | None = None
     upstream: Callable[[Inputs], tuple[Tensor, ...]] | None = None
     forward_units: float = 0
+
+
+def baseline(kind: str, name: str, usual: str) -> str:
+    """Which of our providers the time of this one is divided by: ``usual`` ("cpu", on a GPU "triton"), but for a rival
+    with bfloat16 inputs, which its name tells, the one that has them too."""
+    return "cpu-bf16" if kind == "rival" and name.endswith("-bf16") else usual

@@ -18,6 +18,7 @@ from typing import Any
 from . import adopt, bars, store, trainer_tables, workloads
 from .bars import GPU_BACKENDS, GPU_KERNELS, MET, MISSED, NOT_MEASURED, NOT_REACHABLE, Verdict
 from .machine import target
+from .provider import baseline
 from .variants import FAMILIES
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -88,7 +89,8 @@ def family_table(results: Results, family: str) -> str:
             rows.append([bars.size(r), name, *[""] * 7, time["problem"]])
             continue
         gigabytes = time.get("gigabytes_per_second")
-        own = " (cpu-bf16)" if (r["kind"], r["provider"][-5:]) == ("rival", "-bf16") else ""
+        divisor = baseline(r["kind"], r["provider"], "")
+        own = f" ({divisor})" if divisor else ""
         rate = f"{gigabytes:.1f} GB/s" if gigabytes else f"{1e3 * (time['tflops'] or 0):.0f} GFLOP/s"
         rows.append(
             [
