@@ -134,6 +134,9 @@ __device__ __forceinline__ void barrier_expect(uint64_t* b, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
                : "memory");
 }
+__device__ __forceinline__ void barrier_arrive(uint64_t* b) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
 // Arrives at the same barrier of block `rank` of the cluster.
 __device__ __forceinline__ void barrier_arrive(uint64_t* b, unsigned rank) {
   asm volatile(
@@ -149,6 +152,16 @@ __device__ __forceinline__ void barrier_wait(uint64_t* b, int parity) {
       "@!done bra again;\n}" ::"r"(shared_address(b)),
       "r"(parity)
       : "memory");
+}
+// Whether that phase has ended.
+__device__ __forceinline__ bool barrier_passed(uint64_t* b, int parity) {
+  uint32_t passed;
+  asm volatile(
+      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+      : "=r"(passed)
+      : "r"(shared_address(b)), "r"(parity)
+      : "memory");
+  return passed;
 }
 // A box of the tensor at (x, y) to the same place of every block in `blocks` (a bit each), whose barriers count it.
 __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, uint64_t* b, int x, int y) {

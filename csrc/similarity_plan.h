@@ -2,8 +2,9 @@
 // arithmetic that host and device share, tested on the CPU.
 //
 // A block (on sm_90: a cluster of two) owns a super-tile: `span` x `span` tiles of 128 x 128. It leaves one partial sum
-// a row and one a column, so rows x cols / (128 span) floats of each kind leave the chip. A long problem runs once per
-// chunk of rows, so that the partial sums fit into a bounded workspace. No atomics: everything is added in one order.
+// a row and one a column (on sm_90: two), so rows x cols / (128 span) floats of each kind leave the chip. A long problem
+// runs once per chunk of rows, so that the partial sums fit into a bounded workspace. No atomics: everything is added in
+// one order.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +17,7 @@ constexpr int TILE = 128;  // rows and columns of a tile of S
 constexpr int MAX_SPAN = 8;
 constexpr int GROUP = 8;  // super-tile rows that walk the columns together: their operands share L2
 constexpr int NORM_PARTS = 128;
+constexpr int CLUSTER90 = 2, CONSUMERS90 = 2;  // blocks of a cluster, and warpgroups of each that multiply
 inline int64_t sums_workspace_limit = 64 << 20;  // bytes of partial sums of one launch; tests lower it
 constexpr float LOG2E = 1.4426950408889634f;
 // One offset serves exponents about 195 powers of two below their bound; what is lower is lost to it and rescued. Past
@@ -72,21 +74,23 @@ FFCL_HD inline Cell folded(int64_t at, int first, int last, int total) {
 
 struct SumsPlan {
   int span = 1;  // tiles on a side of a super-tile
-  int blocks = 1;  // blocks of a cluster, which share a super-tile's rows
+  int blocks = 1;  // of a cluster, which share a super-tile
+  int shares = 1;  // partial sums of a row and of a column that it leaves: of the blocks, and of a block's groups
   int side = TILE;
   int supers = 1;  // super-tiles along the columns
   int chunk = TILE;  // rows a launch
   bool triangle = false;
 
   // Floats of workspace: largest norms, then the partial sums of rows and of columns.
-  FFCL_HD int64_t row_floats() const { return static_cast<int64_t>(supers) * chunk; }
-  FFCL_HD int64_t col_slots() const { return static_cast<int64_t>(chunk / side) * blocks; }
+  FFCL_HD int64_t row_floats() const { return static_cast<int64_t>(supers) * shares * chunk; }
+  FFCL_HD int64_t col_slots() const { return static_cast<int64_t>(chunk / side) * shares; }
 };
 
 inline SumsPlan plan_sums(int rows, int cols, bool triangle, bool cluster, int processors) {
   SumsPlan p;
   p.triangle = triangle;
-  p.blocks = cluster ? 2 : 1;
+  p.blocks = cluster ? CLUSTER90 : 1;
+  p.shares = p.blocks;
   const int64_t wanted = static_cast<int64_t>(triangle ? 8 : 4) * processors / p.blocks;
   for (p.span = MAX_SPAN; p.span > p.blocks; p.span /= 2) {
     const int side = p.span * TILE;
@@ -94,8 +98,7 @@ inline SumsPlan plan_sums(int rows, int cols, bool triangle, bool cluster, int p
   }
   p.side = p.span * TILE;
   p.supers = ceil_div(cols, p.side);
-  const int64_t fit =
-      most<int64_t>(1, sums_workspace_limit / (4 * (1 + p.blocks) * static_cast<int64_t>(most(cols, 1))));
+  const int64_t fit = most<int64_t>(1, sums_workspace_limit / (8 * p.shares * static_cast<int64_t>(most(cols, 1))));
   p.chunk = static_cast<int>(least<int64_t>(ceil_div(rows, p.side), fit)) * p.side;
   return p;
 }
@@ -128,12 +131,12 @@ FFCL_HD inline Slots slots_of(const SumsPlan& p, bool is_col, int index, int beg
   const int first = begin / p.side, last = ceil_div(end, p.side), own = index / p.side;
   Slots s;
   if (p.triangle) {
-    if (index < end) s.first_row = own, s.last_row = p.supers;
-    s.last_col = (least(own + 1, last) - first) * p.blocks;
+    if (index < end) s.first_row = own * p.shares, s.last_row = p.supers * p.shares;
+    s.last_col = (least(own + 1, last) - first) * p.shares;
   } else if (is_col) {
-    s.last_col = (last - first) * p.blocks;
+    s.last_col = (last - first) * p.shares;
   } else {
-    s.last_row = p.supers;
+    s.last_row = p.supers * p.shares;
   }
   return s;
 }
@@ -180,52 +183,55 @@ constexpr int PANEL_SHARED80 = STAGES80 * 2 * OPERAND80;
 static_assert(TILE * PANEL_PITCH <= PANEL_SHARED80);
 static_assert(SUMS_SHARED80 <= 99 << 10, "sm_86 and sm_89 have no more");
 
-// sm_90: a step is 64 deep, 128 bytes a row, which TMA writes and wgmma reads in the 128-byte swizzle. A cluster of two
-// blocks has 256 rows of S against the same 128 columns: each block loads its own rows, and half of the columns for
-// both.
+// sm_90: a step is 64 deep, 128 bytes a row, which TMA writes and wgmma reads in the 128-byte swizzle. The place of an
+// operand's step in shared memory is 16 KiB.
 constexpr int APART90 = 64;
-constexpr int CLUSTER90 = 2, STEP90 = 64, OPERAND90 = TILE * STEP90 * 2;
-constexpr int SUMS_STAGES90 = 6, PANEL_STAGES90 = 4, CONSUMERS90 = 2;
+constexpr int STEP90 = 64, OPERAND90 = TILE * STEP90 * 2;
+constexpr int PLACES90 = 13;
 constexpr int THREADS90 = 128 * (1 + CONSUMERS90);
 constexpr int BARRIERS90 = 256;  // bytes before the rest
-constexpr int SUMS_SHARED90 =
-    SUMS_STAGES90 * 2 * OPERAND90 + BARRIERS90 + CONSUMERS90 * (MAX_SPAN / 2 * TILE + 4 * TILE) * 4;
-constexpr int PANEL_SHARED90 = PANEL_STAGES90 * 2 * OPERAND90 + BARRIERS90 + CONSUMERS90 * TILE * PANEL_PITCH;
-static_assert(SUMS_SHARED90 <= 227 << 10 && PANEL_SHARED90 <= 227 << 10);
+constexpr int PANEL_SHARED90 = PLACES90 * OPERAND90 + BARRIERS90;
+constexpr int SUMS_SHARED90 = PANEL_SHARED90 + CONSUMERS90 * (MAX_SPAN * TILE + 4 * TILE) * 4;
+static_assert(SUMS_SHARED90 <= 227 << 10);
 
 // wgmma's description of an operand at `address` of shared memory whose rows are 128 bytes, in the 128-byte swizzle:
 // eight rows are 1024 bytes. 16 elements further along the depth are 32 bytes further.
-FFCL_HD inline uint64_t swizzled_operand(uint32_t address) {
+FFCL_HD constexpr uint64_t swizzled_operand(uint32_t address) {
   return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-// What a cluster multiplies, in order: a super-tile's tiles of 256 x 128, two columns of tiles at a time, of which each
-// consumer `w` has one. The consumers strictly take turns (product90 relies on it), so a tile past the last column, or
-// below the diagonal where its neighbour is not, is computed for nothing. Calls use(i, j, w).
+// What a cluster multiplies, in order: a super-tile's tiles of 128 x 256, down one column of tiles after the other. The
+// half of a tile past the last column, or below the diagonal where the other half is not, is computed for nothing.
+// Calls use(i, j, whether it is the column's last).
 template <class Use>
 FFCL_HD void walk_super_tile(const SumsPlan& p, const Mask& m, int end, int row, int col, Use use) {
+  const int rows = least(p.span, ceil_div(end - row, TILE));
   FFCL_NO_UNROLL
-  for (int pair = 0; pair < p.span && col + pair * TILE < m.cols; pair += CONSUMERS90) {
+  for (int j = 0; j < p.span / CLUSTER90 && col + j * CLUSTER90 * TILE < m.cols; ++j) {
+    const int after = col + (j + 1) * CLUSTER90 * TILE;
+    const int tiles = m.triangle ? least(rows, ceil_div(after - row, TILE)) : rows;
     FFCL_NO_UNROLL
-    for (int i = 0; i < p.span / CLUSTER90; ++i) {
-      const int r = row + i * CLUSTER90 * TILE;
-      if (r >= end || (m.triangle && r >= col + (pair + CONSUMERS90) * TILE)) break;
-      FFCL_NO_UNROLL
-      for (int w = 0; w < CONSUMERS90; ++w) use(i, pair + w, w);
-    }
+    for (int i = 0; i < tiles; ++i) use(i, j, i == tiles - 1);
   }
 }
 
-// The tiles of 256 x 128 of a panel that cluster `first` of `clusters` has. Calls use(row, col, w).
+// The 128 x 256 tiles of a panel.
+FFCL_HD inline int64_t panel_tiles(int height, int width) {
+  return static_cast<int64_t>(ceil_div(height, TILE)) * ceil_div(width, CLUSTER90 * TILE);
+}
+
+// Tiles begin..end-1 of them, down one column of tiles after the other. Calls use(row, col, whether it is the last of its
+// column that is among them).
 template <class Use>
-FFCL_HD void walk_panel(int height, int width, int64_t first, int64_t clusters, Use use) {
-  const int down = ceil_div(height, CLUSTER90 * TILE), across = ceil_div(width, TILE);
-  int w = 0;
+FFCL_HD void walk_panel(int height, int width, int64_t begin, int64_t end, Use use) {
+  const int down = ceil_div(height, TILE);
+  int i = static_cast<int>(begin % down), j = static_cast<int>(begin / down);
   FFCL_NO_UNROLL
-  for (int64_t at = first; at < static_cast<int64_t>(down) * across; at += clusters) {
-    const Cell c = grouped(at, down, across);
-    use(c.row * CLUSTER90 * TILE, c.col * TILE, w);
-    w = (w + 1) % CONSUMERS90;
+  for (int64_t at = begin; at < end; ++at) {
+    const bool last = i == down - 1;
+    use(i * TILE, j * CLUSTER90 * TILE, last || at == end - 1);
+    i = last ? 0 : i + 1;
+    j += last;
   }
 }
 

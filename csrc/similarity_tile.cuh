@@ -197,6 +197,46 @@ __device__ __forceinline__ void pair_gradients(float (&acc)[MF][NF][4], const Ma
         if (!kept(mask, row + fragment_row(lane, m, e, APART), col + fragment_col(lane, n, e))) acc[m][n][e] = 0.f;
 }
 
+// A warp's fragment, rounded, to the panel, whose rows are 16-byte aligned and may be written to the next multiple of 8
+// elements. The four threads of a row exchange four fragments' columns, so that each stores 16 bytes of one.
+template <class T, int APART, int MF, int NF>
+__device__ __forceinline__ void store_fragment(const float (&acc)[MF][NF][4], void* panel, int64_t stride, int row,
+                                               int col, int height, int width) {
+  static_assert(NF % 4 == 0);
+  const int lane = threadIdx.x % 32, place = lane % 4;
+#pragma unroll
+  for (int m = 0; m < MF; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int n = 0; n < NF; n += 4) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          T pair[2];
+          assign(pair[0], acc[m][n + i][2 * half]);
+          assign(pair[1], acc[m][n + i][2 * half + 1]);
+          memcpy(&words[i], pair, 4);
+        }
+        // A 4 x 4 transposition: blocks of two, then what is in them.
+#pragma unroll
+        for (int step = 2; step; step /= 2)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (i & step) continue;
+            const bool upper = place & step;
+            const uint32_t theirs = __shfl_xor_sync(0xffffffffu, upper ? words[i] : words[i + step], step);
+            if (upper)
+              words[i] = theirs;
+            else
+              words[i + step] = theirs;
+          }
+        const int r = row + fragment_row(lane, m, 2 * half, APART), c = col + 8 * (n + place);
+        if (r < height && c < width)
+          store16(static_cast<uint16_t*>(panel) + r * stride + c, uint4{words[0], words[1], words[2], words[3]});
+      }
+}
+
 // A warp's fragment, rounded, into a tile of T in shared memory whose rows are PANEL_PITCH bytes apart.
 template <class T, int APART, int MF, int NF>
 __device__ __forceinline__ void stage_tile(const float (&acc)[MF][NF][4], unsigned char* tile, int row, int col) {

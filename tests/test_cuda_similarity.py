@@ -223,7 +223,7 @@ def test_every_slot_is_added_once(triangle, cluster, emulated):  # noqa: F811
     cols = rows if triangle else int(torch.randint(300, 4000, ()))
     cut = rows, cols, triangle, cluster, 132
     side = emulated.sums_plan(*cut)["side"]
-    blocks = 2 if cluster else 1
+    shares = 2 if cluster else 1
     chunk = 2 * side
     for index in torch.randint(rows, (10,)).tolist():
         own, got_rows, got_cols = index // side, [], []
@@ -231,10 +231,10 @@ def test_every_slot_is_added_once(triangle, cluster, emulated):  # noqa: F811
             end = min(rows, begin + chunk)
             first_row, last_row, last_col = emulated.sums_slots(*cut, False, index, begin, end)
             if begin <= index < end:
-                got_rows += range(first_row, last_row)
-            assert last_col % blocks == 0
+                got_rows += range(first_row // shares, last_row // shares)
+            assert first_row % shares == last_row % shares == last_col % shares == 0
             if triangle and begin // side <= own:
-                got_cols += range(begin // side, begin // side + last_col // blocks)
+                got_cols += range(begin // side, begin // side + last_col // shares)
         supers = -(-cols // side)
         assert got_rows == list(range(own if triangle else 0, supers))
         assert got_cols == (list(range(own + 1)) if triangle else [])
@@ -244,7 +244,7 @@ def test_workspace_is_bounded(emulated):  # noqa: F811
     for rows, cols in ((1 << 20, 1 << 20), (1 << 17, 1 << 14), (100, 100)):
         for cluster in (False, True):
             plan = emulated.sums_plan(rows, cols, False, cluster, 132)
-            least_rows = 4 * 3 * (cols + plan["side"])  # one row of super-tiles
+            least_rows = 4 * 4 * (cols + plan["side"])  # one row of super-tiles
             assert 4 * plan["workspace"] <= max(64 << 20, least_rows) + 8192
 
 

@@ -20,7 +20,11 @@ from ffcl_fast.backends.triton.similarity_backward import (
     vector_kernel,
 )
 from ffcl_fast.backends.triton.similarity_forward import (
+    ABOVE,
+    ALL,
+    ON_DIAGONAL,
     SPAN,
+    UPPER,
     finish_constants,
     finish_kernel,
     norm_constants,
@@ -157,13 +161,17 @@ def _variants(
         return Compilation(name + note, kernel, signature, constants, tile, dtype, width, matrix)
 
     if op in ("forward", "triangle"):
-        alone = op == "triangle"
-        ways = [("triangle", exclude or ops.EXCLUDE_DIAGONAL, True, True) if alone else ("both", exclude, True, False)]
-        if not alone and usual and not ids and (dtype, width) == ("bf16", 512):
-            ways.append(("rows only", ops.EXCLUDE_DIAGONAL, False, False))
-        for name, left_out, both, triangle in ways:
-            c = sums_constants(tile, width, unit, how, PARTS, left_out, both, triangle, span)
-            yield item(f"sums {name}", sums_kernel, c)
+        if op == "triangle":
+            ways = [("triangle", exclude, True, UPPER if ids else ON_DIAGONAL)]
+        else:
+            ways = [("both", exclude, True, ALL)] + ([] if exclude else [("above", exclude, True, ABOVE)])
+            if usual and not ids and (dtype, width) == ("bf16", 512):
+                ways.append(("rows only", ops.EXCLUDE_DIAGONAL, False, ALL))
+        for name, left_out, both, cells in ways:
+            # A super-tile has as many rows on the diagonal as above it, where tiles may have twice as many.
+            for tiles in (span, 2 * span) if cells == ON_DIAGONAL and tile.rows < 128 else (span,):
+                c = sums_constants(tile, width, unit, how, PARTS, left_out, both, cells, tiles)
+                yield item(f"sums {name}", sums_kernel, c)
     elif op == "panel":
         for sides in (3, 1) if usual and not ids and dtype == "bf16" else (3,):
             c = panel_constants(tile, width, unit, how, exclude, sides)

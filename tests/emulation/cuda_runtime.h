@@ -138,6 +138,10 @@ T __shfl_xor_sync(unsigned, T x, int mask) {
   const unsigned from = emulated::self->lane() ^ static_cast<unsigned>(mask);
   return emulated::exchange(x, [&](auto lane) { return lane(from); });
 }
+template <class T>
+T __shfl_sync(unsigned, T x, int from) {
+  return emulated::exchange(x, [&](auto lane) { return lane(static_cast<unsigned>(from)); });
+}
 inline bool __any_sync(unsigned, bool x) {
   return emulated::exchange(x, [&](auto lane) {
     bool any = false;

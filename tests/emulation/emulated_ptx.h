@@ -151,8 +151,13 @@ inline void barrier_expect(uint64_t* b, uint32_t bytes) {
   counting(b)->bytes += static_cast<int32_t>(bytes);
   counting(b)->arrive();
 }
+inline void barrier_arrive(uint64_t* b) { counting(b)->arrive(); }
 inline void barrier_arrive(uint64_t* b, unsigned rank) {
   counting(const_cast<uint64_t*>(in_block(b, rank)))->arrive();
+}
+inline bool barrier_passed(uint64_t* b, int parity) {
+  if (counting(b)->ready != 1) emulated::fail("asking a barrier that was not initialised");
+  return counting(b)->phase != parity;
 }
 inline void barrier_wait(uint64_t* b, int parity) {
   if (counting(b)->ready != 1) emulated::fail("waiting at a barrier that was not initialised");

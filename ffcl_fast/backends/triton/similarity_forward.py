@@ -8,6 +8,7 @@ sums never take more than ``config.WORKSPACE`` bytes. No atomics: every number i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,12 @@ from .tiles import (
 )
 
 SPAN = 8  # tiles on a side of a block's super-tile, where that leaves enough super-tiles to fill the chip
+# Which super-tiles a launch of sums_kernel has: all, or of the triangle (k = q) those on and above the diagonal, above it
+# alone, on it alone. Apart, what lies above needs no masks, whose registers would cost it its large tiles.
+ALL = tl.constexpr(0)
+UPPER = tl.constexpr(1)
+ABOVE = tl.constexpr(2)
+ON_DIAGONAL = tl.constexpr(3)
 NORM_ROWS = 64  # 16 KiB of 16-bit numbers a step: fewer in flight would not fill the memory bus
 
 
@@ -69,8 +76,8 @@ def largest_norm(x, part, rows, stride, WIDTH: tl.constexpr, DEPTH: tl.constexpr
 # How it works: a block owns a super-tile of SPAN x `col_tiles` tiles and walks down each column of tiles. One exp2 an
 # element feeds both sums. Column sums stay where the product left them: with FOLD only rows that one thread holds are
 # added per tile, and threads and warps meet once a column of tiles. Row sums of the super-tile are a (SPAN, BLOCK_ROWS)
-# register tensor. So 2 N M / (super-tile side) floats leave the chip. With TRIANGLE (k = q) only tiles that touch or
-# lie above the diagonal run, and both sums belong to one vector. Tiles without a tail, diagonal or ids skip the masks.
+# register tensor. So 2 N M / (super-tile side) floats leave the chip. Where k = q only tiles that touch or lie above the
+# diagonal run, and both sums belong to one vector. Tiles without a tail, diagonal or ids skip the masks.
 # Bound by: tensor cores for D >= 256; below, exp2 (16 a clock and multiprocessor) takes 128 / D of the product's time.
 # Blocks small enough for two on a multiprocessor let one's exponentials run beside the other's products.
 @triton.jit(do_not_specialize=["rows", "cols", "row_begin", "row_end"])
@@ -78,21 +85,31 @@ def sums_kernel(q, k, scale, row_ids, col_ids, row_ranges, col_ranges, norms, ro
                 row_begin, row_end, q_stride, k_stride, col_tiles, supers, headroom, WIDTH: tl.constexpr,
                 BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr,
                 DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, EXCLUDE: tl.constexpr, BOTH: tl.constexpr,
-                TRIANGLE: tl.constexpr, SPAN: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr,
+                CELLS: tl.constexpr, SPAN: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr,
                 PARTS: tl.constexpr, SPECIALIZE: tl.constexpr, GRAIN: tl.constexpr):
     side: tl.constexpr = SPAN * BLOCK_ROWS
+    halved: tl.constexpr = CELLS == UPPER or CELLS == ON_DIAGONAL  # there are tiles below the diagonal
     first = row_begin // side
     last = tl.cdiv(row_end, side)
     pid = tl.program_id(0)
-    if TRIANGLE:
+    if CELLS == UPPER:
         super_row, super_col = folded(pid, first, last, supers, GROUP)
         if super_col >= supers:
             return
+    elif CELLS == ABOVE:
+        # Without its diagonal a triangle is one with a row and a column less.
+        super_row, super_col = folded(pid, first, tl.minimum(last, supers - 1), supers - 1, GROUP)
+        super_col += 1
+        if super_col >= supers:
+            return
+    elif CELLS == ON_DIAGONAL:
+        super_row = first + pid
+        super_col = super_row
     else:
         super_row, super_col = grouped(pid, last - first, supers, GROUP)
         super_row += first
     scale_value = tl.load(scale).to(tl.float32)
-    bound, c = offset(scale_value, norms, headroom, PARTS, TRIANGLE)
+    bound, c = offset(scale_value, norms, headroom, PARTS, CELLS != ALL)
     if bound > BOUND_LIMIT:
         return
     s, _ = exponent(scale_value)
@@ -104,7 +121,7 @@ def sums_kernel(q, k, scale, row_ids, col_ids, row_ranges, col_ranges, norms, ro
     for j in range(0, tl.minimum(col_tiles, tl.cdiv(cols - col, BLOCK_COLS))):
         at = col + j * BLOCK_COLS
         end = tiles
-        if TRIANGLE:
+        if halved:
             end = tl.minimum(tiles, tl.cdiv(at + BLOCK_COLS - row, BLOCK_ROWS))
         if WIDTH <= DEPTH:
             y = load_tile(k, at, 0, cols, k_stride, WIDTH, BLOCK_COLS, DEPTH, UNIT, DESCRIPTOR)
@@ -120,11 +137,11 @@ def sums_kernel(q, k, scale, row_ids, col_ids, row_ranges, col_ranges, norms, ro
                               DESCRIPTOR, PRECISION)
             t = acc * s - c
             masked = needs_mask(r, at, rows, cols, row_ranges, col_ranges, EXCLUDE, BLOCK_ROWS, BLOCK_COLS, GRAIN)
-            if TRIANGLE:
+            if halved:
                 masked = masked | touches_diagonal(r, at, BLOCK_ROWS, BLOCK_COLS)
             if masked:
                 keep = kept(r, at, rows, cols, row_ids, col_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS)
-                if TRIANGLE:
+                if halved:
                     # Below the diagonal its mirror speaks; the diagonal's two halves meet again in the vector.
                     above = (at + tl.arange(0, BLOCK_COLS))[None, :] - (r + tl.arange(0, BLOCK_ROWS))[:, None]
                     keep = keep & (above >= 0)
@@ -285,16 +302,14 @@ def finish_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_
         tl.store(lse + index, total, mask=mask)
 
 
-def span(tile: Tile, rows: int, cols: int, processors: int, triangle: bool) -> int:
-    """Tiles on a side of a super-tile: as many as leave four super-tiles a multiprocessor, SPAN at most."""
-    smallest = max(1, tile.cols // tile.rows)
-    tiles = SPAN
-    while tiles > smallest:
-        side = tiles * tile.rows
-        if cdiv(rows, side) * cdiv(cols, side) >= (8 if triangle else 4) * processors:
-            break
-        tiles //= 2
-    return tiles
+def super_side(tiles: Sequence[Tile], rows: int, cols: int, processors: int, triangle: bool) -> int:
+    """Rows and columns of a super-tile, SPAN tiles of the first kind at most: as many as leave four super-tiles a
+    multiprocessor. Every tile of `tiles` fits."""
+    side = SPAN * tiles[0].rows
+    smallest = max(max(tile.rows, tile.cols) for tile in tiles)
+    while side > smallest and cdiv(rows, side) * cdiv(cols, side) < (8 if triangle else 4) * processors:
+        side //= 2
+    return side
 
 
 def chunk_rows(rows: int, cols: int, side: int) -> int:
@@ -303,12 +318,12 @@ def chunk_rows(rows: int, cols: int, side: int) -> int:
 
 
 def sums_constants(tile: Tile, width: int, element_unit: int, how: str, parts: int, exclude: int, both: bool,
-                   triangle: bool, span: int) -> dict:
+                   cells: tl.constexpr, span: int) -> dict:
     """Compile-time constants of sums_kernel."""
     return tile_constants(width, element_unit, tile, how) | {
         "EXCLUDE": exclude,
-        "BOTH": both or triangle,
-        "TRIANGLE": triangle,
+        "BOTH": both,
+        "CELLS": int(cells),
         "SPAN": span,
         "FOLD": tile.fold,
         "GROUP": tile.group,
@@ -368,20 +383,31 @@ def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
 
 
 def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timing) -> tuple[Tensor, Tensor]:
-    tile = config.pick("triangle" if triangle else "forward", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
+    by_ids = exclude > ops.EXCLUDE_DIAGONAL
+    tiles = [config.pick(op, q, k, by_ids, timing) for op in _kernels_of(triangle, by_ids)]
     slow = config.pick("online", q, k)
     key = kinds(q, k, scale, row_ids, col_ids, cache)
     chip = config.precision(q), config.parts(q), processors(q.device)
-    plan = _plan(key, tile, slow, *chip, exclude, both, triangle)
+    plan = _plan(key, tuple(tiles), slow, *chip, exclude, both, triangle)
     norms, row_part, col_part, row_lse, col_lse = [q.new_empty(x, dtype=torch.float32) for x in plan.sizes]
     rests = cache.split(plan.rests) if plan.rests else (None, None)
     plan.norms(q, k, norms)
-    x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
-    ranges = id_ranges(row_ids, col_ids, exclude, tile)
+    operands = [(operand(q, tile.rows, tile), operand(k, tile.cols, tile)) for tile in tiles]
+    ranges = id_ranges(row_ids, col_ids, exclude, tiles[0])
     for sums, finish in plan.chunks:
-        sums(x, y, scale, row_ids, col_ids, *ranges, norms, row_part, col_part)
+        for launch, pair in zip(sums, operands, strict=True):
+            if launch is not None:
+                launch(*pair, scale, row_ids, col_ids, *ranges, norms, row_part, col_part)
         finish(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_lse, col_lse, *rests)
     return row_lse, col_lse
+
+
+def _kernels_of(triangle: bool, by_ids: bool) -> tuple[str, ...]:
+    """What :func:`config.pick` calls the launches of a chunk's partial sums. Pairs that are left out by id are found
+    anywhere: then nothing is won above the diagonal."""
+    if not triangle:
+        return ("forward",)
+    return ("triangle",) if by_ids else ("forward", "triangle")
 
 
 class Plan(NamedTuple):
@@ -390,43 +416,55 @@ class Plan(NamedTuple):
     sizes: tuple  # of the largest norms, row and column partial sums, row and column normalisers; float32
     rests: list[int]  # lengths of the rows' and the columns' rests, if they are kept
     norms: Launch
-    chunks: list[tuple[Launch, Launch]]  # the partial sums of a chunk of rows, and what finishes them
+    chunks: list[tuple[list[Launch | None], Launch]]  # the partial sums of a chunk of rows, and what finishes them
+
+
+def _folded_cells(first: int, last: int, total: int) -> int:
+    """Programs for the rows first..last-1 of a triangle: see tiles.folded."""
+    return cdiv(last - first, 2) * (2 * total - first - last + 1)
 
 
 @planned
-def _plan(kinds, tile: Tile, slow: Tile, how, parts, chip_processors, exclude, both, triangle) -> Plan:
+def _plan(kinds, tiles: tuple[Tile, ...], slow: Tile, how, parts, chip_processors, exclude, both, triangle) -> Plan:
     _, (dtype, (rows, width), (q_stride, _), _), (_, (cols, _), (k_stride, _), _), *_, (_, (cached,), _, _) = kinds
     element_unit = 16 // dtype.itemsize
     strides = q_stride // element_unit, k_stride // element_unit
-    span_tiles = span(tile, rows, cols, chip_processors, triangle)
-    side = span_tiles * tile.rows
+    side = super_side(tiles, rows, cols, chip_processors, triangle)
     supers = cdiv(cols, side)
     chunk = chunk_rows(rows, cols, side)
     h, lost = headroom(rows, cols)
+    both = both or triangle
     of_cols = cols if both and not triangle else 0
     row_part = supers, min(chunk, rows)
-    col_part = (chunk // side, cols) if both or triangle else (0,)
+    col_part = (chunk // side, cols) if both else (0,)
+
+    def sums(tile: Tile, cells: tl.constexpr, blocks: int, begin: int, end: int) -> Launch | None:
+        left_out = ops.EXCLUDE_NONE if cells == ABOVE else exclude
+        scalars = rows, cols, begin, end, *strides, side // tile.cols, supers, h
+        constants = sums_constants(tile, width, element_unit, how, parts, left_out, both, cells, side // tile.rows)
+        return Launch(sums_kernel, (blocks, 1, 1), scalars, **constants, **tile.options) if blocks else None
+
     chunks = []
     for begin in range(0, rows, chunk):
         end = min(rows, begin + chunk)
-        heights = cdiv(end, side) - begin // side
-        if triangle:
-            grid = cdiv(heights, 2) * (2 * supers - begin // side - cdiv(end, side) + 1)
-            blocks = cdiv(rows - begin, slow.rows)
+        first, last = begin // side, cdiv(end, side)
+        if len(tiles) == 2:
+            above = _folded_cells(first, min(last, supers - 1), supers - 1)
+            launches = [
+                sums(tiles[0], ABOVE, above, begin, end),
+                sums(tiles[1], ON_DIAGONAL, last - first, begin, end),
+            ]
+        elif triangle:
+            launches = [sums(tiles[0], UPPER, _folded_cells(first, last, supers), begin, end)]
         else:
-            grid = heights * supers
-            blocks = cdiv(end - begin, slow.rows) + cdiv(of_cols, slow.rows)
-        sums = Launch(
-            sums_kernel, (grid, 1, 1), (rows, cols, begin, end, *strides, side // tile.cols, supers, h),
-            **sums_constants(tile, width, element_unit, how, parts, exclude, both, triangle, span_tiles),
-            **tile.options,
-        )  # fmt: skip
+            launches = [sums(tiles[0], ALL, (last - first) * supers, begin, end)]
+        blocks = cdiv((rows if triangle else end) - begin, slow.rows) + cdiv(of_cols, slow.rows)
         finish = Launch(
             finish_kernel, (blocks, 1, 1),
             (rows, cols, begin, end, side, supers, *strides, h, lost, int(end == rows)),
             **finish_constants(slow, width, element_unit, how, parts, exclude, triangle), **slow.options,
         )  # fmt: skip
-        chunks.append((sums, finish))
+        chunks.append((launches, finish))
     sides = 1 if triangle else 2
     norms = Launch(
         norm_kernel, (parts, sides, 1), (rows, cols, *strides), **norm_constants(width, element_unit, parts)
