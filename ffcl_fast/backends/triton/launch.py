@@ -119,7 +119,9 @@ def _range_launch(kinds: tuple, grain: int) -> Launch:
 
 def on(x: Tensor) -> AbstractContextManager:
     """Make x's device the current one: Triton launches there."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():  # to ask is cheaper than to set it again
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def operand(x: Tensor, rows: int, tile: Tile) -> Tensor | TensorDescriptor:

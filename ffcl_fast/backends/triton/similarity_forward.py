@@ -375,7 +375,7 @@ def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timi
     key = kinds(q, k, scale, row_ids, col_ids, cache)
     chip = config.precision(q), config.parts(q), processors(q.device)
     plan = _plan(key, tile, slow, *chip, exclude, both, triangle)
-    norms, row_part, col_part, row_lse, col_lse = [q.new_empty(x, dtype=torch.float32) for x in plan.sizes]
+    norms, row_part, col_part, row_lse, col_lse = [cache.new_empty(x) for x in plan.sizes]
     rests = cache if cache.numel() else None
     plan.norms(q, k, norms)
     x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
@@ -406,7 +406,7 @@ def _plan(kinds, tile: Tile, slow: Tile, how, parts, chip_processors, exclude, b
     h, lost = headroom(rows, cols)
     of_cols = cols if both and not triangle else 0
     row_part = supers, min(chunk, rows)
-    col_part = (chunk // side, cols) if both or triangle else (0,)
+    col_part = (chunk // side, cols) if both or triangle else 0
     chunks = []
     for begin in range(0, rows, chunk):
         end = min(rows, begin + chunk)
@@ -432,5 +432,5 @@ def _plan(kinds, tile: Tile, slow: Tile, how, parts, chip_processors, exclude, b
     norms = Launch(
         norm_kernel, (parts, sides, 1), (rows, cols, *strides), **norm_constants(width, element_unit, parts)
     )
-    sizes = (sides * parts,), row_part, col_part, (rows,), (of_cols,)
+    sizes = sides * parts, row_part, col_part, rows, of_cols
     return Plan(sizes, norms, chunks)
