@@ -34,8 +34,8 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
 
 
 def away_from_zero(scale: Tensor) -> Tensor:
-    """``scale``, or SMALLEST_SCALE where it is nearer to 0: dscale = <q, dq> / scale is no 0 / 0 then."""
-    return torch.where(scale.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scale)
+    """A copy of ``scale``, no nearer to 0 than SMALLEST_SCALE: dscale = <q, dq> / scale is no 0 / 0 then."""
+    return torch.copysign(scale.abs().clamp_min(SMALLEST_SCALE), scale)  # three launches on a GPU; torch.where: four
 
 
 def define(schema: str, fake: Callable) -> None:

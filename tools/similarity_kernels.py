@@ -41,7 +41,7 @@ IDS = ops.EXCLUDE_SAME_ID_OFF_DIAGONAL
 COMBINED = {"out": "*bf16", "size": "i64", "more": "*fp32", "more_out": "*bf16", "more_size": "i64"}
 FLOATS = {
     *("scale", "bias", "norms", "ranges", "vectors", "frame", "x_vectors", "y_vectors", "row_vectors", "col_vectors"),
-    *("row_part", "col_part", "sums", "row_lse", "col_lse", "row_rest", "col_rest", "row_grad", "col_grad"),
+    *("row_part", "col_part", "sums", "row_lse", "col_lse", "rests", "row_grad", "col_grad"),
 }
 
 

@@ -57,7 +57,7 @@ def alike(name: str, x: Tensor, other_name: str, other: Tensor, rows: bool = Fal
         )
     if x.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}: got {x.device} and {other.device}")
-    if compute_dtype(x) != compute_dtype(other):
+    if x.dtype != other.dtype and compute_dtype(x) != compute_dtype(other):
         raise TypeError(f"{name} must have the dtype of {other_name}: got {x.dtype} and {other.dtype}")
 
 

@@ -39,9 +39,11 @@ def contrast(
     exclude: int = ops.EXCLUDE_NONE,
     both: bool = False,
     decoupled: bool = False,
+    reduction: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    """Cross-entropy of each row's positive against its negatives; (N,) in the accumulator dtype. No checks.
+    """Cross-entropy of each row's positive against its negatives; (N,) in the accumulator dtype, () where reduced. No
+    checks.
 
     ``exclude`` must leave the positives out of S. With p_i the positive logit and lse_i the normaliser of the
     negatives, row i has softplus(lse_i - p_i) = -log(exp p_i / (exp p_i + exp lse_i)): no normaliser that holds the
@@ -55,6 +57,7 @@ def contrast(
         unit_q: divide the rows of q, tail and positive by max(their length, 1e-12) first; unit_k: those of k.
         both: add the same loss of the columns, whose positives are the rows (N == M).
         decoupled: lse_i - p_i, the positive left out of the normaliser (DCL, Yeh et al. 2022); 0 without negatives.
+        reduction: "none", "sum" or "mean", which with ``both`` is that over 2N losses.
     """
     if fused(backend, q, tail, k, positive) and (pairing == KEYS) == (k is not None):
         order, group = (None, None) if pairing == KEYS else _pairs(q, tail, pairing)
@@ -67,7 +70,7 @@ def contrast(
             k = kept(k)
         tail, k, positive = apart(tail, q), apart(k, q), apart(positive, q, k)
         options = (exclude, order, group, unit_q, unit_k, both, kind, save, backend)
-        return _Fused.apply(q, tail, k, positive, scale, *ids, *options)[0]
+        return _reduced(_Fused.apply(q, tail, k, positive, scale, *ids, *options)[0], reduction, both)
     q = prepare(q if tail is None else torch.cat((q, tail)), unit_q, backend)
     k = None if k is None else prepare(k, unit_k, backend)
     positive = None if positive is None else prepare(positive, unit_q, backend)
@@ -75,9 +78,15 @@ def contrast(
     k, positive, col_ids = apart(k, q), apart(positive, q, k), apart(col_ids, row_ids)
     beside = backends.positives(backend, q)
     if beside and (pairing == KEYS) == (k is not None):
-        options = (exclude, pairing, both, decoupled, save, backend, beside)
+        options = (exclude, pairing, both, decoupled, save, reduction, backend, beside)
         return _ContrastByKernels.apply(q, k, positive, scale, row_ids, col_ids, *options)
-    return _Contrast.apply(q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend)
+    options = (exclude, pairing, both, decoupled, save, backend)
+    return _reduced(_Contrast.apply(q, k, positive, scale, row_ids, col_ids, *options), reduction, both)
+
+
+def _reduced(loss: Tensor, reduction: str, both: bool) -> Tensor:
+    loss = _checks.reduce(loss, reduction)
+    return loss / 2 if both and reduction == "mean" else loss
 
 
 def kept(x: Tensor | None) -> Tensor | None:
@@ -186,10 +195,16 @@ def _with_positives(
 
 
 class _ContrastByKernels(torch.autograd.Function):
-    """As :class:`_Contrast`, which is also how it is checked: the positives by the operators of backend ``beside``."""
+    """As :class:`_Contrast`, which is also how it is checked: the positives by the operators of backend ``beside``.
+
+    The reduction belongs to it: on a GPU each operation that autograd would do for a mean and a half is a launch.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, backend, beside):
+    def forward(
+        ctx, q, k, positive, scale, row_ids, col_ids, exclude, pairing, both, decoupled, save, reduction, backend,
+        beside,
+    ):  # fmt: skip
         if ctx.needs_input_grad[3]:
             scale = ops.away_from_zero(scale)
         row_lse, col_lse, cache = torch.ops.ffcl_fast.similarity_forward.default(
@@ -201,13 +216,17 @@ class _ContrastByKernels(torch.autograd.Function):
         saved = (row_lse, col_lse, cache, slope, col_slope, logit)
         ctx.save_for_backward(q, k, positive, scale, row_ids, col_ids, *saved)
         ctx.exclude, ctx.pairing, ctx.backend, ctx.beside = exclude, pairing, backend, beside
-        return loss
+        # What a row's loss weighs in the reduced one.
+        ctx.weight = 1.0 if reduction != "mean" else 0.5 / loss.shape[0] if both else 1.0 / loss.shape[0]
+        return loss if reduction == "none" else loss.sum().mul_(ctx.weight)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad):
         q, k, positive, scale, row_ids, col_ids, row_lse, col_lse, cache, slope, col_slope, logit = ctx.saved_tensors
         need_q, need_k, need_positive, need_scale = ctx.needs_input_grad[:4]
+        if grad.dim() == 0:
+            grad = (grad * ctx.weight).expand_as(slope)
         col_grad = grad * col_slope if col_slope.numel() else col_slope
         dq, dk = torch.ops.ffcl_fast.similarity_backward.default(
             q, k, scale, row_ids, col_ids, ctx.exclude, row_lse, col_lse, grad * slope, col_grad, cache,
@@ -216,7 +235,7 @@ class _ContrastByKernels(torch.autograd.Function):
         if batched(grad):  # an operator that changes its arguments has no batching rule
             share = grad * (slope + col_slope if col_slope.numel() else slope)
             tensors = q, k, positive, scale, ctx.pairing, share, logit, dq, dk
-            return *_with_positives(*tensors, ctx.needs_input_grad), *(None,) * 9
+            return *_with_positives(*tensors, ctx.needs_input_grad), *(None,) * 10
         d_positive = dk if positive is None else q.new_zeros(q.shape if need_positive else (0, q.shape[1]))
         inner = torch.ops.ffcl_fast.add_positives_.default(
             q, k if positive is None else positive, scale, grad, slope, col_slope, logit, dq, d_positive, ctx.pairing,
@@ -224,7 +243,7 @@ class _ContrastByKernels(torch.autograd.Function):
         )  # fmt: skip
         dscale = inner.sum() / scale if need_scale else None
         dpositive = d_positive if need_positive else None
-        return (dq if need_q else None, dk if need_k else None, dpositive, dscale, *(None,) * 9)
+        return (dq if need_q else None, dk if need_k else None, dpositive, dscale, *(None,) * 10)
 
 
 def _views(x: Tensor, pairing: int) -> tuple[Tensor, Tensor]:

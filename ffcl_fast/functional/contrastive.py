@@ -93,7 +93,7 @@ def info_nce(
         exclude = ops.EXCLUDE_NONE if ids is None else ops.EXCLUDE_SAME_ID
         k, positive = negative_keys, positive_key
         col_ids = _checks.ids("negative_ids", negative_ids, negative_keys.shape[0], query.device)
-    loss = contrast(
+    return contrast(
         query,
         k,
         scale,
@@ -104,9 +104,9 @@ def info_nce(
         col_ids=col_ids,
         exclude=exclude,
         decoupled=decoupled,
+        reduction=reduction,
         backend=backend,
     )
-    return _checks.reduce(loss, reduction)
 
 
 def _paired(query: Tensor, positive_key: Tensor, negative_keys: Tensor, scale: Tensor, decoupled: bool) -> Tensor:
@@ -188,7 +188,7 @@ def nt_xent(
     ids = _checks.ids("ids", ids, out0.shape[0], out0.device)
     if ids is None:
         ids = torch.arange(out0.shape[0], device=out0.device)
-    loss = contrast(
+    return contrast(
         out0,
         None,
         scale,
@@ -198,9 +198,9 @@ def nt_xent(
         row_ids=ids.repeat(2),
         exclude=ops.EXCLUDE_SAME_ID,
         decoupled=decoupled,
+        reduction=reduction,
         backend=backend,
     )
-    return _checks.reduce(loss, reduction)
 
 
 def two_views(
@@ -464,8 +464,8 @@ def clip(
     q, k, scale = checked_pair(image_features, text_features, logit_scale, backend)
     ids = _checks.ids("ids", ids, q.shape[0], q.device)
     exclude = ops.EXCLUDE_DIAGONAL if ids is None else ops.EXCLUDE_SAME_ID
-    loss = contrast(q, k, scale, row_ids=ids, col_ids=ids, exclude=exclude, both=True, backend=backend).mean() / 2
-    return with_bias(loss, logit_bias, q)
+    options = {"row_ids": ids, "col_ids": ids, "exclude": exclude, "both": True, "backend": backend}
+    return with_bias(contrast(q, k, scale, reduction="mean", **options), logit_bias, q)
 
 
 def with_bias(loss: Tensor, logit_bias: float | Tensor | None, x: Tensor) -> Tensor:
@@ -489,8 +489,9 @@ def clip_local(q: Tensor, all_k: Tensor, logit_scale: float | Tensor, first: int
         row_ids=row_ids,
         col_ids=col_ids,
         exclude=ops.EXCLUDE_SAME_ID,
+        reduction="mean",
         backend=backend,
-    ).mean()
+    )
 
 
 def siglip(

@@ -222,7 +222,9 @@ def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[],
     if len(choices) == 1 or chip == "interpret":
         return choices[0]
     known = _stored(q.device)
-    tuning = measure and os.environ.get("FFCL_TUNE") == "1" and not torch.cuda.is_current_stream_capturing()
+    # Asked for by `in` first: `get` of what is not there takes as long as a launch.
+    tuning = measure and "FFCL_TUNE" in os.environ and os.environ["FFCL_TUNE"] == "1"
+    tuning = tuning and not torch.cuda.is_current_stream_capturing()
     if not known and not tuning:
         return choices[0]
     key = f"{op}{'/ids' if ids else ''}/{operands}/{width}/{_class(q.shape[0])}x{_class(k.shape[0])}"

@@ -75,18 +75,22 @@ def combine(
 ) -> None:
     """out = (sum of sums' slices) x scale x weight unit / gain for one or two pairs (sums, out), alike but for their
     rows; sums is out or has shape (slices, *out.shape)."""
-    tensors = *pairs[0], *(pairs[1] if len(pairs) > 1 else (None, None)), scale, frame
-    _combine_launch(kinds(*tensors), gain, how)(*tensors)
+    (sums, out), (more, more_out) = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
+    sizes = sums.numel(), out.numel(), 0 if more is None else more_out.numel()
+    # The tensors of the pairs were just allocated, or are panels of such ones: whole multiples of 16 bytes further on.
+    _combine_launch(kinds(scale), out.dtype, sizes, frame is not None, gain, how)(
+        sums, out, more, more_out, scale, frame
+    )
 
 
 @planned
-def _combine_launch(kinds: tuple, gain: float, how: str) -> Launch:
-    sums, out, _, more, _, frame = (0 if x is None else x[1].numel() for x in kinds[1:])
+def _combine_launch(kinds: tuple, dtype: torch.dtype, sizes: tuple, framed: bool, gain: float, how: str) -> Launch:
+    sums, out, more = sizes
     return Launch(
         combine_kernel,
         (cdiv(max(out, more), COMBINE_BLOCK), 2 if more else 1, 1),
         (out, more),
-        **combine_constants(sums // max(1, out), gain, bool(frame), how),
+        **combine_constants(sums // max(1, out), gain, framed, how),
     )
 
 

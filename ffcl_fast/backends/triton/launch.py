@@ -119,21 +119,38 @@ def _range_launch(kinds: tuple, grain: int) -> Launch:
 
 def on(x: Tensor) -> AbstractContextManager:
     """Make x's device the current one: Triton launches there."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():  # to ask is cheaper than to set it again
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def operand(x: Tensor, rows: int, tile: Tile) -> Tensor | TensorDescriptor:
     """What a kernel loads (rows, tile.depth) tiles of x through."""
     if not tile.descriptor:
         return x
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, tile.depth])
+    return _described(x, rows, tile.depth)
 
 
 def output(panel: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
     """What a kernel writes (rows, cols) tiles of a panel through."""
     if not tile.descriptor:
         return panel
-    return TensorDescriptor(panel, list(panel.shape), list(panel.stride()), [tile.rows, tile.cols])
+    return _described(panel, tile.rows, tile.cols)
+
+
+def _described(x: Tensor, *block: int) -> TensorDescriptor:
+    """TensorDescriptor(x, ...) without its checks, which take longer than a launch and pass or fail by kind. x begins
+    at a multiple of 16 bytes: see :func:`..aligned.aligned_rows`."""
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(_description(x.dtype, x.shape, x.stride(), block), base=x)
+    return descriptor
+
+
+@planned
+def _description(dtype: torch.dtype, shape: torch.Size, strides: tuple, block: tuple) -> dict:
+    """The attributes of a checked TensorDescriptor, of a tensor without memory."""
+    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return vars(TensorDescriptor(like, list(shape), list(strides), list(block)))
 
 
 @functools.cache

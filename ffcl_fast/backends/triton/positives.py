@@ -14,7 +14,7 @@ from ... import ops
 from . import config
 from .config import cdiv, next_power_of_2
 from .launch import Grid, Launch, kinds, on, planned, rows_of
-from .rows import TILE, Cut, floats, optional, rounding, vector_unit, warps_for
+from .rows import TILE, Cut, optional, rounding, vector_unit, warps_for
 from .tiles import elements_apart, narrow
 
 GIVEN = tl.constexpr(ops.POSITIVE_GIVEN)
@@ -138,9 +138,8 @@ def whole_rows(rows: int, width: int, tensors: int, chip: str) -> Cut:
 def positive_odds(q, positive, scale, row_lse, col_lse, pairing, decoupled):
     q, positive = _pair(q, positive, pairing)
     row_lse, col_lse = row_lse.contiguous(), col_lse.contiguous()
-    rows = q.shape[0]
-    loss, slope, logit = floats(q, rows), floats(q, rows), floats(q, rows)
-    col_slope = floats(q, col_lse.numel())
+    rows, cols = row_lse.numel(), col_lse.numel()
+    loss, slope, logit, col_slope = [row_lse.new_empty(n) for n in (rows, rows, rows, cols)]
     with on(q):
         launch = _odds_launch(kinds(q, positive, scale, row_lse, col_lse), pairing, decoupled)
         launch(q, positive, scale, row_lse, optional(col_lse), loss, slope, optional(col_slope), logit)
@@ -158,7 +157,7 @@ def add_positives_(q, positive, scale, grad, slope, col_slope, logit, dq, d_posi
     if not (dq.is_contiguous() and d_positive.is_contiguous()):
         raise ValueError("dq and d_positive must be contiguous")
     slope, col_slope, logit = slope.contiguous(), col_slope.contiguous(), logit.contiguous()
-    inner = floats(q, q.shape[0] if dq.numel() else 0)
+    inner = slope.new_empty(q.shape[0] if dq.numel() else 0)
     with on(q):
         tensors = q, positive, scale, grad, slope, optional(col_slope), logit, optional(dq), optional(d_positive)
         _add_launch(kinds(*tensors), pairing)(*tensors, inner)

@@ -85,8 +85,8 @@ def widen(lse, grad, start, n, low, high, weight, BLOCK: tl.constexpr):
 # that a pair's gradient is 2^(t - shift) weight = 2^(t - centre) part. Block 0 also leaves the frame: the centre, 1
 # where one exponential serves both sides, and the unit of the weights. Bound by launch latency: 20 (N + M) bytes.
 @triton.jit(do_not_specialize=["rows", "cols"])
-def vector_kernel(row_lse, col_lse, row_rest, col_rest, row_grad, col_grad, scale, ranges, vectors, frame, rows, cols,
-                  GAIN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def vector_kernel(row_lse, col_lse, rests, row_grad, col_grad, scale, ranges, row_vectors, col_vectors, frame, rows,
+                  cols, GAIN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     _, unit = exponent(tl.load(scale).to(tl.float32))
     parts = tl.arange(0, PARTS)
     low = (tl.min(tl.load(ranges + parts), 0) * unit).to(tl.float32)
@@ -95,15 +95,16 @@ def vector_kernel(row_lse, col_lse, row_rest, col_rest, row_grad, col_grad, scal
     largest = tl.where(largest > 0, largest, 1.0)
     centre = tl.where(low <= high, 0.5 * (low + high), 0.0)
     if tl.program_id(1) == 0:
-        write_vectors(row_lse, row_rest, row_grad, vectors, rows, centre, GAIN / largest, unit, BLOCK)
+        write_vectors(row_lse, rests, row_grad, row_vectors, rows, centre, GAIN / largest, unit, BLOCK)
         if tl.program_id(0) == 0:
             tl.store(frame, centre)
             one = (high - low <= SPREAD) & (tl.maximum(high, -low) < LARGE)
             tl.store(frame + 1, tl.where(one, 1.0, 0.0))
             tl.store(frame + 2, largest)
     else:
-        to = vectors + tl.cast(rows, tl.int64) * 3
-        write_vectors(col_lse, col_rest, col_grad, to, cols, centre, GAIN / largest, unit, BLOCK)
+        if rests is not None:
+            rests += rows
+        write_vectors(col_lse, rests, col_grad, col_vectors, cols, centre, GAIN / largest, unit, BLOCK)
 
 
 @triton.jit
@@ -289,33 +290,33 @@ def similarity_backward(
     compute = _in_registers if narrow_rows else _in_panels
     with on(q):
         gain = config.gain(q.dtype)
-        rests = (cache[: q.shape[0]], cache[q.shape[0] :]) if cache.numel() else (None, None)
+        rests = cache if cache.numel() else None
         lse, grads = (row_lse, col_lse), (row_grad, col_grad)
-        vectors, frame = _vectors(scale, lse, rests, grads, both and not triangle, gain)
-        side_x = vectors[: 3 * q.shape[0]], row_ids
-        side_y = side_x if triangle else (vectors[3 * q.shape[0] :], col_ids)
+        row_vectors, col_vectors, frame = _vectors(scale, lse, rests, grads, both and not triangle, gain)
+        side_x = row_vectors, row_ids
+        side_y = side_x if triangle else (col_vectors, col_ids)
         arguments = q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k and not triangle
         dq, dk = compute(*arguments, lambda: measure(lambda: compute(*arguments, None)))
     return without_padding(dq, width), without_padding(dk, width)
 
 
-def _vectors(scale, lse, rests, grads, cols, gain) -> tuple[Tensor, Tensor]:
-    """What the kernels read of rows and columns, (3 (N + M),), and the frame they share.
+def _vectors(scale, lse, rests, grads, cols, gain) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernels read of rows (3 N,) and of columns (3 M,), or (0,) without `cols`, and the frame they share.
 
-    `lse`, `rests` and `grads` are pairs, of the rows and of the columns.
+    `lse` and `grads` are pairs, of the rows and of the columns.
     """
     rows = lse[0]
-    plan = _vector_plan(kinds(*lse, *grads, *rests, scale), cols, config.parts(rows), gain)
-    ranges, vectors, frame = [rows.new_empty(n) for n in plan.sizes]
+    plan = _vector_plan(kinds(*lse, *grads, rests, scale), cols, config.parts(rows), gain)
+    ranges, row_vectors, col_vectors, frame = [rows.new_empty(n) for n in plan.sizes]
     plan.ranges(*lse, *grads, ranges)
-    plan.vectors(*lse, *rests, *grads, scale, ranges, vectors, frame)
-    return vectors, frame
+    plan.vectors(*lse, rests, *grads, scale, ranges, row_vectors, col_vectors, frame)
+    return row_vectors, col_vectors, frame
 
 
 class VectorPlan(NamedTuple):
     """What :func:`_vectors` allocates and launches."""
 
-    sizes: tuple[int, int, int]  # of the ranges, the vectors and the frame
+    sizes: tuple[int, int, int, int]  # of the ranges, the rows' and the columns' vectors and the frame
     ranges: Launch
     vectors: Launch
 
@@ -326,7 +327,7 @@ def _vector_plan(kinds: tuple, cols: bool, parts: int, gain: float) -> VectorPla
     m = m if cols else 0
     grid = cdiv(max(n, m), VECTOR_BLOCK), 2 if cols else 1, 1
     return VectorPlan(
-        (3 * parts, 3 * (n + m), 3),
+        (3 * parts, 3 * n, 3 * m, 3),
         Launch(range_kernel, (parts, 1, 1), (n, m), **range_constants(cols, parts)),
         Launch(vector_kernel, grid, (n, m), **vector_constants(gain, parts)),
     )
@@ -344,7 +345,7 @@ def _in_registers(q, k, scale, side_x, side_y, frame, exclude, both, triangle, n
 
 def _side(x, y, scale, side_x, side_y, exclude, sides, frame, tile):
     how, gain = config.precision(x), config.gain(x.dtype)
-    key = kinds(x, y, scale, *side_x, *side_y)
+    key = kinds(x, y, scale, side_x[1], side_y[1])
     parts, launch = _side_plan(key, tile, how, gain, exclude, int(sides), processors(x.device))
     out = x.new_empty(x.shape)
     sums = out if parts == 1 else x.new_empty(parts, *x.shape, dtype=torch.float32)
@@ -379,7 +380,7 @@ def _in_panels(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need
     x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
     ranges = id_ranges(side_x[1], side_y[1], exclude, tile)
     rows, cols, element_unit = q.shape[0], k.shape[0], unit(q)
-    key = kinds(q, k, scale, *side_x, *side_y, *ranges)
+    key = kinds(q, k, scale, side_x[1], side_y[1])
     options = tile, how, exclude, int(OF_BOTH if both else OF_ROWS)
 
     def fill(panel: Tensor, r0: int, r1: int, c0: int, c1: int) -> None:

@@ -232,8 +232,8 @@ def online(x, y, x_ids, y_ids, row, rows, cols, x_stride, y_stride, s, WIDTH: tl
 # 10^4 that is up to 5e-4, by which all of its row's probabilities would be wrong in the backward pass.
 # Bound by memory (at most WORKSPACE bytes), or by the tensor cores where the rescue runs.
 @triton.jit(do_not_specialize=["rows", "cols", "row_begin", "row_end", "last_chunk"])
-def finish_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_lse, col_lse, row_rest, col_rest,
-                  rows, cols, row_begin, row_end, side, supers, q_stride, k_stride, headroom, lost_below, last_chunk,
+def finish_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_lse, col_lse, rests, rows,
+                   cols, row_begin, row_end, side, supers, q_stride, k_stride, headroom, lost_below, last_chunk,
                   WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr,
                   UNIT: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, EXCLUDE: tl.constexpr,
                   TRIANGLE: tl.constexpr, PARTS: tl.constexpr):
@@ -248,14 +248,12 @@ def finish_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_
     offsets = tl.arange(0, BLOCK_ROWS)
     is_col = pid >= blocks
     lse = row_lse
-    rest = row_rest
     start = row_begin + pid * BLOCK_ROWS
     stop = row_end
     if TRIANGLE:
         stop = rows
     elif is_col:
         lse = col_lse
-        rest = col_rest
         start = (pid - blocks) * BLOCK_ROWS
         stop = cols
     index = start + offsets
@@ -294,9 +292,12 @@ def finish_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_
                               BLOCK_COLS, DEPTH, UNIT, PRECISION, EXCLUDE, False)
             exact = tl.where(lost, slow / unit, exact)
         result = exact.to(tl.float32)
-        if rest is not None:
+        if rests is not None:
+            to = rests + index
+            if not TRIANGLE:
+                to += tl.where(is_col, rows, 0)  # the columns' come after the rows'
             left = (exact - result).to(tl.float32)
-            tl.store(rest + index, tl.where(tl.abs(result) < float("inf"), left, 0.0), mask=mask)
+            tl.store(to, tl.where(tl.abs(result) < float("inf"), left, 0.0), mask=mask)
         tl.store(lse + index, result, mask=mask)
     else:
         tl.store(lse + index, total, mask=mask)
@@ -371,8 +372,9 @@ def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
     row_ids = ids_of(row_ids)
     col_ids = row_ids if triangle or col_ids is None else ids_of(col_ids)
 
-    # The rests of the rows, then of the columns, which stay 0 where nobody wants the columns.
-    cache = q.new_zeros(q.shape[0] + (0 if triangle else k.shape[0]) if save else 0, dtype=torch.float32)
+    # The rests of the rows, then of the columns, which are 0 where nobody wants the columns.
+    new = q.new_empty if both or triangle else q.new_zeros
+    cache = new(q.shape[0] + (0 if triangle else k.shape[0]) if save else 0, dtype=torch.float32)
 
     def run() -> tuple[Tensor, Tensor]:
         return _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, None)
@@ -389,8 +391,8 @@ def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timi
     key = kinds(q, k, scale, row_ids, col_ids, cache)
     chip = config.precision(q), config.parts(q), processors(q.device)
     plan = _plan(key, tuple(tiles), slow, *chip, exclude, both, triangle)
-    norms, row_part, col_part, row_lse, col_lse = [q.new_empty(x, dtype=torch.float32) for x in plan.sizes]
-    rests = cache.split(plan.rests) if plan.rests else (None, None)
+    norms, row_part, col_part, row_lse, col_lse = [cache.new_empty(x) for x in plan.sizes]
+    rests = cache if cache.numel() else None
     plan.norms(q, k, norms)
     operands = [(operand(q, tile.rows, tile), operand(k, tile.cols, tile)) for tile in tiles]
     ranges = id_ranges(row_ids, col_ids, exclude, tiles[0])
@@ -398,7 +400,7 @@ def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timi
         for launch, pair in zip(sums, operands, strict=True):
             if launch is not None:
                 launch(*pair, scale, row_ids, col_ids, *ranges, norms, row_part, col_part)
-        finish(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_lse, col_lse, *rests)
+        finish(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_lse, col_lse, rests)
     return row_lse, col_lse
 
 
@@ -414,7 +416,6 @@ class Plan(NamedTuple):
     """What a forward pass allocates and launches."""
 
     sizes: tuple  # of the largest norms, row and column partial sums, row and column normalisers; float32
-    rests: list[int]  # lengths of the rows' and the columns' rests, if they are kept
     norms: Launch
     chunks: list[tuple[list[Launch | None], Launch]]  # the partial sums of a chunk of rows, and what finishes them
 
@@ -426,7 +427,7 @@ def _folded_cells(first: int, last: int, total: int) -> int:
 
 @planned
 def _plan(kinds, tiles: tuple[Tile, ...], slow: Tile, how, parts, chip_processors, exclude, both, triangle) -> Plan:
-    _, (dtype, (rows, width), (q_stride, _), _), (_, (cols, _), (k_stride, _), _), *_, (_, (cached,), _, _) = kinds
+    _, (dtype, (rows, width), (q_stride, _), _), (_, (cols, _), (k_stride, _), _), *_ = kinds
     element_unit = 16 // dtype.itemsize
     strides = q_stride // element_unit, k_stride // element_unit
     side = super_side(tiles, rows, cols, chip_processors, triangle)
@@ -436,7 +437,7 @@ def _plan(kinds, tiles: tuple[Tile, ...], slow: Tile, how, parts, chip_processor
     both = both or triangle
     of_cols = cols if both and not triangle else 0
     row_part = supers, min(chunk, rows)
-    col_part = (chunk // side, cols) if both else (0,)
+    col_part = (chunk // side, cols) if both else 0
 
     def sums(tile: Tile, cells: tl.constexpr, blocks: int, begin: int, end: int) -> Launch | None:
         left_out = ops.EXCLUDE_NONE if cells == ABOVE else exclude
@@ -469,5 +470,5 @@ def _plan(kinds, tiles: tuple[Tile, ...], slow: Tile, how, parts, chip_processor
     norms = Launch(
         norm_kernel, (parts, sides, 1), (rows, cols, *strides), **norm_constants(width, element_unit, parts)
     )
-    sizes = (sides * parts,), row_part, col_part, (rows,), (of_cols,)
-    return Plan(sizes, [rows, cached - rows] if cached else [], norms, chunks)
+    sizes = sides * parts, row_part, col_part, rows, of_cols
+    return Plan(sizes, norms, chunks)
