@@ -22,6 +22,9 @@ from ffcl_fast.backends.triton.similarity_backward import (
 from ffcl_fast.backends.triton.similarity_forward import (
     ABOVE,
     ALL,
+    ANY_IDS,
+    IDS_APART,
+    IDS_MEET,
     ON_DIAGONAL,
     SPAN,
     UPPER,
@@ -161,17 +164,22 @@ def _variants(
         return Compilation(name + note, kernel, signature, constants, tile, dtype, width, matrix)
 
     if op in ("forward", "triangle"):
+        meet = ANY_IDS if not ids or exclude == ops.EXCLUDE_DIFFERENT_ID else IDS_MEET
         if op == "triangle":
-            ways = [("triangle", exclude, True, UPPER if ids else ON_DIAGONAL)]
+            ways = [("triangle", exclude, True, UPPER if ids else ON_DIAGONAL, meet)]
         else:
-            ways = [("both", exclude, True, ALL)] + ([] if exclude else [("above", exclude, True, ABOVE)])
-            if usual and not ids and (dtype, width) == ("bf16", 512):
-                ways.append(("rows only", ops.EXCLUDE_DIAGONAL, False, ALL))
-        for name, left_out, both, cells in ways:
+            ways = [("both", exclude, True, ALL, meet)]
+            if not exclude:
+                ways += [("above", 0, True, ABOVE, ANY_IDS)]
+            if usual and not ids and dtype == "bf16":
+                ways += [("apart", 0, True, ALL, IDS_APART), ("above apart", 0, True, ABOVE, IDS_APART)]
+                ways += [("rows only", ops.EXCLUDE_DIAGONAL, False, ALL, ANY_IDS)] if width == 512 else []
+        for name, left_out, both, cells, meet in ways:
             # A super-tile has as many rows on the diagonal as above it, where tiles may have twice as many.
             for tiles in (span, 2 * span) if cells == ON_DIAGONAL and tile.rows < 128 else (span,):
-                c = sums_constants(tile, width, unit, how, PARTS, left_out, both, cells, tiles)
-                yield item(f"sums {name}", sums_kernel, c)
+                kind = left_out, both, int(cells), tiles, int(meet)
+                c = sums_constants(tile, width, unit, how, PARTS, *kind, tile.grain)
+                yield item(f"sums {name}", sums_kernel, c, with_ids=meet != ANY_IDS or ids)
     elif op == "panel":
         for sides in (3, 1) if usual and not ids and dtype == "bf16" else (3,):
             c = panel_constants(tile, width, unit, how, exclude, sides)

@@ -83,7 +83,7 @@ MUTANTS = (
         "triton",
         "the ids of columns are those of rows",
         _TRITON + "launch.py",
-        "return rows, rows if col_ids is None or col_ids is row_ids else _ranges(col_ids, tile.grain)",
+        "return rows, rows if col_ids is None or col_ids is row_ids else _ranges(col_ids, grain)",
         "return rows, rows",
         _INTERPRETED.format("common_id and pair"),
     ),

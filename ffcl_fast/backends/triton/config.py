@@ -56,7 +56,7 @@ class Tile:
 
     @property
     def grain(self) -> int:
-        """Rows whose smallest and largest id are known: no side of a tile is shorter."""
+        """Rows whose smallest and largest id are to be known: no side of the tile is shorter."""
         return min(64, self.rows, self.cols)
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -96,13 +96,19 @@ def ids_of(ids: Tensor | None) -> Tensor | None:
 
 
 def id_ranges(
-    row_ids: Tensor | None, col_ids: Tensor | None, exclude: int, tile: Tile
+    row_ids: Tensor | None, col_ids: Tensor | None, exclude: int, tiles: Sequence[Tile]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Smallest and largest id of each tile.grain rows and columns, where they tell which tiles need no mask."""
+    """Smallest and largest id of each few rows and columns, where they tell which of the tiles need no mask."""
     if row_ids is None or exclude not in (ops.EXCLUDE_SAME_ID, ops.EXCLUDE_SAME_ID_OFF_DIAGONAL):
         return None, None
-    rows = _ranges(row_ids, tile.grain)
-    return rows, rows if col_ids is None or col_ids is row_ids else _ranges(col_ids, tile.grain)
+    grain = smallest_grain(tiles)
+    rows = _ranges(row_ids, grain)
+    return rows, rows if col_ids is None or col_ids is row_ids else _ranges(col_ids, grain)
+
+
+def smallest_grain(tiles: Sequence[Tile]) -> int:
+    """Rows whose smallest and largest id are known."""
+    return min([tile.grain for tile in tiles])
 
 
 def _ranges(ids: Tensor, grain: int) -> Tensor:

@@ -335,7 +335,7 @@ def _vector_plan(kinds: tuple, cols: bool, parts: int, gain: float) -> VectorPla
 
 def _in_registers(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k, timing):
     tile = config.pick("rows", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
-    ranges = id_ranges(side_x[1], side_y[1], exclude, tile)
+    ranges = id_ranges(side_x[1], side_y[1], exclude, (tile,))
     side_x, side_y = (*side_x, ranges[0]), (*side_y, ranges[1])
     none = q.new_empty(0, q.shape[1])
     dq = _side(q, k, scale, side_x, side_y, exclude, OF_BOTH if both else OF_ROWS, frame, tile) if need_q else none
@@ -378,7 +378,7 @@ def _in_panels(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need
     tile = config.pick("panel", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
     how, gain = config.precision(q), config.gain(q.dtype)
     x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
-    ranges = id_ranges(side_x[1], side_y[1], exclude, tile)
+    ranges = id_ranges(side_x[1], side_y[1], exclude, (tile,))
     rows, cols, element_unit = q.shape[0], k.shape[0], unit(q)
     key = kinds(q, k, scale, side_x[1], side_y[1])
     options = tile, how, exclude, int(OF_BOTH if both else OF_ROWS)

@@ -7,6 +7,7 @@ sums never take more than ``config.WORKSPACE`` bytes. No atomics: every number i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,7 +21,19 @@ from ... import ops
 from ..aligned import aligned_rows
 from . import config
 from .config import Tile, cdiv, next_power_of_2
-from .launch import Launch, id_ranges, ids_of, kinds, measure, on, operand, planned, processors, tile_constants
+from .launch import (
+    Launch,
+    id_ranges,
+    ids_of,
+    kinds,
+    measure,
+    on,
+    operand,
+    planned,
+    processors,
+    smallest_grain,
+    tile_constants,
+)
 from .tiles import (
     BOUND_LIMIT,
     dot,
@@ -38,11 +51,15 @@ from .tiles import (
 
 SPAN = 8  # tiles on a side of a block's super-tile, where that leaves enough super-tiles to fill the chip
 # Which super-tiles a launch of sums_kernel has: all, or of the triangle (k = q) those on and above the diagonal, above it
-# alone, on it alone. Apart, what lies above needs no masks, whose registers would cost it its large tiles.
+# alone, on it alone. Masks cost registers, hence large tiles: what needs none has a launch of its own.
 ALL = tl.constexpr(0)
 UPPER = tl.constexpr(1)
 ABOVE = tl.constexpr(2)
 ON_DIAGONAL = tl.constexpr(3)
+# And of those, where pairs are left out by id: any, those in which no row's id can be a column's, the others.
+ANY_IDS = tl.constexpr(0)
+IDS_APART = tl.constexpr(1)
+IDS_MEET = tl.constexpr(2)
 NORM_ROWS = 64  # 16 KiB of 16-bit numbers a step: fewer in flight would not fill the memory bus
 
 
@@ -86,7 +103,7 @@ def sums_kernel(q, k, scale, row_ids, col_ids, row_ranges, col_ranges, norms, ro
                 BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr,
                 DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, EXCLUDE: tl.constexpr, BOTH: tl.constexpr,
                 CELLS: tl.constexpr, SPAN: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr,
-                PARTS: tl.constexpr, SPECIALIZE: tl.constexpr, GRAIN: tl.constexpr):
+                PARTS: tl.constexpr, SPECIALIZE: tl.constexpr, GRAIN: tl.constexpr, IDS: tl.constexpr):
     side: tl.constexpr = SPAN * BLOCK_ROWS
     halved: tl.constexpr = CELLS == UPPER or CELLS == ON_DIAGONAL  # there are tiles below the diagonal
     first = row_begin // side
@@ -108,6 +125,14 @@ def sums_kernel(q, k, scale, row_ids, col_ids, row_ranges, col_ranges, norms, ro
     else:
         super_row, super_col = grouped(pid, last - first, supers, GROUP)
         super_row += first
+    if IDS != ANY_IDS:
+        row_low, row_high = wide_id_range(row_ranges, super_row * side, rows, side, GRAIN)
+        col_low, col_high = wide_id_range(col_ranges, super_col * side, cols, side, GRAIN)
+        meet = (row_low <= col_high) & (col_low <= row_high)
+        if CELLS == UPPER:  # the diagonal needs masks anyway
+            meet = meet | (super_row == super_col)
+        if meet == (IDS == IDS_APART):
+            return
     scale_value = tl.load(scale).to(tl.float32)
     bound, c = offset(scale_value, norms, headroom, PARTS, CELLS != ALL)
     if bound > BOUND_LIMIT:
@@ -158,6 +183,13 @@ def sums_kernel(q, k, scale, row_ids, col_ids, row_ranges, col_ranges, norms, ro
     index = row + span[:, None] * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :]
     to = row_part + super_col.to(tl.int64) * (row_end - row_begin) + (index - row_begin)
     tl.store(to, row_sums, mask=index < row_end)
+
+
+@triton.jit
+def wide_id_range(ranges, start, n, SIDE: tl.constexpr, GRAIN: tl.constexpr):
+    """Smallest and largest id of the SIDE rows from `start`, from the ranges of each GRAIN rows."""
+    at = tl.minimum(start // GRAIN + tl.arange(0, SIDE // GRAIN), tl.cdiv(n, GRAIN) - 1)
+    return tl.min(tl.load(ranges + at * 2), 0), tl.max(tl.load(ranges + at * 2 + 1), 0)
 
 
 @triton.jit
@@ -319,18 +351,19 @@ def chunk_rows(rows: int, cols: int, side: int) -> int:
 
 
 def sums_constants(tile: Tile, width: int, element_unit: int, how: str, parts: int, exclude: int, both: bool,
-                   cells: tl.constexpr, span: int) -> dict:
+                   cells: int, span: int, ids: int, grain: int) -> dict:
     """Compile-time constants of sums_kernel."""
     return tile_constants(width, element_unit, tile, how) | {
         "EXCLUDE": exclude,
         "BOTH": both,
-        "CELLS": int(cells),
+        "CELLS": cells,
+        "IDS": ids,
         "SPAN": span,
         "FOLD": tile.fold,
         "GROUP": tile.group,
         "PARTS": parts,
         "SPECIALIZE": tile.specialize,
-        "GRAIN": tile.grain,
+        "GRAIN": grain,
     }
 
 
@@ -385,17 +418,16 @@ def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
 
 
 def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timing) -> tuple[Tensor, Tensor]:
-    by_ids = exclude > ops.EXCLUDE_DIAGONAL
-    tiles = [config.pick(op, q, k, by_ids, timing) for op in _kernels_of(triangle, by_ids)]
+    tiles = tuple([config.pick(share.op, q, k, share.masks_ids, timing) for share in shares(triangle, exclude)])
     slow = config.pick("online", q, k)
     key = kinds(q, k, scale, row_ids, col_ids, cache)
     chip = config.precision(q), config.parts(q), processors(q.device)
-    plan = _plan(key, tuple(tiles), slow, *chip, exclude, both, triangle)
+    plan = _plan(key, tiles, slow, *chip, exclude, both, triangle)
     norms, row_part, col_part, row_lse, col_lse = [cache.new_empty(x) for x in plan.sizes]
     rests = cache if cache.numel() else None
     plan.norms(q, k, norms)
     operands = [(operand(q, tile.rows, tile), operand(k, tile.cols, tile)) for tile in tiles]
-    ranges = id_ranges(row_ids, col_ids, exclude, tiles[0])
+    ranges = id_ranges(row_ids, col_ids, exclude, tiles)
     for sums, finish in plan.chunks:
         for launch, pair in zip(sums, operands, strict=True):
             if launch is not None:
@@ -404,12 +436,31 @@ def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timi
     return row_lse, col_lse
 
 
-def _kernels_of(triangle: bool, by_ids: bool) -> tuple[str, ...]:
-    """What :func:`config.pick` calls the launches of a chunk's partial sums. Pairs that are left out by id are found
-    anywhere: then nothing is won above the diagonal."""
-    if not triangle:
-        return ("forward",)
-    return ("triangle",) if by_ids else ("forward", "triangle")
+class Share(NamedTuple):
+    """A launch's share of the super-tiles of a chunk of rows."""
+
+    op: str  # what config.pick calls it
+    cells: int
+    ids: int
+    exclude: int  # what it leaves out itself
+
+    @property
+    def masks_ids(self) -> bool:
+        return self.exclude > ops.EXCLUDE_DIAGONAL
+
+
+@functools.cache
+def shares(triangle: bool, exclude: int) -> tuple[Share, ...]:
+    """The launches of a chunk's partial sums."""
+    every, masks = (ABOVE, UPPER) if triangle else (ALL, ALL)
+    op = "triangle" if triangle else "forward"
+    if exclude in (ops.EXCLUDE_SAME_ID, ops.EXCLUDE_SAME_ID_OFF_DIAGONAL):
+        found = ("forward", every, IDS_APART, ops.EXCLUDE_NONE), (op, masks, IDS_MEET, exclude)
+    elif triangle and exclude != ops.EXCLUDE_DIFFERENT_ID:
+        found = ("forward", ABOVE, ANY_IDS, ops.EXCLUDE_NONE), (op, ON_DIAGONAL, ANY_IDS, exclude)
+    else:
+        found = ((op, masks, ANY_IDS, exclude),)
+    return tuple(Share(name, int(cells), int(ids), left_out) for name, cells, ids, left_out in found)
 
 
 class Plan(NamedTuple):
@@ -420,9 +471,15 @@ class Plan(NamedTuple):
     chunks: list[tuple[list[Launch | None], Launch]]  # the partial sums of a chunk of rows, and what finishes them
 
 
-def _folded_cells(first: int, last: int, total: int) -> int:
-    """Programs for the rows first..last-1 of a triangle: see tiles.folded."""
-    return cdiv(last - first, 2) * (2 * total - first - last + 1)
+def programs(cells: int, first: int, last: int, total: int) -> int:
+    """Programs that have the super-tiles of rows first..last-1 of `total`."""
+    if cells == ALL:
+        return (last - first) * total
+    if cells == ON_DIAGONAL:
+        return last - first
+    if cells == ABOVE:  # a triangle with a row and a column less
+        last, total = min(last, total - 1), total - 1
+    return cdiv(last - first, 2) * (2 * total - first - last + 1)  # see tiles.folded
 
 
 @planned
@@ -439,26 +496,18 @@ def _plan(kinds, tiles: tuple[Tile, ...], slow: Tile, how, parts, chip_processor
     row_part = supers, min(chunk, rows)
     col_part = (chunk // side, cols) if both else 0
 
-    def sums(tile: Tile, cells: tl.constexpr, blocks: int, begin: int, end: int) -> Launch | None:
-        left_out = ops.EXCLUDE_NONE if cells == ABOVE else exclude
-        scalars = rows, cols, begin, end, *strides, side // tile.cols, supers, h
-        constants = sums_constants(tile, width, element_unit, how, parts, left_out, both, cells, side // tile.rows)
-        return Launch(sums_kernel, (blocks, 1, 1), scalars, **constants, **tile.options) if blocks else None
-
+    grain = smallest_grain(tiles)
     chunks = []
     for begin in range(0, rows, chunk):
         end = min(rows, begin + chunk)
-        first, last = begin // side, cdiv(end, side)
-        if len(tiles) == 2:
-            above = _folded_cells(first, min(last, supers - 1), supers - 1)
-            launches = [
-                sums(tiles[0], ABOVE, above, begin, end),
-                sums(tiles[1], ON_DIAGONAL, last - first, begin, end),
-            ]
-        elif triangle:
-            launches = [sums(tiles[0], UPPER, _folded_cells(first, last, supers), begin, end)]
-        else:
-            launches = [sums(tiles[0], ALL, (last - first) * supers, begin, end)]
+        launches = []
+        for share, tile in zip(shares(triangle, exclude), tiles, strict=True):
+            blocks = programs(share.cells, begin // side, cdiv(end, side), supers)
+            constants = sums_constants(tile, width, element_unit, how, parts, share.exclude, both, share.cells,
+                                       side // tile.rows, share.ids, grain)  # fmt: skip
+            scalars = rows, cols, begin, end, *strides, side // tile.cols, supers, h
+            launch = Launch(sums_kernel, (blocks, 1, 1), scalars, **constants, **tile.options)
+            launches.append(launch if blocks else None)
         blocks = cdiv((rows if triangle else end) - begin, slow.rows) + cdiv(of_cols, slow.rows)
         finish = Launch(
             finish_kernel, (blocks, 1, 1),
