@@ -86,16 +86,33 @@ struct SumsPlan {
   FFCL_HD int64_t col_slots() const { return static_cast<int64_t>(chunk / side) * shares; }
 };
 
+inline int64_t super_tiles(int rows, int cols, int span) {
+  return static_cast<int64_t>(ceil_div(rows, span * TILE)) * ceil_div(cols, span * TILE);
+}
+
+// The span that takes least time: as many rounds of `clusters` super-tiles as there are, of which each takes as long as
+// its tiles and, until the first product has its operands, about one more.
+inline int span90(int rows, int cols, bool triangle, int clusters) {
+  int best = MAX_SPAN;
+  int64_t least_time = INT64_MAX;
+  for (int span = MAX_SPAN; span >= CLUSTER90; span /= 2) {
+    int64_t cells = super_tiles(rows, cols, span);
+    if (triangle) cells = (cells + ceil_div(rows, span * TILE)) / 2;
+    const int64_t time = ceil_div<int64_t>(cells, most(1, clusters)) * (span * span / CLUSTER90 + 1);
+    if (time < least_time) best = span, least_time = time;
+  }
+  return best;
+}
+
 inline SumsPlan plan_sums(int rows, int cols, bool triangle, bool cluster, int processors) {
   SumsPlan p;
   p.triangle = triangle;
   p.blocks = cluster ? CLUSTER90 : 1;
   p.shares = p.blocks;
-  const int64_t wanted = static_cast<int64_t>(triangle ? 8 : 4) * processors / p.blocks;
-  for (p.span = MAX_SPAN; p.span > p.blocks; p.span /= 2) {
-    const int side = p.span * TILE;
-    if (static_cast<int64_t>(ceil_div(rows, side)) * ceil_div(cols, side) >= wanted) break;
-  }
+  p.span = cluster ? span90(rows, cols, triangle, processors / p.blocks) : MAX_SPAN;
+  // A multiprocessor has several blocks of sm_80, which fill each other's gaps: four super-tiles for each, if there are.
+  const int64_t wanted = static_cast<int64_t>(triangle ? 8 : 4) * processors;
+  while (!cluster && p.span > 1 && super_tiles(rows, cols, p.span) < wanted) p.span /= 2;
   p.side = p.span * TILE;
   p.supers = ceil_div(cols, p.side);
   const int64_t fit = most<int64_t>(1, sums_workspace_limit / (8 * p.shares * static_cast<int64_t>(most(cols, 1))));

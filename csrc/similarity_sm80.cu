@@ -132,8 +132,17 @@ __global__ void __launch_bounds__(THREADS80) panel80(__grid_constant__ const Pan
   const int r = a.row_begin + row, c = a.col_begin + col;
   float acc[MF][NF][4];
   product80<T>(acc, q, k, r, c, warp_row, warp_col);
-  pair_gradients<APART80>(acc, a.mask, needs_mask(a.mask, r, c, TILE, TILE), r + warp_row, c + warp_col,
-                          *a.scale * LOG2E, a.rows, a.cols, a.frame);
+  const float factor = *a.scale * LOG2E;
+  if (a.cols.at && !(a.frame[1] > 0.f)) {
+    two_exponentials<APART80>(acc, r + warp_row, c + warp_col, factor, a.rows, a.cols);
+  } else {
+    RowTerms<MF> rows;
+    ColTerms<NF> cols;
+    rows.load(a.rows, r + warp_row, APART80, a.cols.at, a.frame);
+    cols.load(a.cols, c + warp_col, a.cols.at);
+    one_exponential(acc, rows, cols, factor);
+  }
+  if (needs_mask(a.mask, r, c, TILE, TILE)) leave_out<APART80>(acc, a.mask, r + warp_row, c + warp_col);
   stage_tile<T, APART80>(acc, shared_memory(), warp_row, warp_col);
   __syncthreads();
   store_tile(shared_memory(), a.panel, a.stride, row, col, height, width, threadIdx.x, THREADS80);

@@ -266,7 +266,8 @@ __global__ void __launch_bounds__(THREADS90, 1)
 }
 
 // Tiles of G, from registers to the panel. The grid is as large as the chip; clusters share out the panel's columns of
-// 128 x 256 tiles, one below the other, and walk them as the sums do.
+// 128 x 256 tiles, one below the other, and walk them as the sums do. What the columns bring to the pairs stays in
+// registers down the column, what the rows bring is asked for before the product.
 template <class T, int KEPT, bool MORE>
 __global__ void __launch_bounds__(THREADS90, 1)
     panel90(__grid_constant__ const PanelArgs a, __grid_constant__ const CUtensorMap q_map,
@@ -295,16 +296,25 @@ __global__ void __launch_bounds__(THREADS90, 1)
     more_registers<232>();
     const int warp = uniform(static_cast<int>(threadIdx.x) % 128 / 32);
     const float factor = *a.scale * LOG2E;
+    const bool both = a.cols.at, apart = uniform<int>(both && !(a.frame[1] > 0.f));
     float acc[MF][NF][4];
+    RowTerms<MF> rows;
+    ColTerms<NF> cols;
     Place place;
     unsigned n = 0;
     int column = 0, since = 0;  // tiles of this column of tiles
     walk_panel(height, width, begin, end, [&](int row, int col, bool last) {
       if (static_cast<int>(n % CONSUMERS90) == group) {
-        product90<T>(acc, feed, place, n, column, since < CONSUMERS90, last);
         const int r = a.row_begin + row, c = a.col_begin + col + own;
-        pair_gradients<APART90>(acc, a.mask, needs_mask(a.mask, r, c, TILE, TILE), r + 16 * warp, c, factor, a.rows,
-                                a.cols, a.frame);
+        const bool fresh = since < CONSUMERS90;
+        if (!apart) rows.load(a.rows, r + 16 * warp, APART90, both, a.frame);
+        if (!apart && fresh) cols.load(a.cols, c, both);
+        product90<T>(acc, feed, place, n, column, fresh, last);
+        if (apart)
+          two_exponentials<APART90>(acc, r + 16 * warp, c, factor, a.rows, a.cols);
+        else
+          one_exponential(acc, rows, cols, factor);
+        if (needs_mask(a.mask, r, c, TILE, TILE)) leave_out<APART90>(acc, a.mask, r + 16 * warp, c);
         store_fragment<T, APART90>(acc, a.panel, a.stride, row + 16 * warp, col + own, height, width);
       } else {
         feed.skip(place);

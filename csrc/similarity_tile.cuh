@@ -139,54 +139,77 @@ __device__ __forceinline__ void put_col_sums(float (&col_sums)[NF][2], float* to
     }
 }
 
-// acc becomes the gradients of all pairs: one exponential an element, of the row alone or serving row and column, or
-// TWO.
-template <bool TWO, int APART, int MF, int NF>
-__device__ __forceinline__ void all_pair_gradients(float (&acc)[MF][NF][4], int row, int col, float factor,
-                                                   const Vectors& rows, const Vectors& cols, const float* frame) {
+// What a thread's rows and columns of a tile bring to its pairs where one exponential serves a pair: 2^(t - shift) times
+// the sum of a weight of the row and one of the column.
+template <int MF>
+struct RowTerms {
+  float shift[MF][2], weight[MF][2];
+
+  // `shared`: rows and columns have a term each, whose shifts are close enough to the frame's.
+  __device__ __forceinline__ void load(const Vectors& rows, int row, int apart, bool shared, const float* frame) {
+#pragma unroll
+    for (int m = 0; m < MF; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = row + fragment_row(threadIdx.x % 32, m, 2 * half, apart);
+        shift[m][half] = shared ? frame[0] : rows.shift(i);
+        weight[m][half] = shared ? rows.part(i) : rows.weight(i);
+      }
+  }
+};
+template <int NF>
+struct ColTerms {
+  float weight[NF][2];
+
+  __device__ __forceinline__ void load(const Vectors& cols, int col, bool shared) {
+#pragma unroll
+    for (int n = 0; n < NF; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        weight[n][e] = shared ? cols.part(col + fragment_col(threadIdx.x % 32, n, e)) : 0.f;
+  }
+};
+
+template <int MF, int NF>
+__device__ __forceinline__ void one_exponential(float (&acc)[MF][NF][4], const RowTerms<MF>& rows,
+                                                const ColTerms<NF>& cols, float factor) {
+#pragma unroll
+  for (int n = 0; n < NF; ++n)
+#pragma unroll
+    for (int m = 0; m < MF; ++m)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        acc[m][n][e] = exp2_fast(fmaf(acc[m][n][e], factor, -rows.shift[m][e / 2])) *
+                       (rows.weight[m][e / 2] + cols.weight[n][e % 2]);
+}
+
+// acc becomes the gradients of pairs whose row's and column's normalisers are too far apart for that.
+template <int APART, int MF, int NF>
+__device__ __forceinline__ void two_exponentials(float (&acc)[MF][NF][4], int row, int col, float factor,
+                                                 const Vectors& rows, const Vectors& cols) {
   const int lane = threadIdx.x % 32;
-  const bool shared = !TWO && cols.at;
-  float row_shift[MF][2], row_weight[MF][2];
-#pragma unroll
-  for (int m = 0; m < MF; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int i = row + fragment_row(lane, m, 2 * half, APART);
-      row_shift[m][half] = shared ? frame[0] : rows.shift(i);
-      row_weight[m][half] = shared ? rows.part(i) : rows.weight(i);
-    }
+  RowTerms<MF> of_rows;
+  of_rows.load(rows, row, APART, false, nullptr);
 #pragma unroll
   for (int n = 0; n < NF; ++n)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int j = col + fragment_col(lane, n, e);
-      // Of the column: the second term's, or what is added to the weight where one exponential serves both.
-      const float weight = TWO ? cols.weight(j) : shared ? cols.part(j) : 0.f;
-      const float shift = TWO ? cols.shift(j) : 0.f;
+      const float weight = cols.weight(j), shift = cols.shift(j);
 #pragma unroll
       for (int m = 0; m < MF; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& x = acc[m][n][2 * half + e];
           const float t = x * factor;
-          const float first = exp2_fast(t - row_shift[m][half]);
-          x = TWO ? fmaf(exp2_fast(t - shift), weight, first * row_weight[m][half])
-                  : first * (row_weight[m][half] + weight);
+          x = fmaf(exp2_fast(t - shift), weight, exp2_fast(t - of_rows.shift[m][half]) * of_rows.weight[m][half]);
         }
     }
 }
 
-// The two cases, and the mask after them, each by itself: they are the same for a whole tile, but inside the loops the
-// compiler would branch at every element.
+// 0 for the pairs that are left out: by itself, since inside the loops the compiler would branch at every element.
 template <int APART, int MF, int NF>
-__device__ __forceinline__ void pair_gradients(float (&acc)[MF][NF][4], const Mask& mask, bool masked, int row, int col,
-                                               float factor, const Vectors& rows, const Vectors& cols,
-                                               const float* frame) {
-  if (cols.at && !(frame[1] > 0.f))
-    all_pair_gradients<true, APART>(acc, row, col, factor, rows, cols, frame);
-  else
-    all_pair_gradients<false, APART>(acc, row, col, factor, rows, cols, frame);
-  if (!masked) return;
+__device__ __forceinline__ void leave_out(float (&acc)[MF][NF][4], const Mask& mask, int row, int col) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < NF; ++n)
