@@ -51,7 +51,7 @@ def test_auto_on_a_gpu_takes_only_what_a_measurement_has_confirmed(monkeypatch):
 
 
 def test_auto_falls_back_where_its_choice_cannot_run(monkeypatch, caplog):
-    monkeypatch.setattr(backends, "choose", lambda *_: ("triton", "confirmed by results/some-gpu.json"))
+    monkeypatch.setattr(backends, "choices", lambda *_: iter([("triton", "confirmed by results/some-gpu.json")]))
     with caplog.at_level("DEBUG", "ffcl_fast.backends"):
         module = backends.get("auto", "siglip", torch.zeros(3, 5, dtype=torch.float64))
     assert module is backends.load("panels")
