@@ -21,7 +21,7 @@ def assert_close_to_reference(
     float64_truth: Tensor,
     factor: float = 2.0,
     name: str = "result",
-    terms: float = 0.0,
+    terms: float | Tensor = 0.0,
 ) -> None:
     """The project's test rule: our error is at most ``factor`` times plain PyTorch's in the same dtype.
 
@@ -31,8 +31,8 @@ def assert_close_to_reference(
         float64_truth: the same from the float64 reference.
         factor: 2 for values, 3 for gradients.
         name: what the messages call it.
-        terms: root mean square of the terms whose difference the result is, where they may cancel: the dtype's
-            tolerance is relative to them then.
+        terms: size of the terms whose difference the result is, where they may cancel: the dtype's tolerance is
+            relative to them then. A root mean square, or each element's, in the result's shape.
 
     Three things are asserted. Where the truth is not finite, ours is the same. Each element's error is at most
     ``factor`` times the largest of four root mean squares of eager's errors in that row and in the whole tensor, and
@@ -55,14 +55,19 @@ def assert_close_to_reference(
     odd, expected = x[~finite], truth[~finite]
     assert bool(((odd == expected) | (odd.isnan() & expected.isnan())).all()), f"{name}: {odd} is not {expected}"
     x, eager, truth, eager_error, usual_error = (t[finite] for t in (x, eager, truth, eager_error, usual_error))
+    if isinstance(terms, Tensor):
+        terms = terms.to(device, torch.float64)[finite]
     if not x.numel():
         return
     assert bool(x.isfinite().all()), f"{name}: {int((~x.isfinite()).sum())} elements are not finite, the truth is"
 
     error = (x - truth).abs()
     tolerance = DTYPE_TOLERANCE[ours.dtype]
-    scale = max(_rms(truth), terms)
-    bound = factor * (4 * usual_error).clamp(min=float(eager_error.max())) + tolerance * truth.abs().clamp(min=scale)
+    scale = max(_rms(truth), _rms(terms) if isinstance(terms, Tensor) else terms)
+    size = truth.abs().clamp(min=scale)
+    if isinstance(terms, Tensor):
+        size = size.maximum(terms)
+    bound = factor * (4 * usual_error).clamp(min=float(eager_error.max())) + tolerance * size
     worst = int((error - bound).argmax())
     assert bool((error <= bound).all()), (
         f"{name}: {int((error > bound).sum())} of {error.numel()} elements too far off; worst at flat index {worst}: "

@@ -88,19 +88,31 @@ def eager(q, k, scale, row_ids, col_ids, exclude, row_grad, col_grad):
     return row.detach(), col.detach(), q.grad.nan_to_num(0.0), dk.nan_to_num(0.0)
 
 
-def parts(args, row_lse, col_lse, row_grad, col_grad) -> tuple[float, float]:
-    """Root mean squares of what dq and dk are the sum of: the larger of the rows' part and the columns' part.
+def parts(args, row_lse, col_lse, row_grad, col_grad) -> tuple[Tensor, Tensor]:
+    """``terms`` of each element of dq and dk: what it is the sum of, which may cancel; rounding is relative to that.
 
-    Of few pairs the two may cancel, and rounding is relative to them. Everything is float64; ``args`` are the
-    operators' first six.
+    The root of the sum of its squared terms, one for each pair, or the root mean square of the rows' or the columns'
+    part, if that is larger. Everything is float64; ``args`` are the operators' first six.
     """
-    if args[1] is None or not col_grad.numel():
-        return 0.0, 0.0
-    rest = None, True, True
-    rows = reference.similarity_backward(*args, row_lse, col_lse, row_grad, torch.zeros_like(col_grad), *rest)
-    cols = reference.similarity_backward(*args, row_lse, col_lse, torch.zeros_like(row_grad), col_grad, *rest)
-    dq, dk = (max(float(x.square().mean().sqrt()) for x in both) for both in zip(rows, cols, strict=True))
-    return dq, dk
+    q, k, scale = args[:3]
+    alone, both = k is None, k is not None and col_grad.numel() > 0
+    logits = reference.similarity_matrix(*args)
+
+    def gradients(lse, grad):
+        return (grad * torch.exp(logits - torch.where(lse == -torch.inf, torch.inf, lse))).abs()
+
+    of_rows = gradients(row_lse[:, None], row_grad[:, None])
+    of_cols = of_rows.T if alone else gradients(col_lse[None, :], col_grad[None, :]) if both else 0.0 * of_rows
+    squares = (of_rows + of_cols).square()
+    sides = (squares, q if alone else k), (squares.T, q)
+    sizes = [(scale.abs() * (g @ x.square()).sqrt()).nan_to_num(0.0) for g, x in sides]
+    if both:
+        rest = None, True, True
+        rows = reference.similarity_backward(*args, row_lse, col_lse, row_grad, torch.zeros_like(col_grad), *rest)
+        cols = reference.similarity_backward(*args, row_lse, col_lse, torch.zeros_like(row_grad), col_grad, *rest)
+        for size, pair in zip(sizes, zip(rows, cols, strict=True), strict=True):
+            size.clamp_(min=max(float(x.square().mean().sqrt()) for x in pair))
+    return sizes[0], q.new_empty(0, q.shape[1]) if alone else sizes[1]
 
 
 def available(name: str, op: str, x: Tensor) -> bool:

@@ -217,7 +217,9 @@ def test_compile_without_breaks_or_recompiling():
         eager = loss_of(*leaves)
         torch.testing.assert_close(value, eager, rtol=1e-5, atol=1e-6)
         for a, b in zip(grads, torch.autograd.grad(eager, leaves), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
+            # Compiled, the positives are plain PyTorch's; by kernels they are taken from a gradient that was rounded
+            # before, so that an element may be off by the rounding of the largest.
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=2.0**-8 * float(b.abs().max()))
 
 
 def test_autocast_multiplies_in_its_dtype():

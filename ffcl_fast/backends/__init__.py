@@ -48,16 +48,18 @@ class Confirmed:
 
 
 _H200 = "benchmarks/results/gpu-nvidia-h200.json"
+_FORWARD = "benchmarks/results/raw/h200-2026-11-27-forward.json"
 _HALVES = (torch.bfloat16, torch.float16)
-# One row for each family of kernels that `make gpu-check` has confirmed; the first that fits and runs is taken. Timed was
-# bfloat16; float16, right there too, runs like instructions. float32, longer rows and the pooling, grouped and scoring
-# kernels are right on that GPU as well, but nobody has timed them or their like yet.
+# One row for each family of kernels that a GPU's tests and times have confirmed; the first that fits and runs is taken.
+# Timed was bfloat16; float16, right there too, runs like instructions. float32, longer rows and the pooling, grouped
+# and scoring kernels are right on that GPU as well, but nobody has timed them or their like yet.
 CONFIRMED: tuple[Confirmed, ...] = (
-    # Its 128 x 128 tiles of wgmma are for embeddings whose products take longer than their exponentials; every tile is
-    # masked where pairs are left out by id.
-    Confirmed("cuda", ("similarity_forward",), (9, 0), _HALVES, 4096, _H200, narrowest=129, by_ids=False),
+    # Its tiles are for embeddings whose products take longer than their exponentials (slower at 128, twice as fast at
+    # 200), and all of them are masked where pairs are left out by id.
+    Confirmed("cuda", ("similarity_forward",), (9, 0), _HALVES, 4096, _FORWARD, narrowest=200, by_ids=False),
     *(Confirmed("triton", ops, (9, 0), _HALVES, widest, _H200) for ops, widest in (
         (("similarity_forward", "similarity_backward", "positive_odds", "add_positives_", "siglip"), 4096),
+        (("class_sums", "class_odds", "add_class_positives"), 4096),
         (("normalize_forward", "normalize_backward"), 4096),
         (("goodness_forward", "goodness_backward"), 16384),
         (("pair_cosine_forward", "pair_cosine_backward", "scale_"), 200704),

@@ -1,7 +1,8 @@
 """CUDA tensors: the kernels of csrc/*.cu, where ffcl_fast was built with nvcc.
 
-Not what ``"auto"`` means today: they were right on an H200, but on the whole slower than Triton's. The goodness family
-is here, the similarity operators are in :mod:`.cuda_similarity`.
+``"auto"`` takes the normalisers of wide embeddings from here on compute capability 9.0; the rest was right on an H200,
+but on the whole slower than Triton's. The goodness family is here, the similarity operators are in
+:mod:`.cuda_similarity`.
 """
 
 from __future__ import annotations

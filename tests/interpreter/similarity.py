@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from guards import guarded, inside_nan  # noqa: F401
+from similarity_cases import parts, to_float64
 
 from ffcl_fast import backends, functional, ops, reference
 from ffcl_fast.backends.aligned import aligned_rows, is_aligned
@@ -77,9 +78,10 @@ def check_gradient(q, k, scale, row_ids=None, col_ids=None, exclude=0, both=True
     ours = OPS.similarity_backward(q, k, scale, *head, *vectors(torch.float32), *tail, "triton")
     truth = reference.similarity_backward(q.double(), double(k), scale.double(), *head, *vectors(torch.float64), *tail)
     eager = reference.similarity_backward(q, k, scale, *head, *vectors(torch.float32), *tail)
-    for name, x, y, z in zip(("dq", "dk"), ours, eager, truth, strict=True):
+    sizes = parts(to_float64((q, k, scale, *head)), *vectors(torch.float64))
+    for name, x, y, z, terms in zip(("dq", "dk"), ours, eager, truth, sizes, strict=True):
         assert x.dtype == q.dtype
-        assert_close_to_reference(x, y, z, factor=3.0, name=name)
+        assert_close_to_reference(x, y, z, factor=3.0, name=name, terms=terms)
     return ours
 
 

@@ -81,6 +81,22 @@ MUTANTS = (
     ),
     Mutant(
         "triton",
+        "a mean over rows and columns divides by the rows",
+        "ffcl_fast/functional/contrast.py",
+        "0.5 / loss.shape[0] if both else 1.0 / loss.shape[0]",
+        "1.0 / loss.shape[0]",
+        "tests/interpreter/positives.py -k losses_are_those",
+    ),
+    Mutant(
+        "triton",
+        "super-tiles meet in their ids only where one's hold the other's",
+        _TRITON + "similarity_forward.py",
+        "meet = (row_low <= col_high) & (col_low <= row_high)",
+        "meet = (row_low <= col_low) & (col_high <= row_high)",
+        _INTERPRETED.format("forward"),
+    ),
+    Mutant(
+        "triton",
         "the ids of columns are those of rows",
         _TRITON + "launch.py",
         "return rows, rows if col_ids is None or col_ids is row_ids else _ranges(col_ids, grain)",

@@ -50,8 +50,8 @@ from .tiles import (
 )
 
 SPAN = 8  # tiles on a side of a block's super-tile, where that leaves enough super-tiles to fill the chip
-# Which super-tiles a launch of sums_kernel has: all, or of the triangle (k = q) those on and above the diagonal, above it
-# alone, on it alone. Masks cost registers, hence large tiles: what needs none has a launch of its own.
+# Which super-tiles a launch of sums_kernel has: all, or of the triangle (k = q) those on and above the diagonal, above
+# it alone, on it alone. Masks cost registers, hence large tiles: what needs none has a launch of its own.
 ALL = tl.constexpr(0)
 UPPER = tl.constexpr(1)
 ABOVE = tl.constexpr(2)
@@ -93,10 +93,11 @@ def largest_norm(x, part, rows, stride, WIDTH: tl.constexpr, DEPTH: tl.constexpr
 # How it works: a block owns a super-tile of SPAN x `col_tiles` tiles and walks down each column of tiles. One exp2 an
 # element feeds both sums. Column sums stay where the product left them: with FOLD only rows that one thread holds are
 # added per tile, and threads and warps meet once a column of tiles. Row sums of the super-tile are a (SPAN, BLOCK_ROWS)
-# register tensor. So 2 N M / (super-tile side) floats leave the chip. Where k = q only tiles that touch or lie above the
-# diagonal run, and both sums belong to one vector. Tiles without a tail, diagonal or ids skip the masks.
-# Bound by: tensor cores for D >= 256; below, exp2 (16 a clock and multiprocessor) takes 128 / D of the product's time.
-# Blocks small enough for two on a multiprocessor let one's exponentials run beside the other's products.
+# register tensor. So 2 N M / (super-tile side) floats leave the chip. Where k = q only tiles that touch or lie above
+# the diagonal run, and both sums belong to one vector. Tiles without a tail, diagonal or ids skip the masks.
+# Bound by: L2, which hands out 32 KiB for a step of a tile, and tensor cores for D >= 256; below, exp2 (16 a clock and
+# multiprocessor) takes 128 / D of the product's time. Blocks small enough for two on a multiprocessor let one's
+# exponentials run beside the other's products.
 @triton.jit(do_not_specialize=["rows", "cols", "row_begin", "row_end"])
 def sums_kernel(q, k, scale, row_ids, col_ids, row_ranges, col_ranges, norms, row_part, col_part, rows, cols,
                 row_begin, row_end, q_stride, k_stride, col_tiles, supers, headroom, WIDTH: tl.constexpr,
