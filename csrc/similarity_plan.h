@@ -2,9 +2,9 @@
 // arithmetic that host and device share, tested on the CPU.
 //
 // A block (on sm_90: a cluster of two) owns a super-tile: `span` x `span` tiles of 128 x 128. It leaves one partial sum
-// a row and one a column (on sm_90: two), so rows x cols / (128 span) floats of each kind leave the chip. A long problem
-// runs once per chunk of rows, so that the partial sums fit into a bounded workspace. No atomics: everything is added in
-// one order.
+// a row and one a column (on sm_90: two), so rows x cols / (128 span) floats of each kind leave the chip. A long
+// problem runs once per chunk of rows, so that the partial sums fit into a bounded workspace. No atomics: everything is
+// added in one order.
 #pragma once
 
 #include <cstdint>
@@ -110,7 +110,7 @@ inline SumsPlan plan_sums(int rows, int cols, bool triangle, bool cluster, int p
   p.blocks = cluster ? CLUSTER90 : 1;
   p.shares = p.blocks;
   p.span = cluster ? span90(rows, cols, triangle, processors / p.blocks) : MAX_SPAN;
-  // A multiprocessor has several blocks of sm_80, which fill each other's gaps: four super-tiles for each, if there are.
+  // A multiprocessor has several blocks of sm_80, which fill each other's gaps: four super-tiles for each if possible.
   const int64_t wanted = static_cast<int64_t>(triangle ? 8 : 4) * processors;
   while (!cluster && p.span > 1 && super_tiles(rows, cols, p.span) < wanted) p.span /= 2;
   p.side = p.span * TILE;
@@ -237,8 +237,8 @@ FFCL_HD inline int64_t panel_tiles(int height, int width) {
   return static_cast<int64_t>(ceil_div(height, TILE)) * ceil_div(width, CLUSTER90 * TILE);
 }
 
-// Tiles begin..end-1 of them, down one column of tiles after the other. Calls use(row, col, whether it is the last of its
-// column that is among them).
+// Tiles begin..end-1 of them, down one column of tiles after the other. Calls use(row, col, whether it is the last of
+// its column that is among them).
 template <class Use>
 FFCL_HD void walk_panel(int height, int width, int64_t begin, int64_t end, Use use) {
   const int down = ceil_div(height, TILE);

@@ -1,13 +1,14 @@
 // Contrastive similarity for compute capability 9.0: normalisers and pair gradients by TMA and wgmma. Compiled for
 // sm_90a alone; what surrounds it is in similarity_sm80.cu.
 //
-// How it works: in each block one thread loads steps of 64 along the depth into shared memory; two warpgroups take turns
-// at tiles of 128 x 128, so that one multiplies while the other is at its exponentials. Two blocks are a cluster: of one
-// operand each loads half for both (TMA writes it to both), the other is a block's own. A place in shared memory is free
-// again when the group that used it says so, to both blocks.
-// Bound by: shared memory and tensor cores. For a step of a tile, 512 cycles of the tensor cores, a product reads 48 KiB
-// and TMA writes what is new: of the 64 KiB that shared memory moves in that time, two new operands take all and a
-// quarter more, one leaves enough. So the sums keep their columns while rows pass. Below a width of 256 exp2 takes over.
+// How it works: in each block one thread loads steps of 64 along the depth into shared memory; two warpgroups take
+// turns at tiles of 128 x 128, so that one multiplies while the other is at its exponentials. Two blocks are a cluster:
+// of one operand each loads half for both (TMA writes it to both), the other is a block's own. A place in shared memory
+// is free again when the group that used it says so, to both blocks.
+//
+// Bound by: shared memory and tensor cores. For a step of a tile, 512 cycles of the tensor cores, a product reads 48
+// KiB, and TMA writes what is new: of the 64 KiB that shared memory moves in that time, two new operands take all and a
+// quarter more, one leaves enough. So columns are kept while rows pass. Below a width of 256 exp2 takes over.
 #define FFCL_SM90A 1
 
 #include <cuda.h>
@@ -78,8 +79,8 @@ struct Feed {
     if (p.slot >= SLOTS) p.slot -= SLOTS, p.parity ^= 1;
   }
 
-  // Brings what a tile of 128 rows of q and of k needs and does not stay from its column's last; the first of its column
-  // of tiles `opens` it. The rows are for both blocks, of which each loads a half: q's boxes are half as high.
+  // Brings what a tile of 128 rows of q and of k needs and does not stay from its column's last; the first of its
+  // column of tiles `opens` it. The rows are for both blocks, of which each loads a half: q's boxes are half as high.
   __device__ void fill(Place& p, int column, bool opens, const CUtensorMap* q, int row, const CUtensorMap* k, int col,
                        unsigned rank) const {
     constexpr int HALF = TILE / CLUSTER90;
@@ -104,8 +105,8 @@ struct Feed {
 
   // Whether the operand at `p` is there, without waiting.
   __device__ bool arrived(const Place& p) const { return barrier_passed(full + p.slot, p.parity); }
-  // Waits for a step's operands, of which the first may be known to have `arrived`. `fresh`: it is the first tile of its
-  // column of tiles for this group.
+  // Waits for a step's operands, of which the first may be known to have `arrived`. `fresh`: it is the first tile of
+  // its column of tiles for this group.
   __device__ Step wait(Place& p, int step, int column, bool fresh, bool arrived) const {
     Step s{place_of(ring) + p.slot * PLACE90, place_of(kept) + step * PLACE90, p.slot};
     if (!arrived) barrier_wait(full + p.slot, p.parity);
@@ -367,8 +368,8 @@ int with_maps(const Args& a, int dtype, Launch launch_with) {
   return launch_with(q, k, __half());
 }
 
-// Calls launch_with(Kept<KEPT, MORE>()) for an embedding of `dim`: columns stay where all of them fit; else half of what
-// would, since a ring that takes two operands a step has to be longer.
+// Calls launch_with(Kept<KEPT, MORE>()) for an embedding of `dim`: columns stay where all of them fit; else half of
+// what would, since a ring that takes two operands a step has to be longer.
 template <int COUNT, bool REST>
 struct Kept {
   static constexpr int KEPT = COUNT;
@@ -388,9 +389,8 @@ bool sm90_built() { return true; }
 int sums_sm90(const SumsArgs& a, int dtype, int64_t clusters, void* stream) {
   const Grid grid{clusters * CLUSTER90, THREADS90, SUMS_SHARED90, CLUSTER90};
   return with_maps(a, dtype, [&](const CUtensorMap& q, const CUtensorMap& k, auto type) {
-    return with_kept(a.dim, [&](auto kept) {
-      return launch(sums90<decltype(type), kept.KEPT, kept.MORE>, grid, stream, a, q, k);
-    });
+    return with_kept(
+        a.dim, [&](auto kept) { return launch(sums90<decltype(type), kept.KEPT, kept.MORE>, grid, stream, a, q, k); });
   });
 }
 
@@ -399,9 +399,8 @@ int panel_sm90(const PanelArgs& a, int dtype, int processors, void* stream) {
   const int64_t clusters = most<int64_t>(1, least<int64_t>(tiles, processors / CLUSTER90));
   const Grid grid{clusters * CLUSTER90, THREADS90, PANEL_SHARED90, CLUSTER90};
   return with_maps(a, dtype, [&](const CUtensorMap& q, const CUtensorMap& k, auto type) {
-    return with_kept(a.dim, [&](auto kept) {
-      return launch(panel90<decltype(type), kept.KEPT, kept.MORE>, grid, stream, a, q, k);
-    });
+    return with_kept(
+        a.dim, [&](auto kept) { return launch(panel90<decltype(type), kept.KEPT, kept.MORE>, grid, stream, a, q, k); });
   });
 }
 

@@ -139,8 +139,8 @@ __device__ __forceinline__ void put_col_sums(float (&col_sums)[NF][2], float* to
     }
 }
 
-// What a thread's rows and columns of a tile bring to its pairs where one exponential serves a pair: 2^(t - shift) times
-// the sum of a weight of the row and one of the column.
+// What a thread's rows and columns of a tile bring to its pairs where one exponential serves a pair: 2^(t - shift)
+// times the sum of a weight of the row and one of the column.
 template <int MF>
 struct RowTerms {
   float shift[MF][2], weight[MF][2];
@@ -165,8 +165,7 @@ struct ColTerms {
 #pragma unroll
     for (int n = 0; n < NF; ++n)
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
-        weight[n][e] = shared ? cols.part(col + fragment_col(threadIdx.x % 32, n, e)) : 0.f;
+      for (int e = 0; e < 2; ++e) weight[n][e] = shared ? cols.part(col + fragment_col(threadIdx.x % 32, n, e)) : 0.f;
   }
 };
 
@@ -221,7 +220,8 @@ __device__ __forceinline__ void leave_out(float (&acc)[MF][NF][4], const Mask& m
 }
 
 // A warp's fragment, rounded, to the panel, whose rows are 16-byte aligned and may be written to the next multiple of 8
-// elements. The four threads of a row exchange four fragments' columns, so that each stores 16 bytes of one.
+// elements. The four threads of a row exchange four fragments' columns, so that each stores 16 bytes of one: a
+// 4 x 4 transposition, blocks of two, then what is in them.
 template <class T, int APART, int MF, int NF>
 __device__ __forceinline__ void store_fragment(const float (&acc)[MF][NF][4], void* panel, int64_t stride, int row,
                                                int col, int height, int width) {
@@ -241,7 +241,6 @@ __device__ __forceinline__ void store_fragment(const float (&acc)[MF][NF][4], vo
           assign(pair[1], acc[m][n + i][2 * half + 1]);
           memcpy(&words[i], pair, 4);
         }
-        // A 4 x 4 transposition: blocks of two, then what is in them.
 #pragma unroll
         for (int step = 2; step; step /= 2)
 #pragma unroll

@@ -156,7 +156,7 @@ def _confirmed(op: str, x: Tensor) -> str:
 def _auto(op: str, x: Tensor, by_ids: bool = False) -> tuple[str, str]:
     """The first ``(backend, reason)`` of :func:`choices` that can run on this machine, and of those before it why not;
     ``FALLBACK`` where none can."""
-    problems = []
+    problems: list[str] = []
     for name, reason in choices(op, x.device.type, x.dtype, x.shape, _capability(x.device), by_ids):
         module = load(name)
         problem = module.unavailable(op, x)
