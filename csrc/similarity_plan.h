@@ -219,7 +219,7 @@ FFCL_HD constexpr uint64_t swizzled_operand(uint32_t address) {
 
 // What a cluster multiplies, in order: a super-tile's tiles of 128 x 256, down one column of tiles after the other. The
 // half of a tile past the last column, or below the diagonal where the other half is not, is computed for nothing.
-// Calls use(i, j, whether it is the column's last).
+// Calls use(i, j, tiles of the column).
 template <class Use>
 FFCL_HD void walk_super_tile(const SumsPlan& p, const Mask& m, int end, int row, int col, Use use) {
   const int rows = least(p.span, ceil_div(end - row, TILE));
@@ -228,7 +228,7 @@ FFCL_HD void walk_super_tile(const SumsPlan& p, const Mask& m, int end, int row,
     const int after = col + (j + 1) * CLUSTER90 * TILE;
     const int tiles = m.triangle ? least(rows, ceil_div(after - row, TILE)) : rows;
     FFCL_NO_UNROLL
-    for (int i = 0; i < tiles; ++i) use(i, j, i == tiles - 1);
+    for (int i = 0; i < tiles; ++i) use(i, j, tiles);
   }
 }
 
@@ -237,18 +237,18 @@ FFCL_HD inline int64_t panel_tiles(int height, int width) {
   return static_cast<int64_t>(ceil_div(height, TILE)) * ceil_div(width, CLUSTER90 * TILE);
 }
 
-// Tiles begin..end-1 of them, down one column of tiles after the other. Calls use(row, col, whether it is the last of
-// its column that is among them).
+// Tiles begin..end-1 of them, down one column of tiles after the other. Calls use(row, col, i, tiles): tile i of those
+// of its column that are among them.
 template <class Use>
 FFCL_HD void walk_panel(int height, int width, int64_t begin, int64_t end, Use use) {
   const int down = ceil_div(height, TILE);
-  int i = static_cast<int>(begin % down), j = static_cast<int>(begin / down);
+  int first = static_cast<int>(begin % down), j = static_cast<int>(begin / down);
   FFCL_NO_UNROLL
-  for (int64_t at = begin; at < end; ++at) {
-    const bool last = i == down - 1;
-    use(i * TILE, j * CLUSTER90 * TILE, last || at == end - 1);
-    i = last ? 0 : i + 1;
-    j += last;
+  for (int64_t at = begin; at < end; first = 0, ++j) {
+    const int tiles = static_cast<int>(least<int64_t>(down - first, end - at));
+    FFCL_NO_UNROLL
+    for (int i = 0; i < tiles; ++i) use((first + i) * TILE, j * CLUSTER90 * TILE, i, tiles);
+    at += tiles;
   }
 }
 

@@ -60,7 +60,7 @@ struct Feed {
       }
       for (int i = 0; i < KEPT; ++i) {
         barrier_init(kept_full + i, 1);
-        barrier_init(kept_empty + i, 4);
+        barrier_init(kept_empty + i, CONSUMERS90 * 4);
       }
       barrier_init(turn, 4);
       barriers_ready();
@@ -120,18 +120,20 @@ struct Feed {
     }
     return s;
   }
-  // Gives them back; no later tile of a column of tiles uses its columns after its `last`.
-  __device__ void release(const Step& s, int step, bool last) const {
+  // Gives them back. Columns that stay are free when both groups have given them back after their last tile of the
+  // column of tiles: `gives` is how many groups this tile is the last for, those included that have none.
+  __device__ void release(const Step& s, int step, int gives) const {
     const unsigned lane = threadIdx.x % 32;
     if (lane < CLUSTER90) barrier_arrive(empty + s.slot, lane);
     if (!stays(step)) {
       if (lane < CLUSTER90) barrier_arrive(empty + (s.slot + 1 == SLOTS ? 0 : s.slot + 1), lane);
-    } else if (last && lane == 0) {
+    } else if (static_cast<int>(lane) < gives) {
       barrier_arrive(kept_empty + step);
     }
   }
-  // Lets the other group wait.
+  // Lets the other group wait, when all of this one's threads have done so.
   __device__ void pass_turn() const {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(turn);
   }
 
@@ -146,7 +148,7 @@ struct Feed {
   }
 };
 
-// acc = the product of tile n, which is in the `column`-th column of tiles.
+// acc = the product of tile n: tile i of `tiles` in the `column`-th column of tiles.
 //
 // The tensor cores have a product or two in store and idle where a warp takes longer than those to issue the next: so
 // little is computed between them, what is the same for a warp in uniform registers, and whether the next step has come
@@ -155,7 +157,9 @@ struct Feed {
 // turns, and each starts when the other has waited for all that came before.
 template <class T, int KEPT, bool MORE>
 __device__ __forceinline__ void product90(float (&acc)[MF][NF][4], const Feed<KEPT, MORE>& feed, Place& place,
-                                          unsigned n, int column, bool fresh, bool last) {
+                                          unsigned n, int column, int i, int tiles) {
+  const bool fresh = i < CONSUMERS90;
+  const int gives = i + CONSUMERS90 < tiles ? 0 : tiles < CONSUMERS90 ? CONSUMERS90 : 1;
   constexpr uint64_t WAY = swizzled_operand(0) >> 32 << 32;
   constexpr int DEPTHS = STEP90 / 16;
   if (n > 0) barrier_wait(feed.turn, (n - 1) % 2);
@@ -176,7 +180,7 @@ __device__ __forceinline__ void product90(float (&acc)[MF][NF][4], const Feed<KE
     products_commit();
     if (step > 0) {
       products_wait<1>();
-      feed.release(before, step - 1, last);
+      feed.release(before, step - 1, gives);
     }
     before = now;
     if (step + 1 < feed.steps) now = feed.wait(place, step + 1, column, fresh, arrived);
@@ -188,7 +192,7 @@ __device__ __forceinline__ void product90(float (&acc)[MF][NF][4], const Feed<KE
     for (int n = 0; n < NF; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) settle(acc[m][n][e]);
-  feed.release(before, feed.steps - 1, last);
+  feed.release(before, feed.steps - 1, gives);
 }
 
 // One value in all threads of a warp, which the compiler then knows.
@@ -217,7 +221,7 @@ __global__ void __launch_bounds__(THREADS90, 1)
     fewer_registers<40>();
     if (active && threadIdx.x == 0) {
       Place place;
-      walk_super_tile(a.plan, a.mask, a.end, row, col, [&](int i, int j, bool) {
+      walk_super_tile(a.plan, a.mask, a.end, row, col, [&](int i, int j, int) {
         feed.fill(place, j, i == 0, &q_map, row + i * TILE, &k_map, own + j * CLUSTER90 * TILE, rank);
       });
     }
@@ -245,17 +249,17 @@ __global__ void __launch_bounds__(THREADS90, 1)
         }
         meet(1 + group, 128);
       };
-      walk_super_tile(a.plan, a.mask, a.end, row, col, [&](int i, int j, bool last) {
+      walk_super_tile(a.plan, a.mask, a.end, row, col, [&](int i, int j, int tiles) {
         const int r = row + i * TILE, at = own + j * CLUSTER90 * TILE;
         if (static_cast<int>(n % CONSUMERS90) == group) {
-          product90<T>(acc, feed, place, n, j, i < CONSUMERS90, last);
+          product90<T>(acc, feed, place, n, j, i, tiles);
           exponentials<APART90>(acc, a.mask, needs_mask(a.mask, r, at, TILE, TILE), r + 16 * warp, at, x);
           add_sums<APART90>(acc, row_sums + group * ROWS + i * TILE + 16 * warp, col_sums);
         } else {
           feed.skip(place);
         }
         ++n;
-        if (last && a.both) close(at);
+        if (i == tiles - 1 && a.both) close(at);
       });
       meet(1 + CONSUMERS90, 128 * CONSUMERS90);
       const int64_t slot = static_cast<int64_t>(cell.col) * CLUSTER90 + rank;
@@ -284,12 +288,10 @@ __global__ void __launch_bounds__(THREADS90, 1)
     fewer_registers<40>();
     if (threadIdx.x == 0) {
       Place place;
-      int column = 0;
-      bool opens = true;
-      walk_panel(height, width, begin, end, [&](int row, int col, bool last) {
-        feed.fill(place, column, opens, &q_map, a.row_begin + row, &k_map, a.col_begin + col + own, rank);
-        column += last;
-        opens = last;
+      int column = -1;
+      walk_panel(height, width, begin, end, [&](int row, int col, int i, int) {
+        column += i == 0;
+        feed.fill(place, column, i == 0, &q_map, a.row_begin + row, &k_map, a.col_begin + col + own, rank);
       });
     }
     __syncwarp();
@@ -303,14 +305,14 @@ __global__ void __launch_bounds__(THREADS90, 1)
     ColTerms<NF> cols;
     Place place;
     unsigned n = 0;
-    int column = 0, since = 0;  // tiles of this column of tiles
-    walk_panel(height, width, begin, end, [&](int row, int col, bool last) {
+    int column = -1;
+    walk_panel(height, width, begin, end, [&](int row, int col, int i, int tiles) {
+      column += i == 0;
       if (static_cast<int>(n % CONSUMERS90) == group) {
         const int r = a.row_begin + row, c = a.col_begin + col + own;
-        const bool fresh = since < CONSUMERS90;
         if (!apart) rows.load(a.rows, r + 16 * warp, APART90, both, a.frame);
-        if (!apart && fresh) cols.load(a.cols, c, both);
-        product90<T>(acc, feed, place, n, column, fresh, last);
+        if (!apart && i < CONSUMERS90) cols.load(a.cols, c, both);
+        product90<T>(acc, feed, place, n, column, i, tiles);
         if (apart)
           two_exponentials<APART90>(acc, r + 16 * warp, c, factor, a.rows, a.cols);
         else
@@ -321,8 +323,6 @@ __global__ void __launch_bounds__(THREADS90, 1)
         feed.skip(place);
       }
       ++n;
-      since = last ? 0 : since + 1;
-      column += last;
     });
   }
   cluster_meet();

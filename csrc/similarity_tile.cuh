@@ -28,7 +28,7 @@ struct SumsArgs {
   float headroom;
   bool both;  // column sums are wanted
   const float *scale, *norms;
-  float *row_part, *col_part;  // (supers, end - begin), (slots, cols)
+  float *row_part, *col_part;  // (supers * shares, end - begin), (slots, cols)
 };
 
 // The arguments of a panel.

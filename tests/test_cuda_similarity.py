@@ -54,6 +54,16 @@ def test_pair(shape, capability, emulated, guarded):  # noqa: F811
         compare(inside_nan(q, 8), inside_nan(k, 3), *rest, both=bool(torch.rand(()) < 0.7))
 
 
+# Steps of the depth: one, as many as stay in half of the places, more, more than stay.
+@pytest.mark.parametrize("shape", ((1024, 1000, 24), (1000, 520, 200), (1000, 400, 290), (1000, 400, 600)), ids=str)
+def test_many_tiles_of_a_cluster(shape, emulated):  # noqa: F811
+    """Rounds of the ring, columns that stay and are replaced, both groups' turns: on a chip of one cluster."""
+    use(emulated, 90, processors=2)
+    assert emulated.sums_plan(shape[0], shape[1], False, True, 2)["span"] >= 4
+    dtype = HALVES[int(torch.randint(2, ()))]
+    compare(*problem(*shape, dtype, int(torch.randint(2, ())), False))
+
+
 @pytest.mark.parametrize("capability", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("mode", MODES)
 def test_self(mode, capability, emulated, guarded):  # noqa: F811

@@ -175,11 +175,9 @@ def _variants(
                 ways += [("apart", 0, True, ALL, IDS_APART), ("above apart", 0, True, ABOVE, IDS_APART)]
                 ways += [("rows only", ops.EXCLUDE_DIAGONAL, False, ALL, ANY_IDS)] if width == 512 else []
         for name, left_out, both, cells, meet in ways:
-            # A super-tile has as many rows on the diagonal as above it, where tiles may have twice as many.
-            for tiles in (span, 2 * span) if cells == ON_DIAGONAL and tile.rows < 128 else (span,):
-                kind = left_out, both, int(cells), tiles, int(meet)
-                c = sums_constants(tile, width, unit, how, PARTS, *kind, tile.grain)
-                yield item(f"sums {name}", sums_kernel, c, with_ids=meet != ANY_IDS or ids)
+            kind = left_out, both, int(cells), span, int(meet)
+            c = sums_constants(tile, width, unit, how, PARTS, *kind, tile.grain)
+            yield item(f"sums {name}", sums_kernel, c, with_ids=meet != ANY_IDS or ids)
     elif op == "panel":
         for sides in (3, 1) if usual and not ids and dtype == "bf16" else (3,):
             c = panel_constants(tile, width, unit, how, exclude, sides)

@@ -1,8 +1,8 @@
 """CUDA tensors: the kernels of csrc/*.cu, where ffcl_fast was built with nvcc.
 
-``"auto"`` takes the normalisers of wide embeddings from here on compute capability 9.0; the rest was right on an H200,
-but on the whole slower than Triton's. The goodness family is here, the similarity operators are in
-:mod:`.cuda_similarity`.
+Not what ``"auto"`` means today. On an H200 the normalisers of wide embeddings were faster than Triton's, but where |S|
+is so large that they have to be rescued, which nobody can tell before, that takes far longer; the rest was slower on
+the whole. The goodness family is here, the similarity operators are in :mod:`.cuda_similarity`.
 """
 
 from __future__ import annotations

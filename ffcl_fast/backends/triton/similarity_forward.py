@@ -336,11 +336,11 @@ def finish_kernel(q, k, scale, row_ids, col_ids, norms, row_part, col_part, row_
         tl.store(lse + index, total, mask=mask)
 
 
-def super_side(tiles: Sequence[Tile], rows: int, cols: int, processors: int, triangle: bool) -> int:
-    """Rows and columns of a super-tile, SPAN tiles of the first kind at most: as many as leave four super-tiles a
-    multiprocessor. Every tile of `tiles` fits."""
-    side = SPAN * tiles[0].rows
-    smallest = max(max(tile.rows, tile.cols) for tile in tiles)
+def super_side(tiles: Sequence[Tile], slow: Tile, rows: int, cols: int, processors: int, triangle: bool) -> int:
+    """Rows and columns of a super-tile: as many as leave four super-tiles a multiprocessor, of every tile at least one,
+    and SPAN at most where that allows."""
+    smallest = max(slow.rows, *(max(tile.rows, tile.cols) for tile in tiles))
+    side = max(smallest, SPAN * min(tile.rows for tile in tiles))
     while side > smallest and cdiv(rows, side) * cdiv(cols, side) < (8 if triangle else 4) * processors:
         side //= 2
     return side
@@ -488,7 +488,7 @@ def _plan(kinds, tiles: tuple[Tile, ...], slow: Tile, how, parts, chip_processor
     _, (dtype, (rows, width), (q_stride, _), _), (_, (cols, _), (k_stride, _), _), *_ = kinds
     element_unit = 16 // dtype.itemsize
     strides = q_stride // element_unit, k_stride // element_unit
-    side = super_side(tiles, rows, cols, chip_processors, triangle)
+    side = super_side(tiles, slow, rows, cols, chip_processors, triangle)
     supers = cdiv(cols, side)
     chunk = chunk_rows(rows, cols, side)
     h, lost = headroom(rows, cols)
