@@ -151,9 +151,14 @@ inline void barrier_expect(uint64_t* b, uint32_t bytes) {
   counting(b)->bytes += static_cast<int32_t>(bytes);
   counting(b)->arrive();
 }
-inline void barrier_arrive(uint64_t* b) { counting(b)->arrive(); }
+// A thread may be held up after it has arrived, before it goes on.
+inline void barrier_arrive(uint64_t* b) {
+  counting(b)->arrive();
+  emulated::pause();
+}
 inline void barrier_arrive(uint64_t* b, unsigned rank) {
   counting(const_cast<uint64_t*>(in_block(b, rank)))->arrive();
+  emulated::pause();
 }
 inline bool barrier_passed(uint64_t* b, int parity) {
   if (counting(b)->ready != 1) emulated::fail("asking a barrier that was not initialised");
@@ -198,12 +203,13 @@ void more_registers() {}
 template <int>
 void fewer_registers() {}
 
-// Products are done when they are waited for: this thread's part of each, in its own time.
+// Products are done when all four warps wait for them: this thread's part of each, in its own time.
 inline void products_begin() {}
 inline void products_commit() { copies_commit(); }
 template <int N>
 void products_wait() {
   copies_wait<N>();
+  self->block->groups[self->linear / 128].arrive_and_wait(128);  // a product is all four warps'
 }
 
 inline void settle(float&) {}

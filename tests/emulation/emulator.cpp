@@ -70,19 +70,25 @@ void run_cluster(const Launch& launch, unsigned first) {
 
   std::vector<Thread*> alive;
   for (Thread& thread : threads) alive.push_back(&thread);
+  const Warp* held = nullptr;  // a warp that is held up while anything else moves
   while (!alive.empty()) {
     std::shuffle(alive.begin(), alive.end(), order);
+    if (!held && order() % 4 == 0) held = &alive[0]->warp();
     const unsigned long before = happened;
     for (Thread* thread : alive) {
-      if (thread->done) continue;
+      if (thread->done || &thread->warp() == held) continue;
       self = thread;
       swapcontext(&scheduler, &thread->context);
       if (!failure.empty()) throw std::runtime_error(failure);
     }
     alive.erase(std::remove_if(alive.begin(), alive.end(), [](Thread* t) { return t->done; }), alive.end());
-    // Bulk copies arrive when nothing else moves: as late as they can.
+    // Bulk copies arrive when nothing else moves, as late as they can, but before a warp that is held up goes on.
     if (happened == before) {
-      if (cluster.pending.empty()) throw std::runtime_error("deadlock: every thread waits");
+      if (cluster.pending.empty() && !held) throw std::runtime_error("deadlock: every thread waits");
+      if (cluster.pending.empty()) {
+        held = nullptr;
+        continue;
+      }
       const auto copy = std::move(cluster.pending.front());
       cluster.pending.pop_front();
       copy();

@@ -26,6 +26,10 @@ struct Index {
 
 void yield();     // let the other threads run
 void progress();  // something happened that may let a waiting thread go on
+inline void pause() {  // lets the other threads run, of which none has to do anything for this one to go on
+  yield();
+  progress();
+}
 
 template <class Condition>
 void wait_until(Condition holds) {
@@ -59,14 +63,6 @@ struct Warp {
   unsigned lanes = 0;
 };
 
-// The four warps that issue one wgmma.
-struct Group {
-  Barrier barrier;
-  std::vector<std::function<void()>> issued;                 // since the last commit
-  std::deque<std::vector<std::function<void()>>> committed;  // not yet waited for
-  float acc[2][128][128];
-};
-
 struct Block {
   Index index;
   unsigned rank = 0;  // in its cluster
@@ -75,7 +71,7 @@ struct Block {
   unsigned char* shared = nullptr;
   size_t shared_size = 0;
   std::vector<Warp> warps;
-  std::vector<std::unique_ptr<Group>> groups;
+  std::vector<Barrier> groups;  // the four warps that issue one wgmma
   Barrier barriers[16];  // 0 is __syncthreads
 
   bool owns(const void* p) const { return p >= shared && p < shared + shared_size; }

@@ -169,8 +169,8 @@ def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
         return [Tile(128, 64, whole if stays and not ids else depth, 8, 3, True)]
     if chip == "gfx942":
         return [Tile(128, 128, depth, 8, 2)]
-    # The triangle's masks by id leave no registers for column sums of several rows.
-    return [Tile(128, 128, depth, 8, 4, fold=0 if ids and op == "triangle" else 8)]
+    # Masks by id leave no registers for column sums of several rows.
+    return [Tile(128, 128, depth, 8, 4, fold=0 if ids else 8)]
 
 
 @functools.cache
