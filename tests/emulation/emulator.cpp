@@ -18,6 +18,7 @@ std::string failure;
 unsigned long happened = 0;
 const std::function<void()>* kernel = nullptr;
 std::mt19937 order(20250101);
+const Warp* held = nullptr;  // a warp that does not go on while anything else moves
 std::vector<std::unique_ptr<char[]>> stacks;
 
 void trampoline() {
@@ -70,10 +71,9 @@ void run_cluster(const Launch& launch, unsigned first) {
 
   std::vector<Thread*> alive;
   for (Thread& thread : threads) alive.push_back(&thread);
-  const Warp* held = nullptr;  // a warp that is held up while anything else moves
+  held = nullptr;
   while (!alive.empty()) {
     std::shuffle(alive.begin(), alive.end(), order);
-    if (!held && order() % 4 == 0) held = &alive[0]->warp();
     const unsigned long before = happened;
     for (Thread* thread : alive) {
       if (thread->done || &thread->warp() == held) continue;
@@ -112,6 +112,12 @@ void yield() {
 }
 
 void progress() { ++happened; }
+
+void pause() {
+  if (!held && order() % 8 == 0) held = &self->warp();
+  yield();
+  progress();
+}
 
 void fail(const std::string& what) {
   failure = what;

@@ -26,10 +26,7 @@ struct Index {
 
 void yield();     // let the other threads run
 void progress();  // something happened that may let a waiting thread go on
-inline void pause() {  // lets the other threads run, of which none has to do anything for this one to go on
-  yield();
-  progress();
-}
+void pause();     // let them run although this one could go on; at times its warp is held up until nothing else moves
 
 template <class Condition>
 void wait_until(Condition holds) {
