@@ -242,13 +242,17 @@ FFCL_HD inline int64_t panel_tiles(int height, int width) {
 template <class Use>
 FFCL_HD void walk_panel(int height, int width, int64_t begin, int64_t end, Use use) {
   const int down = ceil_div(height, TILE);
-  int first = static_cast<int>(begin % down), j = static_cast<int>(begin / down);
+  int row = static_cast<int>(begin % down), col = static_cast<int>(begin / down), i = 0;
+  int tiles = static_cast<int>(least<int64_t>(down - row, end - begin));
   FFCL_NO_UNROLL
-  for (int64_t at = begin; at < end; first = 0, ++j) {
-    const int tiles = static_cast<int>(least<int64_t>(down - first, end - at));
-    FFCL_NO_UNROLL
-    for (int i = 0; i < tiles; ++i) use((first + i) * TILE, j * CLUSTER90 * TILE, i, tiles);
-    at += tiles;
+  for (int64_t at = begin; at < end; ++at) {
+    use(row * TILE, col * CLUSTER90 * TILE, i, tiles);
+    ++row;
+    if (++i == tiles) {
+      row = i = 0;
+      ++col;
+      tiles = static_cast<int>(least<int64_t>(down, end - at - 1));
+    }
   }
 }
 
