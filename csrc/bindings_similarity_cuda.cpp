@@ -47,8 +47,9 @@ void bind_similarity_cuda(py::module_& m) {
   m.def("similarity_workspace_cuda", &ffcl::similarity_workspace_cuda);
   m.def(
       "similarity_forward_cuda",
-      [](const ffcl::SimilarityCuda& s, uintptr_t row_lse, uintptr_t col_lse, uintptr_t workspace, int64_t size) {
-        return ffcl::similarity_forward_cuda(s, pointer<float>(row_lse), pointer<float>(col_lse),
+      [](const ffcl::SimilarityCuda& s, uintptr_t row_lse, uintptr_t col_lse, uintptr_t rests, uintptr_t workspace,
+         int64_t size) {
+        return ffcl::similarity_forward_cuda(s, pointer<float>(row_lse), pointer<float>(col_lse), pointer<float>(rests),
                                              pointer<float>(workspace), size);
       },
       py::call_guard<py::gil_scoped_release>());
@@ -69,7 +70,6 @@ void bind_similarity_cuda(py::module_& m) {
         py::dict d;
         d["span"] = p.span;
         d["side"] = p.side;
-        d["blocks"] = p.blocks;
         d["supers"] = p.supers;
         d["chunk"] = p.chunk;
         d["workspace"] = ffcl::sums_workspace(p, cols);

@@ -29,8 +29,10 @@ bool sm90_built();
 // Floats of workspace that similarity_forward_cuda needs; -1 where it would refuse the arguments.
 int64_t similarity_workspace_cuda(const SimilarityCuda&);
 
-// row_lse (rows,) and, if not null, col_lse (cols,); not for triangle. See similarity.h.
-int similarity_forward_cuda(const SimilarityCuda&, float* row_lse, float* col_lse, float* workspace, int64_t size);
+// row_lse (rows,) and, if not null, col_lse (cols,); not for triangle. See similarity.h. rests, if not null: what
+// rounding took from each of them, those of columns after those of rows.
+int similarity_forward_cuda(const SimilarityCuda&, float* row_lse, float* col_lse, float* rests, float* workspace,
+                            int64_t size);
 
 // panel (row_end - row_begin, col_end - col_begin) of `dtype`, panel_stride elements between rows (a multiple of 8, and
 // at least the width rounded up to 8): G_ij = 2^(t_ij - shift_i) weight_i + 2^(t_ij - shift_j) weight_j, t = S log2 e,

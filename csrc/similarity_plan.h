@@ -18,6 +18,7 @@ constexpr int MAX_SPAN = 8;
 constexpr int GROUP = 8;  // super-tile rows that walk the columns together: their operands share L2
 constexpr int NORM_PARTS = 128;
 constexpr int CLUSTER90 = 2, CONSUMERS90 = 2;  // blocks of a cluster, and warpgroups of each that multiply
+static_assert(CLUSTER90 == CONSUMERS90, "SumsPlan::shares counts both");
 inline int64_t sums_workspace_limit = 64 << 20;  // bytes of partial sums of one launch; tests lower it
 constexpr float LOG2E = 1.4426950408889634f;
 // One offset serves exponents about 195 powers of two below their bound; what is lower is lost to it and rescued. Past
@@ -42,6 +43,9 @@ FFCL_HD inline bool kept(const Mask& m, int i, int j) {
     default: return m.row_ids[i] == m.col_ids[j];
   }
 }
+
+// The same for S transposed.
+FFCL_HD inline Mask mirrored(const Mask& m) { return {m.cols, m.rows, m.exclude, m.triangle, m.col_ids, m.row_ids}; }
 
 // Whether the tile of height x width at (row, col) has a pair that needs kept(), or one on the triangle's diagonal.
 FFCL_HD inline bool needs_mask(const Mask& m, int row, int col, int height, int width) {
@@ -74,8 +78,7 @@ FFCL_HD inline Cell folded(int64_t at, int first, int last, int total) {
 
 struct SumsPlan {
   int span = 1;  // tiles on a side of a super-tile
-  int blocks = 1;  // of a cluster, which share a super-tile
-  int shares = 1;  // partial sums of a row and of a column that it leaves: of the blocks, and of a block's groups
+  int shares = 1;  // partial sums that it leaves of a row (one a block of its cluster) and of a column (one a group)
   int side = TILE;
   int supers = 1;  // super-tiles along the columns
   int chunk = TILE;  // rows a launch
@@ -104,15 +107,19 @@ inline int span90(int rows, int cols, bool triangle, int clusters) {
   return best;
 }
 
+// A multiprocessor has several blocks, which fill each other's gaps: four super-tiles for each if possible.
+inline int span80(int rows, int cols, bool triangle, int processors) {
+  const int64_t wanted = static_cast<int64_t>(triangle ? 8 : 4) * processors;
+  int span = MAX_SPAN;
+  while (span > 1 && super_tiles(rows, cols, span) < wanted) span /= 2;
+  return span;
+}
+
 inline SumsPlan plan_sums(int rows, int cols, bool triangle, bool cluster, int processors) {
   SumsPlan p;
   p.triangle = triangle;
-  p.blocks = cluster ? CLUSTER90 : 1;
-  p.shares = p.blocks;
-  p.span = cluster ? span90(rows, cols, triangle, processors / p.blocks) : MAX_SPAN;
-  // A multiprocessor has several blocks of sm_80, which fill each other's gaps: four super-tiles for each if possible.
-  const int64_t wanted = static_cast<int64_t>(triangle ? 8 : 4) * processors;
-  while (!cluster && p.span > 1 && super_tiles(rows, cols, p.span) < wanted) p.span /= 2;
+  p.shares = cluster ? CLUSTER90 : 1;
+  p.span = cluster ? span90(rows, cols, triangle, processors / CLUSTER90) : span80(rows, cols, triangle, processors);
   p.side = p.span * TILE;
   p.supers = ceil_div(cols, p.side);
   const int64_t fit = most<int64_t>(1, sums_workspace_limit / (8 * p.shares * static_cast<int64_t>(most(cols, 1))));
@@ -193,11 +200,12 @@ FFCL_HD inline int right_part(int lane) { return lane / 8 % 2; }
 
 constexpr int APART80 = 16;  // rows between a warp's fragments
 constexpr int WARPS80 = 8;
-// Row sums by column of warps, column sums by row of warps, after the stages.
-constexpr int SUMS_SHARED80 = STAGES80 * 2 * OPERAND80 + (2 * MAX_SPAN * TILE + 4 * TILE) * 4;
+// Row sums by column of warps, column sums by row of warps, after the stages of a product.
+constexpr int PRODUCT_SHARED80 = STAGES80 * 2 * OPERAND80;
+constexpr int SUMS_SHARED80 = PRODUCT_SHARED80 + (2 * MAX_SPAN * TILE + 4 * TILE) * 4;
 constexpr int PANEL_PITCH = TILE * 2 + 16;  // bytes between rows of a tile of G on its way out
-constexpr int PANEL_SHARED80 = STAGES80 * 2 * OPERAND80;
-static_assert(TILE * PANEL_PITCH <= PANEL_SHARED80);
+static_assert(TILE * PANEL_PITCH <= PRODUCT_SHARED80);
+constexpr int FINISH_SHARED80 = PRODUCT_SHARED80 + (2 * TILE + 2 * 2 * TILE) * 4;  // halves of sums; maxima with sums
 static_assert(SUMS_SHARED80 <= 99 << 10, "sm_86 and sm_89 have no more");
 
 // sm_90: a step is 64 deep, 128 bytes a row, which TMA writes and wgmma reads in the 128-byte swizzle. The place of an

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(THREADS80) sums80(__grid_constant__ const Sums
   const Operand q{a.q, a.q_stride, a.mask.rows, a.dim}, k{a.k, a.k_stride, a.mask.cols, a.dim};
   const int warp = threadIdx.x / 32, warp_row = warp % 4 * 32, warp_col = warp / 4 * 64;
   const int row = cell.row * a.plan.side, col = cell.col * a.plan.side, first = a.begin / a.plan.side;
-  float* row_sums = reinterpret_cast<float*>(shared_memory() + STAGES80 * 2 * OPERAND80);  // (2, MAX_SPAN * TILE)
+  float* row_sums = reinterpret_cast<float*>(shared_memory() + PRODUCT_SHARED80);  // (2, MAX_SPAN * TILE)
   float* col_shares = row_sums + 2 * MAX_SPAN * TILE;  // (4, TILE)
   for (int i = threadIdx.x; i < 2 * MAX_SPAN * TILE; i += THREADS80) row_sums[i] = 0.f;
   __syncthreads();
@@ -132,17 +132,14 @@ __global__ void __launch_bounds__(THREADS80) panel80(__grid_constant__ const Pan
   const int r = a.row_begin + row, c = a.col_begin + col;
   float acc[MF][NF][4];
   product80<T>(acc, q, k, r, c, warp_row, warp_col);
-  const float factor = *a.scale * LOG2E;
-  if (a.cols.at && !(a.frame[1] > 0.f)) {
-    two_exponentials<APART80>(acc, r + warp_row, c + warp_col, factor, a.rows, a.cols);
-  } else {
-    RowTerms<MF> rows;
-    ColTerms<NF> cols;
+  const bool apart = a.far_apart();
+  RowTerms<MF> rows;
+  ColTerms<NF> cols;
+  if (!apart) {
     rows.load(a.rows, r + warp_row, APART80, a.cols.at, a.frame);
     cols.load(a.cols, c + warp_col, a.cols.at);
-    one_exponential(acc, rows, cols, factor);
   }
-  if (needs_mask(a.mask, r, c, TILE, TILE)) leave_out<APART80>(acc, a.mask, r + warp_row, c + warp_col);
+  pair_gradients<APART80>(acc, a, apart, rows, cols, *a.scale * LOG2E, r, c, warp_row, warp_col);
   stage_tile<T, APART80>(acc, shared_memory(), warp_row, warp_col);
   __syncthreads();
   store_tile(shared_memory(), a.panel, a.stride, row, col, height, width, threadIdx.x, THREADS80);
@@ -151,7 +148,7 @@ __global__ void __launch_bounds__(THREADS80) panel80(__grid_constant__ const Pan
 // ---------------------------------------------------------------------------------------------------------------------
 // On every chip
 // ---------------------------------------------------------------------------------------------------------------------
-constexpr int NORM_THREADS = 256, FINISH_THREADS = 128;
+constexpr int NORM_THREADS = 256;
 
 // <x, y> of two rows by a warp, in all its lanes.
 template <class T>
@@ -190,80 +187,147 @@ __global__ void __launch_bounds__(NORM_THREADS)
   }
 }
 
+// The sum of 2^(t - shift), where the shift is the largest t so far: nothing overflows, and rarely does anything
+// vanish.
+struct Online {
+  float top = NEVER, sum = 0.f;
+
+  __device__ float shift() const { return fabsf(top) < INFINITY ? top : 0.f; }
+  __device__ void raise(float to) {
+    const float before = top;
+    top = fmaxf(top, to);
+    sum *= exp2_fast(before - shift());
+  }
+  __device__ void add(Online other) {
+    raise(other.top);
+    other.raise(top);
+    sum += other.sum;
+  }
+};
+
+// What a normaliser is made of: those of x over y.
+struct Side {
+  Operand x, y;
+  Mask mask;
+};
+
+// sum_j 2^t_ij of the TILE normalisers from `first`, without an offset that could be wrong for them. sums (2, TILE), in
+// shared memory: a share of each column of warps.
+template <class T>
+__device__ __forceinline__ void sum_online(Online* sums, const Side& side, int first, float factor) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_row = warp % 4 * 32, warp_col = warp / 4 * 64;
+  Online mine[MF][2];
+  for (int at = 0; at < side.mask.cols; at += TILE) {
+    float t[MF][NF][4];
+    product80<T>(t, side.x, side.y, first, at, warp_row, warp_col);
+#pragma unroll
+    for (int m = 0; m < MF; ++m)
+#pragma unroll
+      for (int n = 0; n < NF; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) t[m][n][e] *= factor;
+    if (needs_mask(side.mask, first, at, TILE, TILE))
+      leave_out<APART80>(t, side.mask, first + warp_row, at + warp_col, NEVER);
+#pragma unroll
+    for (int m = 0; m < MF; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Online& o = mine[m][half];
+        float top = NEVER;
+#pragma unroll
+        for (int n = 0; n < NF; ++n) top = fmaxf(top, fmaxf(t[m][n][2 * half], t[m][n][2 * half + 1]));
+        o.raise(top);
+#pragma unroll
+        for (int n = 0; n < NF; ++n)
+          o.sum += exp2_fast(t[m][n][2 * half] - o.shift()) + exp2_fast(t[m][n][2 * half + 1] - o.shift());
+      }
+  }
+#pragma unroll
+  for (int m = 0; m < MF; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Online o = mine[m][half];
+      for (int step = 1; step < 4; step *= 2) {
+        Online other;
+        other.top = __shfl_xor_sync(0xffffffffu, o.top, step);
+        other.sum = __shfl_xor_sync(0xffffffffu, o.sum, step);
+        o.add(other);
+      }
+      if (lane % 4 == 0) sums[warp / 4 * TILE + warp_row + fragment_row(lane, m, 2 * half, APART80)] = o;
+    }
+}
+
 struct FinishArgs {
   SumsArgs sums;
   float lost;
   float *row_lse, *col_lse;
+  float* rests;  // of the rows' normalisers, then of the columns'; may be null
   int row_blocks;  // blocks of normalisers of rows; those of columns come after
 };
 
-// How it works: a thread adds one normaliser's partial sums in slot order and turns it into a logarithm. What the
-// constant offset lost (sums too small or infinite, or a bound past BOUND_LIMIT) the whole block computes again, one
-// normaliser at a time, with a running maximum: a branch on device data that nearly every launch skips.
-// Bound by memory: 64 MiB of partial sums at most.
+// How it works: two threads add a normaliser's partial sums, each every second slot, and turn them into a logarithm.
+// Where the constant offset lost one (its sum is too small or infinite, or the bound is past BOUND_LIMIT) the block
+// computes its TILE normalisers again, with maxima that rise: a branch on device data that nearly every launch skips.
+// Bound by memory, 64 MiB of partial sums at most; by the tensor cores where it computes again.
 template <class T>
-__global__ void __launch_bounds__(FINISH_THREADS, 4) finish(__grid_constant__ const FinishArgs f) {
+__global__ void __launch_bounds__(THREADS80, 2) finish(__grid_constant__ const FinishArgs f) {
   const SumsArgs& a = f.sums;
-  const Mask& mask = a.mask;
   const Exponent x = exponent_of(a.scale, a.norms, a.headroom);
   const bool served = x.bound <= BOUND_LIMIT, is_col = static_cast<int>(blockIdx.x) >= f.row_blocks;
   float* lse = is_col ? f.col_lse : f.row_lse;
-  const int start = is_col ? (blockIdx.x - f.row_blocks) * FINISH_THREADS : a.begin + blockIdx.x * FINISH_THREADS;
-  const int stop = is_col ? mask.cols : mask.triangle ? mask.rows : a.end;
-  const int index = start + threadIdx.x;
-  const bool mine = index < stop;
+  const int start = is_col ? (blockIdx.x - f.row_blocks) * TILE : a.begin + blockIdx.x * TILE;
+  const int stop = is_col ? a.mask.cols : a.mask.triangle ? a.mask.rows : a.end;
+  const int index = start + threadIdx.x % TILE, second = threadIdx.x / TILE;
   // Normalisers of columns, and of the triangle's later rows, grow chunk by chunk: until then lse has their sum.
-  const bool complete = is_col ? a.end == mask.rows : !mask.triangle || index < a.end;
+  const bool complete = is_col ? a.end == a.mask.rows : !a.mask.triangle || start < a.end;
   float total = 0.f;
-  if (mine && served) {
-    const Slots s = slots_of(a.plan, is_col, index, a.begin, a.end);
-    if ((is_col || mask.triangle) && a.begin > 0) total = lse[index];
-    for (int slot = s.first_row; slot < s.last_row; ++slot)
+  if (index < stop && served) {
+    const Slots s = slots_of(a.plan, is_col, start, a.begin, a.end);
+    if ((is_col || a.mask.triangle) && a.begin > 0 && !second) total = lse[index];
+    for (int slot = s.first_row + second; slot < s.last_row; slot += 2)
       total += a.row_part[static_cast<int64_t>(slot) * (a.end - a.begin) + (index - a.begin)];
-    for (int slot = 0; slot < s.last_col; ++slot) total += a.col_part[static_cast<int64_t>(slot) * mask.cols + index];
+    for (int slot = second; slot < s.last_col; slot += 2)
+      total += a.col_part[static_cast<int64_t>(slot) * a.mask.cols + index];
+  }
+  float* halves = reinterpret_cast<float*>(shared_memory() + PRODUCT_SHARED80);  // (2, TILE)
+  Online* again = reinterpret_cast<Online*>(halves + 2 * TILE);  // (2, TILE): by columns of warps
+  halves[threadIdx.x] = total;
+  __syncthreads();
+  total = halves[index - start] + halves[TILE + index - start];
+  const bool mine = index < stop && !second;
+  if (!complete) {
+    if (mine) lse[index] = total;
+    return;
+  }
+
+  auto lost = [&] { return index < stop && (!served || total < f.lost || total == INFINITY); };
+  if (__syncthreads_or(lost())) {
+    const Operand q{a.q, a.q_stride, a.mask.rows, a.dim}, k{a.k, a.k_stride, a.mask.cols, a.dim};
+    Mask mask = a.mask;
+    mask.triangle = false;
+    if (is_col)  // two calls, since registers are dear: what a call is given stays where the launch put it
+      sum_online<T>(again, {k, q, mirrored(mask)}, start, x.factor);
+    else
+      sum_online<T>(again, {q, k, mask}, start, x.factor);
+    __syncthreads();
+  }
+  if (!mine) return;
+  total = halves[threadIdx.x] + halves[TILE + threadIdx.x];
+  float shift = x.offset;
+  if (lost()) {
+    Online o = again[threadIdx.x];
+    o.add(again[TILE + threadIdx.x]);
+    total = o.sum;
+    shift = o.shift();
   }
   // Natural logarithms by the factor that was used, which is not quite log2 e: see exponent() of the Triton kernels.
   const float scale = *a.scale;
   const double unit = scale == 0.f ? 1.4426950408889634 : static_cast<double>(x.factor) / static_cast<double>(scale);
-  const bool lost = mine && complete && (!served || total < f.lost || total == INFINITY);
-  if (mine && !lost) lse[index] = complete ? static_cast<float>((log2(double(total)) + x.offset) / unit) : total;
-
-  bool* flags = reinterpret_cast<bool*>(shared_memory());  // (FINISH_THREADS,)
-  float* tops = reinterpret_cast<float*>(shared_memory() + FINISH_THREADS);  // (4,)
-  float* totals = tops + FINISH_THREADS / 32;
-  flags[threadIdx.x] = lost;
-  __syncthreads();
-  const int others = is_col ? mask.rows : mask.cols, warp = threadIdx.x / 32;
-  for (int l = 0; l < FINISH_THREADS; ++l) {
-    if (!flags[l]) continue;
-    const int own = start + l;
-    const T* one = static_cast<const T*>(is_col ? a.k : a.q) + own * (is_col ? a.k_stride : a.q_stride);
-    float top = NEVER, sum = 0.f;
-    for (int other = warp; other < others; other += FINISH_THREADS / 32) {
-      Mask whole = mask;
-      whole.triangle = false;
-      if (!(is_col ? kept(whole, other, own) : kept(whole, own, other))) continue;
-      const T* with = static_cast<const T*>(is_col ? a.q : a.k) + other * (is_col ? a.q_stride : a.k_stride);
-      const float t = warp_dot(one, with, a.dim) * x.factor;
-      const float raised = fmaxf(top, t), shift = fabsf(raised) < INFINITY ? raised : 0.f;
-      sum = sum * exp2f(top - shift) + exp2f(t - shift);
-      top = raised;
-    }
-    if (threadIdx.x % 32 == 0) tops[warp] = top, totals[warp] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      top = NEVER;
-      for (int w = 0; w < FINISH_THREADS / 32; ++w) top = fmaxf(top, tops[w]);
-      const float shift = fabsf(top) < INFINITY ? top : 0.f;
-      double all = 0.;
-      for (int w = 0; w < FINISH_THREADS / 32; ++w) {
-        const float from = fabsf(tops[w]) < INFINITY ? tops[w] : 0.f;
-        if (totals[w] != 0.f) all += totals[w] * static_cast<double>(exp2f(from - shift));
-      }
-      lse[own] = static_cast<float>((log2(all) + shift) / unit);
-    }
-    __syncthreads();
-  }
+  const double exact = (log2(static_cast<double>(total)) + shift) / unit;
+  const float rounded = static_cast<float>(exact);
+  lse[index] = rounded;
+  if (f.rests)
+    f.rests[index + (is_col ? a.mask.rows : 0)] = fabsf(rounded) < INFINITY ? static_cast<float>(exact - rounded) : 0.f;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -291,7 +355,8 @@ SumsPlan plan_of(const SimilarityCuda& s, int processors) {
 }
 
 template <class T>
-int forward(const SimilarityCuda& s, const SumsPlan& plan, float* row_lse, float* col_lse, float* workspace) {
+int forward(const SimilarityCuda& s, const SumsPlan& plan, float* row_lse, float* col_lse, float* rests,
+            float* workspace) {
   SumsArgs a{s.q, s.k, s.q_stride, s.k_stride, static_cast<int>(s.dim), mask_of(s, s.triangle), plan};
   const Headroom room = headroom(a.mask.rows, a.mask.cols);
   a.headroom = room.headroom;
@@ -310,10 +375,10 @@ int forward(const SimilarityCuda& s, const SumsPlan& plan, float* row_lse, float
     status = s.way == SimilarityWay::sm90 ? sums_sm90(a, static_cast<int>(s.dtype), clusters, s.stream)
                                           : launch(sums80<T>, Grid{clusters, THREADS80, SUMS_SHARED80, 1}, s.stream, a);
     if (status != ok) return status;
-    FinishArgs f{a, room.lost, row_lse, col_lse, 0};
-    f.row_blocks = ceil_div((s.triangle ? a.mask.rows : a.end) - a.begin, FINISH_THREADS);
-    const int col_blocks = col_lse && !s.triangle ? ceil_div(a.mask.cols, FINISH_THREADS) : 0;
-    status = launch(finish<T>, Grid{f.row_blocks + col_blocks, FINISH_THREADS, 2 * FINISH_THREADS, 1}, s.stream, f);
+    FinishArgs f{a, room.lost, row_lse, col_lse, rests, 0};
+    f.row_blocks = ceil_div((s.triangle ? a.mask.rows : a.end) - a.begin, TILE);
+    const int col_blocks = col_lse && !s.triangle ? ceil_div(a.mask.cols, TILE) : 0;
+    status = launch(finish<T>, Grid{f.row_blocks + col_blocks, THREADS80, FINISH_SHARED80, 1}, s.stream, f);
   }
   return status;
 }
@@ -332,14 +397,16 @@ int64_t similarity_workspace_cuda(const SimilarityCuda& s) {
   return sums_workspace(plan_of(s, chip.processors), static_cast<int>(s.cols));
 }
 
-int similarity_forward_cuda(const SimilarityCuda& s, float* row_lse, float* col_lse, float* workspace, int64_t size) {
+int similarity_forward_cuda(const SimilarityCuda& s, float* row_lse, float* col_lse, float* rests, float* workspace,
+                            int64_t size) {
   if (!sensible(s)) return bad_argument;
   OnDevice guard(s.device);
   const Chip chip = guard.chip();
   if (guard.error != cudaSuccess) return status_of(guard.error);
   const SumsPlan plan = plan_of(s, chip.processors);
   if (size < sums_workspace(plan, static_cast<int>(s.cols))) return bad_argument;
-  return with_half(s.dtype, [&](auto type) { return forward<decltype(type)>(s, plan, row_lse, col_lse, workspace); });
+  return with_half(s.dtype,
+                   [&](auto type) { return forward<decltype(type)>(s, plan, row_lse, col_lse, rests, workspace); });
 }
 
 int similarity_panel_cuda(const SimilarityCuda& s, const float* row_vectors, const float* col_vectors,
@@ -367,7 +434,7 @@ int similarity_panel_cuda(const SimilarityCuda& s, const float* row_vectors, con
   if (s.way == SimilarityWay::sm90) return panel_sm90(a, static_cast<int>(s.dtype), chip.processors, s.stream);
   const int64_t tiles = ceil_div<int64_t>(row_end - row_begin, TILE) * ceil_div<int64_t>(col_end - col_begin, TILE);
   return with_half(s.dtype, [&](auto type) {
-    return launch(panel80<decltype(type)>, Grid{tiles, THREADS80, PANEL_SHARED80, 1}, s.stream, a);
+    return launch(panel80<decltype(type)>, Grid{tiles, THREADS80, PRODUCT_SHARED80, 1}, s.stream, a);
   });
 }
 

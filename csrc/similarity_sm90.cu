@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(THREADS90, 1)
     more_registers<232>();
     const int warp = uniform(static_cast<int>(threadIdx.x) % 128 / 32);
     const float factor = *a.scale * LOG2E;
-    const bool both = a.cols.at, apart = uniform<int>(both && !(a.frame[1] > 0.f));
+    const bool both = a.cols.at, apart = uniform<int>(a.far_apart());
     float acc[MF][NF][4];
     RowTerms<MF> rows;
     ColTerms<NF> cols;
@@ -313,11 +313,7 @@ __global__ void __launch_bounds__(THREADS90, 1)
         if (!apart) rows.load(a.rows, r + 16 * warp, APART90, both, a.frame);
         if (!apart && i < CONSUMERS90) cols.load(a.cols, c, both);
         product90<T>(acc, feed, place, n, column, i, tiles);
-        if (apart)
-          two_exponentials<APART90>(acc, r + 16 * warp, c, factor, a.rows, a.cols);
-        else
-          one_exponential(acc, rows, cols, factor);
-        if (needs_mask(a.mask, r, c, TILE, TILE)) leave_out<APART90>(acc, a.mask, r + 16 * warp, c);
+        pair_gradients<APART90>(acc, a, apart, rows, cols, factor, r, c, 16 * warp, 0);
         store_fragment<T, APART90>(acc, a.panel, a.stride, row + 16 * warp, col + own, height, width);
       } else {
         feed.skip(place);

@@ -42,6 +42,9 @@ struct PanelArgs {
   Vectors rows, cols;
   void* panel;
   int64_t stride;
+
+  // Whether rows and columns have normalisers that one exponential cannot serve.
+  __device__ bool far_apart() const { return cols.at && !(frame[1] > 0.f); }
 };
 
 namespace {
@@ -206,9 +209,11 @@ __device__ __forceinline__ void two_exponentials(float (&acc)[MF][NF][4], int ro
     }
 }
 
-// 0 for the pairs that are left out: by itself, since inside the loops the compiler would branch at every element.
+// `value` for the pairs that are left out: by itself, since inside the loops the compiler would branch at every
+// element.
 template <int APART, int MF, int NF>
-__device__ __forceinline__ void leave_out(float (&acc)[MF][NF][4], const Mask& mask, int row, int col) {
+__device__ __forceinline__ void leave_out(float (&acc)[MF][NF][4], const Mask& mask, int row, int col,
+                                          float value = 0.f) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < NF; ++n)
@@ -216,7 +221,30 @@ __device__ __forceinline__ void leave_out(float (&acc)[MF][NF][4], const Mask& m
     for (int m = 0; m < MF; ++m)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        if (!kept(mask, row + fragment_row(lane, m, e, APART), col + fragment_col(lane, n, e))) acc[m][n][e] = 0.f;
+        if (!kept(mask, row + fragment_row(lane, m, e, APART), col + fragment_col(lane, n, e))) acc[m][n][e] = value;
+}
+
+// acc becomes the gradients of the pairs of the tile at (row, col), of which this warp's fragment begins at (warp_row,
+// warp_col); `rows` and `cols` need to be loaded only where normalisers are not far `apart`.
+template <int APART, int MF, int NF>
+__device__ __forceinline__ void pair_gradients(float (&acc)[MF][NF][4], const PanelArgs& a, bool apart,
+                                               const RowTerms<MF>& rows, const ColTerms<NF>& cols, float factor,
+                                               int row, int col, int warp_row, int warp_col) {
+  if (apart)
+    two_exponentials<APART>(acc, row + warp_row, col + warp_col, factor, a.rows, a.cols);
+  else
+    one_exponential(acc, rows, cols, factor);
+  if (needs_mask(a.mask, row, col, TILE, TILE)) leave_out<APART>(acc, a.mask, row + warp_row, col + warp_col);
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t rounded_pair(float x, float y) {
+  T pair[2];
+  assign(pair[0], x);
+  assign(pair[1], y);
+  uint32_t bits;
+  memcpy(&bits, pair, 4);
+  return bits;
 }
 
 // A warp's fragment, rounded, to the panel, whose rows are 16-byte aligned and may be written to the next multiple of 8
@@ -235,12 +263,7 @@ __device__ __forceinline__ void store_fragment(const float (&acc)[MF][NF][4], vo
       for (int n = 0; n < NF; n += 4) {
         uint32_t words[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          T pair[2];
-          assign(pair[0], acc[m][n + i][2 * half]);
-          assign(pair[1], acc[m][n + i][2 * half + 1]);
-          memcpy(&words[i], pair, 4);
-        }
+        for (int i = 0; i < 4; ++i) words[i] = rounded_pair<T>(acc[m][n + i][2 * half], acc[m][n + i][2 * half + 1]);
 #pragma unroll
         for (int step = 2; step; step /= 2)
 #pragma unroll
@@ -269,14 +292,9 @@ __device__ __forceinline__ void stage_tile(const float (&acc)[MF][NF][4], unsign
     for (int n = 0; n < NF; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        T pair[2];
-        assign(pair[0], acc[m][n][2 * half]);
-        assign(pair[1], acc[m][n][2 * half + 1]);
         const int at =
             (row + fragment_row(lane, m, 2 * half, APART)) * PANEL_PITCH + (col + fragment_col(lane, n, 0)) * 2;
-        uint32_t bits;
-        memcpy(&bits, pair, 4);
-        *reinterpret_cast<uint32_t*>(tile + at) = bits;
+        *reinterpret_cast<uint32_t*>(tile + at) = rounded_pair<T>(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
       }
 }
 

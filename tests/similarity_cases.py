@@ -99,19 +99,16 @@ def parts(args, row_lse, col_lse, row_grad, col_grad) -> tuple[Tensor, Tensor]:
     logits = reference.similarity_matrix(*args)
 
     def gradients(lse, grad):
-        return (grad * torch.exp(logits - torch.where(lse == -torch.inf, torch.inf, lse))).abs()
+        return grad * torch.exp(logits - torch.where(lse == -torch.inf, torch.inf, lse))
 
     of_rows = gradients(row_lse[:, None], row_grad[:, None])
     of_cols = of_rows.T if alone else gradients(col_lse[None, :], col_grad[None, :]) if both else 0.0 * of_rows
-    squares = (of_rows + of_cols).square()
+    squares = (of_rows.abs() + of_cols.abs()).square()
     sides = (squares, q if alone else k), (squares.T, q)
     sizes = [(scale.abs() * (g @ x.square()).sqrt()).nan_to_num(0.0) for g, x in sides]
     if both:
-        rest = None, True, True
-        rows = reference.similarity_backward(*args, row_lse, col_lse, row_grad, torch.zeros_like(col_grad), *rest)
-        cols = reference.similarity_backward(*args, row_lse, col_lse, torch.zeros_like(row_grad), col_grad, *rest)
-        for size, pair in zip(sizes, zip(rows, cols, strict=True), strict=True):
-            size.clamp_(min=max(float(x.square().mean().sqrt()) for x in pair))
+        for size, shares in ((sizes[0], (of_rows @ k, of_cols @ k)), (sizes[1], (of_rows.T @ q, of_cols.T @ q))):
+            size.clamp_(min=max(float((scale * x).square().mean().sqrt()) for x in shares))
     return sizes[0], q.new_empty(0, q.shape[1]) if alone else sizes[1]
 
 

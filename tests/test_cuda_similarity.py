@@ -30,17 +30,16 @@ def compare(q, k, scale, row_ids, col_ids, exclude, both=True):
     truth = reference.similarity_forward(*to_float64(head), both, True)
     for name, x, y, z in zip(("row_lse", "col_lse"), ours, eager, truth, strict=False):
         assert_close_to_reference(x, y, z, name=name)
-    lse = truth[:2]
-    weights = [torch.randn(x.shape, dtype=torch.float64) / max(1, x.numel()) for x in lse]
+    weights = [torch.randn(x.shape, dtype=torch.float64) / max(1, x.numel()) for x in truth[:2]]
     need_k = k is not None
 
-    def rest(dtype):
-        return *(x.to(dtype) for x in (*lse, *weights)), ours[2], True, need_k
+    def rest(results, dtype):  # a cache belongs to its own normalisers
+        return *(x.to(dtype) for x in (*results[:2], *weights)), results[2], True, need_k
 
-    grads = OPS.similarity_backward(*head, *rest(torch.float32), "cuda")
-    plain = reference.similarity_backward(*head, *rest(torch.float32))
-    exact = reference.similarity_backward(*to_float64(head), *rest(torch.float64))
-    terms = parts(to_float64(head), *lse, *weights)
+    grads = OPS.similarity_backward(*head, *rest(ours, torch.float32), "cuda")
+    plain = reference.similarity_backward(*head, *rest(eager, torch.float32))
+    exact = reference.similarity_backward(*to_float64(head), *rest(truth, torch.float64))
+    terms = parts(to_float64(head), *truth[:2], *weights)
     for name, x, y, z, size in zip(("dq", "dk"), grads, plain, exact, terms, strict=True):
         assert_close_to_reference(x, y, z, factor=3.0, name=name, terms=size)
 
@@ -97,6 +96,58 @@ def test_rescue(scale, capability, emulated):  # noqa: F811
     q[5] *= 0
     compare(q, k, torch.tensor(scale), None, None, ops.EXCLUDE_NONE)
     compare(q, None, torch.tensor(scale), None, None, ops.EXCLUDE_DIAGONAL)
+
+
+@pytest.mark.parametrize("capability", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("alone", (False, True), ids=("pair", "self"))
+def test_long_rows(alone, capability, emulated):  # noqa: F811
+    """|S| to 10^4 and 10^9: the last bit of a normaliser is worth 10^-3 of its probabilities, or all of them."""
+    use(emulated, capability)
+    for scale in (0.37, -3700.0):  # products are exact in any order, so that what is left is the normalisers' rounding
+        q, k = (torch.randint(-100, 101, (n, 40)).bfloat16() for n in (140, 133))
+        compare(q, None if alone else k, torch.tensor(scale), None, None, ops.EXCLUDE_DIAGONAL)
+
+
+def test_rescue_of_several_tiles(emulated, guarded):  # noqa: F811
+    """Maxima that rise from tile to tile, rows and columns that are lost and others that are not, masks by id."""
+    q, k, *rest = problem(300, 400, 24, torch.float16, int(torch.randint(2, 5, ())), False, kind="cone")
+    q[::7] *= -1
+    compare(inside_nan(q, 8), inside_nan(k, 3), torch.tensor(200.0), *rest[1:])
+    compare(inside_nan(q * 20, 8), inside_nan(k, 3), torch.tensor(200.0), *rest[1:])
+
+
+def test_gradient_knows_what_rounding_took(emulated):  # noqa: F811
+    """Soft probabilities far from zero: plain PyTorch loses the last bits of its normalisers, which here count."""
+    q, k = (100 + torch.randint(-1, 2, (n, 40)).bfloat16() for n in (40, 33))
+    head = q, k, torch.tensor(2.0**-8), None, None, ops.EXCLUDE_NONE
+    row_lse, _, rests = OPS.similarity_forward(*head, True, True, "cuda")
+    truth = reference.similarity_forward(*to_float64(head), True, False)
+    assert float((row_lse.double() + rests[:40] - truth[0]).abs().max()) < 1e-7 * float(truth[0].max())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_an_infinite_element_spoils_no_other_row(dtype, emulated):  # noqa: F811
+    q, k = vectors(20, 24, dtype), vectors(33, 24, dtype)
+    q[3, 2] = torch.inf
+    k[:, 2] = k[:, 2].abs() + 0.01  # row 3 of S and every column's sum are infinite
+    others = torch.arange(20) != 3
+    x = q.clone().requires_grad_()
+    row_lse, _ = functional.similarity_lse(x, k, 10.0, backend="cuda")
+    row_lse[others].sum().backward()
+    alone = q[others].clone().requires_grad_()
+    functional.similarity_lse(alone, k, 10.0, backend="cuda")[0].sum().backward()
+    assert torch.equal(x.grad[others], alone.grad)
+    assert not row_lse[3].isfinite()
+
+
+def test_nan_stays_where_it_belongs(emulated):  # noqa: F811
+    for alone in (False, True):
+        q, k = vectors(150, 24, torch.bfloat16), vectors(140, 24, torch.bfloat16)
+        q[5, 3] = torch.nan
+        row_lse, *_ = OPS.similarity_forward(
+            q, None if alone else k, torch.tensor(10.0), None, None, 0, True, False, "cuda"
+        )
+        assert bool(row_lse[5].isnan()) and int(row_lse.isnan().sum()) == (150 if alone else 1)
 
 
 @pytest.mark.parametrize("capability", WAYS.values(), ids=WAYS)
@@ -187,10 +238,10 @@ def test_misaligned_arguments_never_reach_a_launch(emulated):  # noqa: F811
     ):  # fmt: skip
         args = emulated.SimilarityCuda(**good | wrong)
         assert emulated.similarity_workspace_cuda(args) == -1
-        assert emulated.similarity_forward_cuda(args, out.data_ptr(), 0, 0, 0) == 1
+        assert emulated.similarity_forward_cuda(args, out.data_ptr(), 0, 0, 0, 0) == 1
         assert emulated.similarity_panel_cuda(args, 0, 0, 0, 0, 4, 0, 4, q.data_ptr(), 16) == 1
     args = emulated.SimilarityCuda(**good)
-    assert emulated.similarity_forward_cuda(args, out.data_ptr(), 0, 0, 10) == 1  # too little workspace
+    assert emulated.similarity_forward_cuda(args, out.data_ptr(), 0, 0, 0, 10) == 1  # too little workspace
     assert emulated.similarity_panel_cuda(args, 0, 0, 0, 0, 5, 0, 4, q.data_ptr(), 16) == 1
     assert emulated.similarity_panel_cuda(args, 0, 0, 0, 0, 4, 0, 4, q.data_ptr(), 12) == 1
     assert emulated.launches() == before

@@ -175,7 +175,7 @@ def test_sizes_past_32_bits_are_another_plan(size, wide):
 def test_host_time_prints_a_line_a_workload(launches, capsys):
     host_time.main(["--only", "clip,pair cosine", "--seconds", "0.01"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["workload", "launches", "forward", "both", "microseconds"]
+    assert lines[0].split() == ["workload", "launches", "forward", "both", "2", "threads", "microseconds"]
     assert lines[1].startswith("nothing") and len(lines) == 2 + 5 + 2
     with pytest.raises(SystemExit):
         host_time.main(["--only", "clap"])

@@ -45,12 +45,15 @@ def passes(loss: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> tuple[
             loss(*arguments)
 
     def both() -> tuple[Tensor | None, ...]:
-        out = loss(*arguments)
-        # What a next layer would hand back, at no traffic of its own: outputs that are no loss are their own gradients.
-        seeds = None if isinstance(out, Tensor) and not out.dim() else out
-        return torch.autograd.grad(out, arguments, seeds, allow_unused=True)
+        return backward(loss(*arguments), arguments)
 
     return forward, both
+
+
+def backward(out: Tensor | tuple[Tensor, ...], arguments: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    # What a next layer would hand back, at no traffic of its own: outputs that are no loss are their own gradients.
+    seeds = None if isinstance(out, Tensor) and not out.dim() else out
+    return torch.autograd.grad(out, arguments, seeds, allow_unused=True)
 
 
 class Ceiling(NamedTuple):

@@ -4,8 +4,10 @@
 
 Tensors lie on the CPU and are small; Triton chooses what to launch as on an H200 and launches it into the void, so all
 that Python and PyTorch do around the kernels is done, but for the driver's own part of a launch. Prints for each
-workload of `tools.gpu_workloads` the launches of a call and the microseconds of the fastest of many, forward and with
-the backward pass, beside those of an autograd function that does nothing.
+workload of `tools.gpu_workloads` the launches of a call and the microseconds of the median of many, forward and with
+the backward pass, beside those of an autograd function that does nothing. The last column has the backward pass in a
+thread of its own, where autograd runs that of a GPU's tensors: it finds another core's caches. `taskset -c 0` keeps
+both threads on one core.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -27,7 +31,7 @@ from triton.runtime.jit import JITFunction
 from ffcl_fast.backends import triton as backend
 from ffcl_fast.backends.triton import config, gradient_panels, launch
 
-from .gpu_measure import passes
+from .gpu_measure import backward, passes
 from .gpu_workloads import WORKLOADS, Products, Workload
 
 ROWS = 64  # few: what PyTorch computes on them must not count
@@ -130,15 +134,15 @@ def small(workload: Workload) -> Workload:
 
 
 def microseconds(call: Callable[[], object], seconds: float) -> float:
-    """Of the fastest call."""
+    """Of the median call."""
     for _ in range(20):
         call()
-    fastest, end = float("inf"), time.monotonic() + seconds
+    times, end = [], time.monotonic() + seconds
     while time.monotonic() < end:
         start = time.perf_counter()
         call()
-        fastest = min(fastest, time.perf_counter() - start)
-    return 1e6 * fastest
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times)
 
 
 class _Nothing(torch.autograd.Function):
@@ -162,20 +166,24 @@ def main(arguments: list[str] | None = None) -> None:
     todo = {(w.name, w.width if isinstance(w, Products) else len(w.shape)): w for w in WORKLOADS if not w.once}
     if unknown := wanted - {name for name, _ in todo}:
         parser.error(f"--only: no workload is called {', '.join(sorted(unknown))}")
-    print(f"{'workload':34}{'launches':>9}{'forward':>9}{'both':>9}  microseconds")
-    with without_a_gpu() as launches:
+    print(f"{'workload':34}{'launches':>9}{'forward':>9}{'both':>9}{'2 threads':>11}  microseconds")
+    with without_a_gpu() as launches, ThreadPoolExecutor(1) as other:
         nothing = WORKLOADS[0].small().inputs("cpu")
-        _print("nothing, in autograd", 0, passes(_Nothing.apply, nothing), options.seconds)
+        _print("nothing, in autograd", 0, _Nothing.apply, nothing, other, options.seconds)
         for workload in [small(w) for (name, _), w in todo.items() if not wanted or name in wanted]:
-            calls = passes(workload.ours, workload.inputs("cpu"))
+            arguments = workload.inputs("cpu")
             launches.clear()
-            calls[1]()
-            _print(workload.key, sum(launches.values()), calls, options.seconds)
+            passes(workload.ours, arguments)[1]()
+            _print(workload.key, sum(launches.values()), workload.ours, arguments, other, options.seconds)
 
 
-def _print(name: str, launches: int, calls: tuple, seconds: float) -> None:
-    forward, both = (microseconds(call, seconds) for call in calls)
-    print(f"{name:34}{launches:9}{forward:9.0f}{both:9.0f}")
+def _print(name: str, launches: int, loss: Callable, arguments: tuple, other: Executor, seconds: float) -> None:
+    def handed_over() -> None:
+        out = loss(*arguments)
+        other.submit(backward, out, arguments).result()
+
+    forward, both, two = (microseconds(call, seconds) for call in (*passes(loss, arguments), handed_over))
+    print(f"{name:34}{launches:9}{forward:9.0f}{both:9.0f}{two:11.0f}")
 
 
 if __name__ == "__main__":

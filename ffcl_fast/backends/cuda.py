@@ -1,8 +1,8 @@
 """CUDA tensors: the kernels of csrc/*.cu, where ffcl_fast was built with nvcc.
 
-Not what ``"auto"`` means today. On an H200 the normalisers of wide embeddings were faster than Triton's, but where |S|
-is so large that they have to be rescued, which nobody can tell before, that takes far longer; the rest was slower on
-the whole. The goodness family is here, the similarity operators are in :mod:`.cuda_similarity`.
+Not what ``"auto"`` means today. On an H200 the normalisers of wide embeddings were faster than Triton's, the rest was
+slower on the whole; but no GPU has run yet what finishes the normalisers where |S| is so large that a constant offset
+loses them. The goodness family is here, the similarity operators are in :mod:`.cuda_similarity`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import ops
 from . import native
+from .panels_similarity import cache_size  # noqa: F401  a backend's; what rounding took from the normalisers
 
 HALVES = (torch.bfloat16, torch.float16)
 MAX_WIDTH = 4096  # of embeddings
@@ -87,10 +88,6 @@ def unavailable(op: str, x: Tensor) -> str | None:
             return f"there may be at most {MAX_ROWS} rows, not {x.shape[0]}"
         return None if x.shape[1] <= MAX_WIDTH else f"embeddings may be at most {MAX_WIDTH} wide, not {x.shape[1]}"
     return None if x.dtype in native.DTYPES else "it takes float32, bfloat16 and float16"
-
-
-def cache_size(q: Tensor, k: Tensor | None) -> int:
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from .aligned import aligned_rows
 
 PANEL_SIDE = 8192  # 128 MiB of 16-bit numbers
 LOG2E = 1.4426950408889634
-SPREAD = 120.0  # one exponential serves both sides while all normalisers lie within this many powers of two
+# One exponential serves both sides while all normalisers lie within so many powers of two, and are smaller than that:
+# see the Triton kernels.
+SPREAD, LARGE = 120.0, 65536.0
 SM80, SM90 = 0, 1  # ffcl::SimilarityWay
 
 
@@ -61,10 +63,14 @@ def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
     col_lse = q.new_empty(k.shape[0] if both else 0, dtype=torch.float32)
     size = native.module.similarity_workspace_cuda(arguments)
     workspace = q.new_empty(max(0, size), dtype=torch.float32)
+    # Of columns that nobody wants the kernels write no rests.
+    new = q.new_empty if both or k is None else q.new_zeros
+    rests = new(cuda.cache_size(q, k) if save else 0, dtype=torch.float32)
     cuda.run(
-        "similarity_forward", arguments, row_lse, col_lse if both else None, workspace, workspace.numel(), q=q, k=p.k
-    )
-    return row_lse, col_lse, q.new_empty(0, dtype=torch.float32)
+        "similarity_forward", arguments, row_lse, col_lse if both else None, rests if save else None, workspace,
+        workspace.numel(), q=q, k=p.k,
+    )  # fmt: skip
+    return row_lse, col_lse, rests
 
 
 def similarity_backward(
@@ -73,9 +79,10 @@ def similarity_backward(
     need_k = need_k and k is not None
     p = _problem(q, k, scale, row_ids, col_ids, exclude)
     gain = 2.0**14 if q.dtype == torch.float16 else 1.0  # keeps small probabilities out of float16's subnormals
-    sides = [(row_lse, row_grad)]
+    row_rest, col_rest = cache.split((q.shape[0], cache.numel() - q.shape[0])) if cache.numel() else (None, None)
+    sides = [(row_lse, row_rest, row_grad)]
     if k is not None and col_grad.numel():
-        sides.append((col_lse, col_grad))
+        sides.append((col_lse, col_rest, col_grad))
     vectors, frame, largest = _vectors(sides, p.scale, gain)
     rows_vectors = vectors[0]
     cols_vectors = rows_vectors if k is None else vectors[1] if len(vectors) > 1 else None
@@ -127,28 +134,36 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
-def _vectors(sides: list[tuple[Tensor, Tensor]], scale: Tensor, gain: float) -> tuple[list[Tensor], Tensor, Tensor]:
+def _vectors(
+    sides: list[tuple[Tensor, Tensor | None, Tensor]], scale: Tensor, gain: float
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """What the kernels read of rows and of columns, (3, n) each; the frame they share; the unit of the weights.
 
-    See similarity_cuda.h. The shift is the normaliser in powers of two by the factor that the kernel uses, rounded;
-    what rounding takes from it goes into the weight. A normaliser of -inf gives a weight of 0 and a shift of +inf.
+    ``sides``: normalisers, what rounding took from them if that is known, and weights. See similarity_cuda.h. The shift
+    is the normaliser in powers of two by the factor that the kernel uses, rounded; what rounding takes from it goes
+    into the weight. A normaliser of -inf gives a weight of 0 and a shift of +inf; one of +inf or NaN stays what it is,
+    and other rows and columns do not see it.
     """
     unit = torch.where(scale == 0, LOG2E, (scale * LOG2E).double() / torch.where(scale == 0, 1.0, scale).double())
-    normalisers = torch.cat([lse.float() for lse, _ in sides])
+    normalisers = torch.cat([lse.float() for lse, _, _ in sides])
     finite = normalisers.isfinite()
     low = (torch.where(finite, normalisers, torch.inf).amin() * unit).float()
     high = (torch.where(finite, normalisers, -torch.inf).amax() * unit).float()
-    weights = torch.cat([grad.float().abs() for _, grad in sides])
+    weights = torch.cat([grad.float().abs() for _, _, grad in sides])
     largest = torch.where(weights < torch.inf, weights, 0.0).amax()
     largest = torch.where(largest > 0, largest, 1.0)
     centre = torch.where(low <= high, 0.5 * (low + high), 0.0)
-    frame = torch.stack((centre, (high - low <= SPREAD).float()))
+    one = (high - low <= SPREAD) & (torch.maximum(high, -low) < LARGE)
+    frame = torch.stack((centre, one.float()))
     vectors = []
-    for lse, grad in sides:
-        empty = lse == -torch.inf
-        exact = lse.double().masked_fill(empty, 0.0) * unit
-        shift = exact.float()
-        weight = (grad.float() * (gain / largest) * torch.exp2((shift - exact).float())).masked_fill(empty, 0.0)
+    for lse, rest, grad in sides:
+        empty, finite = lse == -torch.inf, lse.isfinite()
+        exact = lse.double() if rest is None else lse.double() + rest
+        exact = torch.where(finite, exact, 0.0) * unit
+        shift = torch.where(finite | empty, exact, lse).float()
+        known = finite & (exact.abs() < 2.0 ** (23 if rest is None else 46))  # to a power of two
+        lost = torch.where(known, shift - exact, 0.0).float()
+        weight = (grad.float() * (gain / largest) * torch.exp2(lost)).masked_fill(empty, 0.0)
         part = (weight * torch.exp2(centre - shift)).masked_fill(empty, 0.0)
         vectors.append(torch.stack((weight, shift.masked_fill(empty, torch.inf), part)))
     return vectors, frame, largest

@@ -131,6 +131,17 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 inline void __syncthreads() {
   emulated::self->block->barriers[0].arrive_and_wait(blockDim.x * blockDim.y * blockDim.z);
 }
+// Whether one thread of the block has an `x` that is not 0.
+inline int __syncthreads_or(int x) {
+  auto& any = emulated::self->block->any;
+  any |= x != 0;
+  __syncthreads();
+  const bool result = any;
+  __syncthreads();
+  any = false;
+  __syncthreads();
+  return result;
+}
 inline void __syncwarp() { emulated::self->warp().barrier.arrive_and_wait(emulated::self->lanes()); }
 
 template <class T>

@@ -70,6 +70,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<Barrier> groups;  // the four warps that issue one wgmma
   Barrier barriers[16];  // 0 is __syncthreads
+  bool any = false;  // of __syncthreads_or
 
   bool owns(const void* p) const { return p >= shared && p < shared + shared_size; }
 };
