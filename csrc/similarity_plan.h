@@ -205,7 +205,9 @@ constexpr int PRODUCT_SHARED80 = STAGES80 * 2 * OPERAND80;
 constexpr int SUMS_SHARED80 = PRODUCT_SHARED80 + (2 * MAX_SPAN * TILE + 4 * TILE) * 4;
 constexpr int PANEL_PITCH = TILE * 2 + 16;  // bytes between rows of a tile of G on its way out
 static_assert(TILE * PANEL_PITCH <= PRODUCT_SHARED80);
-constexpr int FINISH_SHARED80 = PRODUCT_SHARED80 + (2 * TILE + 2 * 2 * TILE) * 4;  // halves of sums; maxima with sums
+constexpr int ONLINE_SHARES = 8;  // threads that have pairs of a row: four of each of two warps
+// After the stages halves of sums, then shares of a maximum and a sum.
+constexpr int FINISH_SHARED80 = PRODUCT_SHARED80 + (2 * TILE + 2 * ONLINE_SHARES * TILE) * 4;
 static_assert(SUMS_SHARED80 <= 99 << 10, "sm_86 and sm_89 have no more");
 
 // sm_90: a step is 64 deep, 128 bytes a row, which TMA writes and wgmma reads in the 128-byte swizzle. The place of an

@@ -211,12 +211,16 @@ struct Side {
   Mask mask;
 };
 
-// sum_j 2^t_ij of the TILE normalisers from `first`, without an offset that could be wrong for them. sums (2, TILE), in
-// shared memory: a share of each column of warps.
+// sum_j 2^t_ij of the TILE normalisers from `first`, without an offset that could be wrong for them, into sums
+// (ONLINE_SHARES, TILE) in shared memory: a share of each thread that has pairs of the normaliser.
 template <class T>
 __device__ __forceinline__ void sum_online(Online* sums, const Side& side, int first, float factor) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_row = warp % 4 * 32, warp_col = warp / 4 * 64;
-  Online mine[MF][2];
+  auto mine = [&](int m, int half) -> Online& {
+    return sums[(warp / 4 * 4 + lane % 4) * TILE + warp_row + fragment_row(lane, m, 2 * half, APART80)];
+  };
+#pragma unroll
+  for (int m = 0; m < MF; ++m) mine(m, 0) = mine(m, 1) = Online();
   for (int at = 0; at < side.mask.cols; at += TILE) {
     float t[MF][NF][4];
     product80<T>(t, side.x, side.y, first, at, warp_row, warp_col);
@@ -225,36 +229,25 @@ __device__ __forceinline__ void sum_online(Online* sums, const Side& side, int f
 #pragma unroll
       for (int n = 0; n < NF; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) t[m][n][e] *= factor;
+        for (int e = 0; e < 4; ++e) t[m][n][e] = __fmul_rn(t[m][n][e], factor);
     if (needs_mask(side.mask, first, at, TILE, TILE))
       leave_out<APART80>(t, side.mask, first + warp_row, at + warp_col, NEVER);
 #pragma unroll
     for (int m = 0; m < MF; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        Online& o = mine[m][half];
-        float top = NEVER;
+        Online o = mine(m, half);
+        float top = NEVER, sum = 0.f;  // the tile by itself: a long row's sum would lose what is added to it one by one
 #pragma unroll
         for (int n = 0; n < NF; ++n) top = fmaxf(top, fmaxf(t[m][n][2 * half], t[m][n][2 * half + 1]));
         o.raise(top);
 #pragma unroll
         for (int n = 0; n < NF; ++n)
-          o.sum += exp2_fast(t[m][n][2 * half] - o.shift()) + exp2_fast(t[m][n][2 * half + 1] - o.shift());
+          sum += exp2_fast(t[m][n][2 * half] - o.shift()) + exp2_fast(t[m][n][2 * half + 1] - o.shift());
+        o.sum += sum;
+        mine(m, half) = o;
       }
   }
-#pragma unroll
-  for (int m = 0; m < MF; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Online o = mine[m][half];
-      for (int step = 1; step < 4; step *= 2) {
-        Online other;
-        other.top = __shfl_xor_sync(0xffffffffu, o.top, step);
-        other.sum = __shfl_xor_sync(0xffffffffu, o.sum, step);
-        o.add(other);
-      }
-      if (lane % 4 == 0) sums[warp / 4 * TILE + warp_row + fragment_row(lane, m, 2 * half, APART80)] = o;
-    }
 }
 
 struct FinishArgs {
@@ -290,7 +283,7 @@ __global__ void __launch_bounds__(THREADS80, 2) finish(__grid_constant__ const F
       total += a.col_part[static_cast<int64_t>(slot) * a.mask.cols + index];
   }
   float* halves = reinterpret_cast<float*>(shared_memory() + PRODUCT_SHARED80);  // (2, TILE)
-  Online* again = reinterpret_cast<Online*>(halves + 2 * TILE);  // (2, TILE): by columns of warps
+  Online* again = reinterpret_cast<Online*>(halves + 2 * TILE);  // (ONLINE_SHARES, TILE)
   halves[threadIdx.x] = total;
   __syncthreads();
   total = halves[index - start] + halves[TILE + index - start];
@@ -315,8 +308,8 @@ __global__ void __launch_bounds__(THREADS80, 2) finish(__grid_constant__ const F
   total = halves[threadIdx.x] + halves[TILE + threadIdx.x];
   float shift = x.offset;
   if (lost()) {
-    Online o = again[threadIdx.x];
-    o.add(again[TILE + threadIdx.x]);
+    Online o;
+    for (int share = 0; share < ONLINE_SHARES; ++share) o.add(again[share * TILE + threadIdx.x]);
     total = o.sum;
     shift = o.shift();
   }
@@ -326,8 +319,8 @@ __global__ void __launch_bounds__(THREADS80, 2) finish(__grid_constant__ const F
   const double exact = (log2(static_cast<double>(total)) + shift) / unit;
   const float rounded = static_cast<float>(exact);
   lse[index] = rounded;
-  if (f.rests)
-    f.rests[index + (is_col ? a.mask.rows : 0)] = fabsf(rounded) < INFINITY ? static_cast<float>(exact - rounded) : 0.f;
+  float* rests = is_col && f.rests ? f.rests + a.mask.rows : f.rests;
+  if (rests) rests[index] = fabsf(rounded) < INFINITY ? static_cast<float>(exact - rounded) : 0.f;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

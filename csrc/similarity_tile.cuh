@@ -143,7 +143,7 @@ __device__ __forceinline__ void put_col_sums(float (&col_sums)[NF][2], float* to
 }
 
 // What a thread's rows and columns of a tile bring to its pairs where one exponential serves a pair: 2^(t - shift)
-// times the sum of a weight of the row and one of the column.
+// times a weight of the row, or the sum of one of the row and one of the column.
 template <int MF>
 struct RowTerms {
   float shift[MF][2], weight[MF][2];
@@ -172,9 +172,27 @@ struct ColTerms {
   }
 };
 
+// 2^(t - shift) of a normaliser's own shift, at most 1. t is rounded, as the sum that the shift is the logarithm of had
+// it: of a large one nothing else would do, and the compiler may not make one instruction of product and difference.
+__device__ __forceinline__ float probability(float x, float factor, float shift) {
+  const float d = __fmul_rn(x, factor) - shift;
+  return exp2_fast(d > 0.f ? 0.f : d);  // NaN stays
+}
+
 template <int MF, int NF>
-__device__ __forceinline__ void one_exponential(float (&acc)[MF][NF][4], const RowTerms<MF>& rows,
-                                                const ColTerms<NF>& cols, float factor) {
+__device__ __forceinline__ void row_exponential(float (&acc)[MF][NF][4], const RowTerms<MF>& rows, float factor) {
+#pragma unroll
+  for (int n = 0; n < NF; ++n)
+#pragma unroll
+    for (int m = 0; m < MF; ++m)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        acc[m][n][e] = probability(acc[m][n][e], factor, rows.shift[m][e / 2]) * rows.weight[m][e / 2];
+}
+
+template <int MF, int NF>
+__device__ __forceinline__ void shared_exponential(float (&acc)[MF][NF][4], const RowTerms<MF>& rows,
+                                                   const ColTerms<NF>& cols, float factor) {
 #pragma unroll
   for (int n = 0; n < NF; ++n)
 #pragma unroll
@@ -203,14 +221,13 @@ __device__ __forceinline__ void two_exponentials(float (&acc)[MF][NF][4], int ro
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& x = acc[m][n][2 * half + e];
-          const float t = x * factor;
-          x = fmaf(exp2_fast(t - shift), weight, exp2_fast(t - of_rows.shift[m][half]) * of_rows.weight[m][half]);
+          const float of_row = probability(x, factor, of_rows.shift[m][half]) * of_rows.weight[m][half];
+          x = fmaf(probability(x, factor, shift), weight, of_row);
         }
     }
 }
 
-// `value` for the pairs that are left out: by itself, since inside the loops the compiler would branch at every
-// element.
+// `value` for the pairs that are left out: by itself, since inside the loops the compiler would branch at each element.
 template <int APART, int MF, int NF>
 __device__ __forceinline__ void leave_out(float (&acc)[MF][NF][4], const Mask& mask, int row, int col,
                                           float value = 0.f) {
@@ -232,8 +249,10 @@ __device__ __forceinline__ void pair_gradients(float (&acc)[MF][NF][4], const Pa
                                                int row, int col, int warp_row, int warp_col) {
   if (apart)
     two_exponentials<APART>(acc, row + warp_row, col + warp_col, factor, a.rows, a.cols);
+  else if (a.cols.at)
+    shared_exponential(acc, rows, cols, factor);
   else
-    one_exponential(acc, rows, cols, factor);
+    row_exponential(acc, rows, factor);
   if (needs_mask(a.mask, row, col, TILE, TILE)) leave_out<APART>(acc, a.mask, row + warp_row, col + warp_col);
 }
 

@@ -105,7 +105,8 @@ def test_long_rows(alone, capability, emulated):  # noqa: F811
     use(emulated, capability)
     for scale in (0.37, -3700.0):  # products are exact in any order, so that what is left is the normalisers' rounding
         q, k = (torch.randint(-100, 101, (n, 40)).bfloat16() for n in (140, 133))
-        compare(q, None if alone else k, torch.tensor(scale), None, None, ops.EXCLUDE_DIAGONAL)
+        for both in (True, False):
+            compare(q, None if alone else k, torch.tensor(scale), None, None, ops.EXCLUDE_DIAGONAL, both)
 
 
 def test_rescue_of_several_tiles(emulated, guarded):  # noqa: F811
@@ -116,13 +117,16 @@ def test_rescue_of_several_tiles(emulated, guarded):  # noqa: F811
     compare(inside_nan(q * 20, 8), inside_nan(k, 3), torch.tensor(200.0), *rest[1:])
 
 
-def test_gradient_knows_what_rounding_took(emulated):  # noqa: F811
-    """Soft probabilities far from zero: plain PyTorch loses the last bits of its normalisers, which here count."""
+@pytest.mark.parametrize("power", (2.0**-8, 2.0**-11), ids=("rescued", "by an offset"))
+def test_rests_are_what_rounding_took(power, emulated):  # noqa: F811
     q, k = (100 + torch.randint(-1, 2, (n, 40)).bfloat16() for n in (40, 33))
-    head = q, k, torch.tensor(2.0**-8), None, None, ops.EXCLUDE_NONE
-    row_lse, _, rests = OPS.similarity_forward(*head, True, True, "cuda")
-    truth = reference.similarity_forward(*to_float64(head), True, False)
-    assert float((row_lse.double() + rests[:40] - truth[0]).abs().max()) < 1e-7 * float(truth[0].max())
+    scale = torch.tensor(power / cuda_similarity.LOG2E)
+    assert scale * cuda_similarity.LOG2E == power  # so that exponents are exact
+    head = q, k, scale, None, None, ops.EXCLUDE_NONE
+    *lse, rests = OPS.similarity_forward(*head, True, True, "cuda")
+    truth = torch.cat(reference.similarity_forward(*to_float64(head), True, False)[:2])
+    errors = [float((torch.cat(lse).double() + x - truth).abs().max() / truth.max()) for x in (0.0, rests)]
+    assert errors[1] < 1e-9 < 1e-8 < errors[0]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
