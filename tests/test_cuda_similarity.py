@@ -126,7 +126,7 @@ def test_rests_are_what_rounding_took(power, emulated):  # noqa: F811
     *lse, rests = OPS.similarity_forward(*head, True, True, "cuda")
     truth = torch.cat(reference.similarity_forward(*to_float64(head), True, False)[:2])
     errors = [float((torch.cat(lse).double() + x - truth).abs().max() / truth.max()) for x in (0.0, rests)]
-    assert errors[1] < 1e-9 < 1e-8 < errors[0]
+    assert errors[1] < 5e-9 < 2e-8 < errors[0]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -140,7 +140,8 @@ def test_an_infinite_element_spoils_no_other_row(dtype, emulated):  # noqa: F811
     row_lse[others].sum().backward()
     alone = q[others].clone().requires_grad_()
     functional.similarity_lse(alone, k, 10.0, backend="cuda")[0].sum().backward()
-    assert torch.equal(x.grad[others], alone.grad)
+    rounding = torch.finfo(dtype).eps  # the product of another number of rows adds in another order
+    torch.testing.assert_close(x.grad[others], alone.grad, rtol=2 * rounding, atol=rounding)
     assert not row_lse[3].isfinite()
 
 
