@@ -9,9 +9,8 @@ namespace ffcl {
 // portable_bf16 and portable_amx do the same in software, for tests.
 enum class Isa { portable = 0, avx2 = 1, avx512 = 2, portable_bf16 = 3, avx512_bf16 = 4, portable_amx = 5, amx = 6 };
 
-// Best of portable, avx2, avx512 and amx that this processor has and that was compiled in, unless the environment
-// variable FFCL_ISA (read once) names another. avx512_bf16 is by name alone: on the one processor that has run it, its
-// products were no faster than those of float32.
+// Best of portable, avx2, avx512, avx512_bf16 and amx that this processor has and that was compiled in, unless the
+// environment variable FFCL_ISA (read once) names another. avx512_bf16 is among them on AMD's processors alone.
 Isa current_isa();
 const char* isa_name(Isa isa);
 
