@@ -6,6 +6,8 @@ missing nobody calls these: see :func:`ffcl_fast.backends.fuses`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -96,7 +98,7 @@ class _Loss:
             k_stride=0 if k is None else k.stride(0),
             positive_stride=0 if positive is None else positive.stride(0),
             dtype=native.DTYPES[q.dtype],
-            scale=ops.SMALLEST_SCALE if abs(value) < ops.SMALLEST_SCALE else value,
+            scale=math.copysign(max(abs(value), ops.SMALLEST_SCALE), value),  # ops.away_from_zero
             row_ids=address(row_ids),
             col_ids=address(col_ids),
             exclude=exclude,
