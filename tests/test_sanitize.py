@@ -46,7 +46,7 @@ def _openmp(sanitizer: str, folder: Path) -> str:
     return found
 
 
-@pytest.mark.parametrize("isa", ("portable", "avx2", "avx512", "portable_bf16", "portable_amx"))
+@pytest.mark.parametrize("isa", ("portable", "avx2", "avx512", "portable_bf16", "avx512_bf16", "portable_amx"))
 @pytest.mark.parametrize("threads", ("std", "openmp"))
 def test_kernels(driver: tuple[str, Path], isa: str, threads: str, seed: int) -> None:
     sanitizer, program = driver
