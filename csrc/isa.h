@@ -10,7 +10,7 @@ namespace ffcl {
 enum class Isa { portable = 0, avx2 = 1, avx512 = 2, portable_bf16 = 3, avx512_bf16 = 4, portable_amx = 5, amx = 6 };
 
 // Best of portable, avx2, avx512, avx512_bf16 and amx that this processor has and that was compiled in, unless the
-// environment variable FFCL_ISA (read once) names another. avx512_bf16 is among them on AMD's processors alone.
+// environment variable FFCL_ISA (read once) names another; avx512_bf16 only where it pays.
 Isa current_isa();
 const char* isa_name(Isa isa);
 

@@ -30,14 +30,15 @@ bool sm90_built();
 int64_t similarity_workspace_cuda(const SimilarityCuda&);
 
 // row_lse (rows,) and, if not null, col_lse (cols,); not for triangle. See similarity.h. rests, if not null: what
-// rounding took from each of them, those of columns after those of rows.
+// rounding took from each of them; those of columns, where there is col_lse, after those of rows.
 int similarity_forward_cuda(const SimilarityCuda&, float* row_lse, float* col_lse, float* rests, float* workspace,
                             int64_t size);
 
 // panel (row_end - row_begin, col_end - col_begin) of `dtype`, panel_stride elements between rows (a multiple of 8, and
 // at least the width rounded up to 8): G_ij = 2^(t_ij - shift_i) weight_i + 2^(t_ij - shift_j) weight_j, t = S log2 e,
-// 0 where the pair is left out. row_vectors (3, rows), col_vectors (3, cols) or null for no second term: weight, shift,
-// and weight 2^(centre - shift). frame (2,): centre, and 1 where one exponential 2^(t - centre) may serve both terms.
+// each power at most 1 unless one serves both, 0 where the pair is left out. row_vectors (3, rows), col_vectors (3,
+// cols) or null for no second term: weight, shift, and weight 2^(centre - shift). frame (2,): centre, and 1 where one
+// exponential 2^(t - centre) may serve both terms.
 int similarity_panel_cuda(const SimilarityCuda&, const float* row_vectors, const float* col_vectors, const float* frame,
                           int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end, void* panel,
                           int64_t panel_stride);

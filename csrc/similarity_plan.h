@@ -78,7 +78,7 @@ FFCL_HD inline Cell folded(int64_t at, int first, int last, int total) {
 
 struct SumsPlan {
   int span = 1;  // tiles on a side of a super-tile
-  int shares = 1;  // partial sums that it leaves of a row (one a block of its cluster) and of a column (one a group)
+  int shares = 1;  // partial sums that a super-tile leaves of a row (one a block) and of a column (one a group)
   int side = TILE;
   int supers = 1;  // super-tiles along the columns
   int chunk = TILE;  // rows a launch
@@ -208,7 +208,7 @@ static_assert(TILE * PANEL_PITCH <= PRODUCT_SHARED80);
 constexpr int ONLINE_SHARES = 8;  // threads that have pairs of a row: four of each of two warps
 // After the stages halves of sums, then shares of a maximum and a sum.
 constexpr int FINISH_SHARED80 = PRODUCT_SHARED80 + (2 * TILE + 2 * ONLINE_SHARES * TILE) * 4;
-static_assert(SUMS_SHARED80 <= 99 << 10, "sm_86 and sm_89 have no more");
+static_assert(SUMS_SHARED80 <= 99 << 10 && FINISH_SHARED80 <= 99 << 10, "sm_86 and sm_89 have no more");
 
 // sm_90: a step is 64 deep, 128 bytes a row, which TMA writes and wgmma reads in the 128-byte swizzle. The place of an
 // operand's step in shared memory is 16 KiB.

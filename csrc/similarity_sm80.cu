@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(THREADS80) panel80(__grid_constant__ const Pan
   const int r = a.row_begin + row, c = a.col_begin + col;
   float acc[MF][NF][4];
   product80<T>(acc, q, k, r, c, warp_row, warp_col);
-  const bool apart = a.far_apart();
+  const bool apart = a.needs_two();
   RowTerms<MF> rows;
   ColTerms<NF> cols;
   if (!apart) {
@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(NORM_THREADS)
   }
 }
 
-// The sum of 2^(t - shift), where the shift is the largest t so far: nothing overflows, and rarely does anything
-// vanish.
+// The sum of 2^(t - shift), where the shift is the largest t so far: nothing overflows, and what vanishes is below
+// 2^-126 of the largest.
 struct Online {
   float top = NEVER, sum = 0.f;
 
@@ -204,6 +204,8 @@ struct Online {
     sum += other.sum;
   }
 };
+
+static_assert(sizeof(Online) == 8, "FINISH_SHARED80 counts on it");
 
 // What a normaliser is made of: those of x over y.
 struct Side {
@@ -258,10 +260,11 @@ struct FinishArgs {
   int row_blocks;  // blocks of normalisers of rows; those of columns come after
 };
 
-// How it works: two threads add a normaliser's partial sums, each every second slot, and turn them into a logarithm.
+// How it works: two threads add a normaliser's partial sums, each every other slot, and turn them into a logarithm.
 // Where the constant offset lost one (its sum is too small or infinite, or the bound is past BOUND_LIMIT) the block
-// computes its TILE normalisers again, with maxima that rise: a branch on device data that nearly every launch skips.
-// Bound by memory, 64 MiB of partial sums at most; by the tensor cores where it computes again.
+// computes its TILE normalisers again, with maxima that rise: a branch on device data that nearly every launch skips
+// (a row without a pair takes it). Bound by memory, 64 MiB of partial sums at most; by the tensor cores where it
+// computes again.
 template <class T>
 __global__ void __launch_bounds__(THREADS80, 2) finish(__grid_constant__ const FinishArgs f) {
   const SumsArgs& a = f.sums;
@@ -270,24 +273,24 @@ __global__ void __launch_bounds__(THREADS80, 2) finish(__grid_constant__ const F
   float* lse = is_col ? f.col_lse : f.row_lse;
   const int start = is_col ? (blockIdx.x - f.row_blocks) * TILE : a.begin + blockIdx.x * TILE;
   const int stop = is_col ? a.mask.cols : a.mask.triangle ? a.mask.rows : a.end;
-  const int index = start + threadIdx.x % TILE, second = threadIdx.x / TILE;
+  const int index = start + threadIdx.x % TILE, half = threadIdx.x / TILE;
   // Normalisers of columns, and of the triangle's later rows, grow chunk by chunk: until then lse has their sum.
   const bool complete = is_col ? a.end == a.mask.rows : !a.mask.triangle || start < a.end;
   float total = 0.f;
   if (index < stop && served) {
     const Slots s = slots_of(a.plan, is_col, start, a.begin, a.end);
-    if ((is_col || a.mask.triangle) && a.begin > 0 && !second) total = lse[index];
-    for (int slot = s.first_row + second; slot < s.last_row; slot += 2)
+    if ((is_col || a.mask.triangle) && a.begin > 0 && !half) total = lse[index];
+    for (int slot = s.first_row + half; slot < s.last_row; slot += 2)
       total += a.row_part[static_cast<int64_t>(slot) * (a.end - a.begin) + (index - a.begin)];
-    for (int slot = second; slot < s.last_col; slot += 2)
+    for (int slot = half; slot < s.last_col; slot += 2)
       total += a.col_part[static_cast<int64_t>(slot) * a.mask.cols + index];
   }
   float* halves = reinterpret_cast<float*>(shared_memory() + PRODUCT_SHARED80);  // (2, TILE)
-  Online* again = reinterpret_cast<Online*>(halves + 2 * TILE);  // (ONLINE_SHARES, TILE)
+  Online* online = reinterpret_cast<Online*>(halves + 2 * TILE);  // (ONLINE_SHARES, TILE)
   halves[threadIdx.x] = total;
   __syncthreads();
   total = halves[index - start] + halves[TILE + index - start];
-  const bool mine = index < stop && !second;
+  const bool mine = index < stop && !half;
   if (!complete) {
     if (mine) lse[index] = total;
     return;
@@ -298,18 +301,18 @@ __global__ void __launch_bounds__(THREADS80, 2) finish(__grid_constant__ const F
     const Operand q{a.q, a.q_stride, a.mask.rows, a.dim}, k{a.k, a.k_stride, a.mask.cols, a.dim};
     Mask mask = a.mask;
     mask.triangle = false;
-    if (is_col)  // two calls, since registers are dear: what a call is given stays where the launch put it
-      sum_online<T>(again, {k, q, mirrored(mask)}, start, x.factor);
+    if (is_col)  // two calls: operands chosen before one would have to move from constant memory to registers
+      sum_online<T>(online, {k, q, mirrored(mask)}, start, x.factor);
     else
-      sum_online<T>(again, {q, k, mask}, start, x.factor);
+      sum_online<T>(online, {q, k, mask}, start, x.factor);
     __syncthreads();
   }
   if (!mine) return;
-  total = halves[threadIdx.x] + halves[TILE + threadIdx.x];
+  total = halves[threadIdx.x] + halves[TILE + threadIdx.x];  // anew: it holds no register while tiles are multiplied
   float shift = x.offset;
   if (lost()) {
     Online o;
-    for (int share = 0; share < ONLINE_SHARES; ++share) o.add(again[share * TILE + threadIdx.x]);
+    for (int share = 0; share < ONLINE_SHARES; ++share) o.add(online[share * TILE + threadIdx.x]);
     total = o.sum;
     shift = o.shift();
   }

@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(THREADS90, 1)
     more_registers<232>();
     const int warp = uniform(static_cast<int>(threadIdx.x) % 128 / 32);
     const float factor = *a.scale * LOG2E;
-    const bool both = a.cols.at, apart = uniform<int>(a.far_apart());
+    const bool both = a.cols.at, apart = uniform<int>(a.needs_two());
     float acc[MF][NF][4];
     RowTerms<MF> rows;
     ColTerms<NF> cols;

@@ -43,8 +43,8 @@ struct PanelArgs {
   void* panel;
   int64_t stride;
 
-  // Whether rows and columns have normalisers that one exponential cannot serve.
-  __device__ bool far_apart() const { return cols.at && !(frame[1] > 0.f); }
+  // Whether rows and columns have normalisers that one exponential cannot serve: far apart, or large.
+  __device__ bool needs_two() const { return cols.at && !(frame[1] > 0.f); }
 };
 
 namespace {
@@ -172,8 +172,9 @@ struct ColTerms {
   }
 };
 
-// 2^(t - shift) of a normaliser's own shift, at most 1. t is rounded, as the sum that the shift is the logarithm of had
-// it: of a large one nothing else would do, and the compiler may not make one instruction of product and difference.
+// 2^(t - shift) of a normaliser's own shift, at most 1. t is rounded, as sum_online rounds it: of a large one nothing
+// else would do, and the compiler may not make one instruction of product and difference. (Where an offset served, t is
+// small. On sm_90 sum_online multiplies by mma and the panels by wgmma: whether those round alike is not known.)
 __device__ __forceinline__ float probability(float x, float factor, float shift) {
   const float d = __fmul_rn(x, factor) - shift;
   return exp2_fast(d > 0.f ? 0.f : d);  // NaN stays
@@ -190,9 +191,10 @@ __device__ __forceinline__ void row_exponential(float (&acc)[MF][NF][4], const R
         acc[m][n][e] = probability(acc[m][n][e], factor, rows.shift[m][e / 2]) * rows.weight[m][e / 2];
 }
 
+// Of normalisers near each other and of moderate size: rounding of t is too small to matter there.
 template <int MF, int NF>
-__device__ __forceinline__ void shared_exponential(float (&acc)[MF][NF][4], const RowTerms<MF>& rows,
-                                                   const ColTerms<NF>& cols, float factor) {
+__device__ __forceinline__ void joint_exponential(float (&acc)[MF][NF][4], const RowTerms<MF>& rows,
+                                                  const ColTerms<NF>& cols, float factor) {
 #pragma unroll
   for (int n = 0; n < NF; ++n)
 #pragma unroll
@@ -203,7 +205,7 @@ __device__ __forceinline__ void shared_exponential(float (&acc)[MF][NF][4], cons
                        (rows.weight[m][e / 2] + cols.weight[n][e % 2]);
 }
 
-// acc becomes the gradients of pairs whose row's and column's normalisers are too far apart for that.
+// acc becomes the gradients of pairs whose row's and column's normalisers are too far apart, or too large, for one.
 template <int APART, int MF, int NF>
 __device__ __forceinline__ void two_exponentials(float (&acc)[MF][NF][4], int row, int col, float factor,
                                                  const Vectors& rows, const Vectors& cols) {
@@ -242,7 +244,7 @@ __device__ __forceinline__ void leave_out(float (&acc)[MF][NF][4], const Mask& m
 }
 
 // acc becomes the gradients of the pairs of the tile at (row, col), of which this warp's fragment begins at (warp_row,
-// warp_col); `rows` and `cols` need to be loaded only where normalisers are not far `apart`.
+// warp_col); `rows` and `cols` need to be loaded only where one exponential serves a pair (not `apart`).
 template <int APART, int MF, int NF>
 __device__ __forceinline__ void pair_gradients(float (&acc)[MF][NF][4], const PanelArgs& a, bool apart,
                                                const RowTerms<MF>& rows, const ColTerms<NF>& cols, float factor,
@@ -250,7 +252,7 @@ __device__ __forceinline__ void pair_gradients(float (&acc)[MF][NF][4], const Pa
   if (apart)
     two_exponentials<APART>(acc, row + warp_row, col + warp_col, factor, a.rows, a.cols);
   else if (a.cols.at)
-    shared_exponential(acc, rows, cols, factor);
+    joint_exponential(acc, rows, cols, factor);
   else
     row_exponential(acc, rows, factor);
   if (needs_mask(a.mask, row, col, TILE, TILE)) leave_out<APART>(acc, a.mask, row + warp_row, col + warp_col);

@@ -194,6 +194,9 @@ def compare(
         # relative tolerance knows: what is off by its rounding alone is right.
         half = 0.51 * torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
         right = torch.where((x.double() - exact).abs() <= half, exact, x.double())
+        # And above its largest it has infinity, which rounding may reach from just below.
+        beyond = (exact.abs() > 0.99 * torch.finfo(x.dtype).max) & (x == exact.sign() * torch.inf)
+        right = torch.where(beyond, exact, right)
         # All of it at a root mean square near 1, where float16 does not end.
         usual = float(torch.where(exact.isfinite(), exact * by, 0.0).square().mean().sqrt())
         to_one = 2.0 ** -round(math.log2(max(usual, size, 1e-6)))

@@ -6,8 +6,8 @@ Tensors lie on the CPU and are small; Triton chooses what to launch as on an H20
 that Python and PyTorch do around the kernels is done, but for the driver's own part of a launch. Prints for each
 workload of `tools.gpu_workloads` the launches of a call and the microseconds of the median of many, forward and with
 the backward pass, beside those of an autograd function that does nothing. The last column has the backward pass in a
-thread of its own, where autograd runs that of a GPU's tensors: it finds another core's caches. `taskset -c 0` keeps
-both threads on one core.
+thread of its own, as autograd has that of a GPU's tensors: usually on another core, with empty caches. `taskset -c 0`
+keeps both threads on one core.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """CUDA tensors: the kernels of csrc/*.cu, where ffcl_fast was built with nvcc.
 
 Not what ``"auto"`` means today. On an H200 the normalisers of wide embeddings were faster than Triton's, the rest was
-slower on the whole; but no GPU has run yet what finishes the normalisers where |S| is so large that a constant offset
-loses them. The goodness family is here, the similarity operators are in :mod:`.cuda_similarity`.
+slower on the whole; but no GPU has run yet the kernel that finishes the normalisers, nor today's gradients of large
+|S|. The goodness family is here, the similarity operators are in :mod:`.cuda_similarity`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import ops
 from . import native
-from .panels_similarity import cache_size  # noqa: F401  a backend's; what rounding took from the normalisers
+from .panels_similarity import cache_size  # noqa: F401  part of a backend
 
 HALVES = (torch.bfloat16, torch.float16)
 MAX_WIDTH = 4096  # of embeddings

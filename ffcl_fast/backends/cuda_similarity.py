@@ -14,11 +14,12 @@ from torch import Tensor
 
 from . import cuda, native
 from .aligned import aligned_rows
+from .panels_similarity import split_rests
 
 PANEL_SIDE = 8192  # 128 MiB of 16-bit numbers
 LOG2E = 1.4426950408889634
-# One exponential serves both sides while all normalisers lie within so many powers of two, and are smaller than that:
-# see the Triton kernels.
+# One exponential serves both sides while all normalisers lie within SPREAD powers of two of each other and under LARGE:
+# see the Triton kernels, and write_vectors there for the rest of _vectors.
 SPREAD, LARGE = 120.0, 65536.0
 SM80, SM90 = 0, 1  # ffcl::SimilarityWay
 
@@ -79,7 +80,7 @@ def similarity_backward(
     need_k = need_k and k is not None
     p = _problem(q, k, scale, row_ids, col_ids, exclude)
     gain = 2.0**14 if q.dtype == torch.float16 else 1.0  # keeps small probabilities out of float16's subnormals
-    row_rest, col_rest = cache.split((q.shape[0], cache.numel() - q.shape[0])) if cache.numel() else (None, None)
+    row_rest, col_rest = split_rests(cache, q.shape[0])
     sides = [(row_lse, row_rest, row_grad)]
     if k is not None and col_grad.numel():
         sides.append((col_lse, col_rest, col_grad))
@@ -161,7 +162,8 @@ def _vectors(
         exact = lse.double() if rest is None else lse.double() + rest
         exact = torch.where(finite, exact, 0.0) * unit
         shift = torch.where(finite | empty, exact, lse).float()
-        known = finite & (exact.abs() < 2.0 ** (23 if rest is None else 46))  # to a power of two
+        # Beyond, the last bit of a float (of two) is worth more than a power of two, and says nothing.
+        known = finite & (exact.abs() < 2.0 ** (23 if rest is None else 46))
         lost = torch.where(known, shift - exact, 0.0).float()
         weight = (grad.float() * (gain / largest) * torch.exp2(lost)).masked_fill(empty, 0.0)
         part = (weight * torch.exp2(centre - shift)).masked_fill(empty, 0.0)

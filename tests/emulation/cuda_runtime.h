@@ -170,7 +170,7 @@ inline uint32_t __float_as_uint(float x) {
   std::memcpy(&bits, &x, 4);
   return bits;
 }
-// A product that stays one: nvcc makes one instruction of a product and a sum elsewhere, and so does this build.
+// A product that stays one, hence volatile: elsewhere nvcc makes one instruction of a product and a sum, as this build.
 inline float __fmul_rn(float x, float y) {
   volatile float product = x * y;
   return product;

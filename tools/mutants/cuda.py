@@ -57,7 +57,7 @@ MUTANTS = (
         "cuda",
         "the second thread of a normaliser adds the first's slots",
         "csrc/similarity_sm80.cu",
-        "for (int slot = second; slot < s.last_col; slot += 2)",
+        "for (int slot = half; slot < s.last_col; slot += 2)",
         "for (int slot = 0; slot < s.last_col; slot += 2)",
         "tests/test_cuda_similarity.py -k 'test_pair or test_self'",
     ),

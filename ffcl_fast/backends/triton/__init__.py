@@ -12,6 +12,8 @@ import shutil
 import torch
 from torch import Tensor
 
+from ..panels_similarity import cache_size  # noqa: F401  part of a backend
+
 try:
     import triton  # noqa: F401
 except ImportError as error:  # a machine without it uses the other backends
@@ -74,8 +76,3 @@ def _without_compiler() -> str | None:
 @functools.cache
 def _new_enough(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def cache_size(q: Tensor, k: Tensor | None) -> int:
-    """Elements kept between forward and backward: what rounding took from each normaliser."""
-    return q.shape[0] + (0 if k is None else k.shape[0])
