@@ -150,14 +150,14 @@ __global__ void __launch_bounds__(THREADS80) panel80(__grid_constant__ const Pan
 // ---------------------------------------------------------------------------------------------------------------------
 constexpr int NORM_THREADS = 256;
 
-// <x, y> of two rows by a warp, in all its lanes.
+// <x, x> of a row by a warp, in all its lanes.
 template <class T>
-__device__ float warp_dot(const T* x, const T* y, int dim) {
+__device__ float warp_squares(const T* x, int dim) {
   float sum = 0.f;
   for (int i = threadIdx.x % 32; i < dim / 8; i += 32) {
-    const auto a = Pack<T, 8>::load(x + i * 8), b = Pack<T, 8>::load(y + i * 8);
+    const auto a = Pack<T, 8>::load(x + i * 8);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) sum = fmaf(to_float(a.x[j]), to_float(b.x[j]), sum);
+    for (int j = 0; j < 8; ++j) sum = fmaf(to_float(a.x[j]), to_float(a.x[j]), sum);
   }
   return warp_sum(sum);
 }
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(NORM_THREADS)
   const int n = of_k ? cols : rows, warp = threadIdx.x / 32, warps = NORM_THREADS / 32;
   float best = 0.f;
   for (int64_t row = static_cast<int64_t>(blockIdx.x % NORM_PARTS) * warps + warp; row < n; row += NORM_PARTS * warps) {
-    const float squares = warp_dot(x + row * stride, x + row * stride, dim);
+    const float squares = warp_squares(x + row * stride, dim);
     // NaN and overflow would spoil rows that have neither; those that have are caught by their own sums.
     if (squares < INFINITY) best = fmaxf(best, squares);
   }
@@ -226,12 +226,7 @@ __device__ __forceinline__ void sum_online(Online* sums, const Side& side, int f
   for (int at = 0; at < side.mask.cols; at += TILE) {
     float t[MF][NF][4];
     product80<T>(t, side.x, side.y, first, at, warp_row, warp_col);
-#pragma unroll
-    for (int m = 0; m < MF; ++m)
-#pragma unroll
-      for (int n = 0; n < NF; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) t[m][n][e] = __fmul_rn(t[m][n][e], factor);
+    each(t, [&](int, int, int, float& x) { x = __fmul_rn(x, factor); });
     if (needs_mask(side.mask, first, at, TILE, TILE))
       leave_out<APART80>(t, side.mask, first + warp_row, at + warp_col, NEVER);
 #pragma unroll

@@ -76,34 +76,35 @@ __device__ inline Exponent exponent_of(const float* scale, const float* norms, f
   return e;
 }
 
+// Calls use(m, n, e, acc[m][n][e]) for all of a thread's part. Columns outside, so that nothing of a column has to stay
+// in registers.
+template <int MF, int NF, class Use>
+__device__ __forceinline__ void each(float (&acc)[MF][NF][4], Use use) {
+#pragma unroll
+  for (int n = 0; n < NF; ++n)
+#pragma unroll
+    for (int m = 0; m < MF; ++m)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) use(m, n, e, acc[m][n][e]);
+}
+
 // acc becomes 2^(t - offset), 0 where the pair is left out; (row, col) is the place of the fragment's first tile.
 template <int APART, int MF, int NF>
 __device__ __forceinline__ void exponentials(float (&acc)[MF][NF][4], const Mask& mask, bool masked, int row, int col,
                                              const Exponent& x) {
   const int lane = threadIdx.x % 32;
   if (!masked) {  // by itself: the compiler would branch at every element
-#pragma unroll
-    for (int n = 0; n < NF; ++n)
-#pragma unroll
-      for (int m = 0; m < MF; ++m)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc[m][n][e] = exp2_fast(fmaf(acc[m][n][e], x.factor, -x.offset));
+    each(acc, [&](int, int, int, float& t) { t = exp2_fast(fmaf(t, x.factor, -x.offset)); });
     return;
   }
-  // Columns outside, so that nothing of a column has to stay in registers.
-#pragma unroll
-  for (int n = 0; n < NF; ++n)
-#pragma unroll
-    for (int m = 0; m < MF; ++m)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float t = fmaf(acc[m][n][e], x.factor, -x.offset);
-        const int i = row + fragment_row(lane, m, e, APART), j = col + fragment_col(lane, n, e);
-        if (!kept(mask, i, j)) t = NEVER;
-        // A diagonal pair is added to its row and to its column, which are the same sum: half each.
-        if (mask.triangle && i == j) t -= 1.f;
-        acc[m][n][e] = exp2_fast(t);
-      }
+  each(acc, [&](int m, int n, int e, float& value) {
+    float t = fmaf(value, x.factor, -x.offset);
+    const int i = row + fragment_row(lane, m, e, APART), j = col + fragment_col(lane, n, e);
+    if (!kept(mask, i, j)) t = NEVER;
+    // A diagonal pair is added to its row and to its column, which are the same sum: half each.
+    if (mask.triangle && i == j) t -= 1.f;
+    value = exp2_fast(t);
+  });
 }
 
 // Adds a tile's exponentials to the sums of its rows (`to`: shared memory, of this warp alone) and columns.
@@ -182,27 +183,17 @@ __device__ __forceinline__ float probability(float x, float factor, float shift)
 
 template <int MF, int NF>
 __device__ __forceinline__ void row_exponential(float (&acc)[MF][NF][4], const RowTerms<MF>& rows, float factor) {
-#pragma unroll
-  for (int n = 0; n < NF; ++n)
-#pragma unroll
-    for (int m = 0; m < MF; ++m)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        acc[m][n][e] = probability(acc[m][n][e], factor, rows.shift[m][e / 2]) * rows.weight[m][e / 2];
+  each(acc,
+       [&](int m, int, int e, float& x) { x = probability(x, factor, rows.shift[m][e / 2]) * rows.weight[m][e / 2]; });
 }
 
 // Of normalisers near each other and of moderate size: rounding of t is too small to matter there.
 template <int MF, int NF>
 __device__ __forceinline__ void joint_exponential(float (&acc)[MF][NF][4], const RowTerms<MF>& rows,
                                                   const ColTerms<NF>& cols, float factor) {
-#pragma unroll
-  for (int n = 0; n < NF; ++n)
-#pragma unroll
-    for (int m = 0; m < MF; ++m)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        acc[m][n][e] = exp2_fast(fmaf(acc[m][n][e], factor, -rows.shift[m][e / 2])) *
-                       (rows.weight[m][e / 2] + cols.weight[n][e % 2]);
+  each(acc, [&](int m, int n, int e, float& x) {
+    x = exp2_fast(fmaf(x, factor, -rows.shift[m][e / 2])) * (rows.weight[m][e / 2] + cols.weight[n][e % 2]);
+  });
 }
 
 // acc becomes the gradients of pairs whose row's and column's normalisers are too far apart, or too large, for one.
@@ -234,13 +225,9 @@ template <int APART, int MF, int NF>
 __device__ __forceinline__ void leave_out(float (&acc)[MF][NF][4], const Mask& mask, int row, int col,
                                           float value = 0.f) {
   const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int n = 0; n < NF; ++n)
-#pragma unroll
-    for (int m = 0; m < MF; ++m)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (!kept(mask, row + fragment_row(lane, m, e, APART), col + fragment_col(lane, n, e))) acc[m][n][e] = value;
+  each(acc, [&](int m, int n, int e, float& x) {
+    if (!kept(mask, row + fragment_row(lane, m, e, APART), col + fragment_col(lane, n, e))) x = value;
+  });
 }
 
 // acc becomes the gradients of the pairs of the tile at (row, col), of which this warp's fragment begins at (warp_row,

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from . import cuda, native
 from .aligned import aligned_rows
-from .panels_similarity import split_rests
 
 PANEL_SIDE = 8192  # 128 MiB of 16-bit numbers
 LOG2E = 1.4426950408889634
@@ -80,13 +79,11 @@ def similarity_backward(
     need_k = need_k and k is not None
     p = _problem(q, k, scale, row_ids, col_ids, exclude)
     gain = 2.0**14 if q.dtype == torch.float16 else 1.0  # keeps small probabilities out of float16's subnormals
-    row_rest, col_rest = split_rests(cache, q.shape[0])
-    sides = [(row_lse, row_rest, row_grad)]
-    if k is not None and col_grad.numel():
-        sides.append((col_lse, col_rest, col_grad))
-    vectors, frame, largest = _vectors(sides, p.scale, gain)
-    rows_vectors = vectors[0]
-    cols_vectors = rows_vectors if k is None else vectors[1] if len(vectors) > 1 else None
+    both = k is not None and col_grad.numel() > 0
+    lse, grad = (torch.cat(x) if both else x[0] for x in ((row_lse, col_lse), (row_grad, col_grad)))
+    vectors, frame, largest = _vectors(lse.float(), cache, grad.float(), p.scale, gain)
+    rows_vectors = vectors[:, : q.shape[0]].contiguous()
+    cols_vectors = rows_vectors if k is None else vectors[:, q.shape[0] :].contiguous() if both else None
     factor = p.scale * (largest / gain)
     arguments = p.native()
 
@@ -135,37 +132,32 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
-def _vectors(
-    sides: list[tuple[Tensor, Tensor | None, Tensor]], scale: Tensor, gain: float
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """What the kernels read of rows and of columns, (3, n) each; the frame they share; the unit of the weights.
+def _vectors(lse: Tensor, cache: Tensor, grad: Tensor, scale: Tensor, gain: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernels read of normalisers, (3, n); the frame that they share; the unit of the weights.
 
-    ``sides``: normalisers, what rounding took from them if that is known, and weights. See similarity_cuda.h. The shift
-    is the normaliser in powers of two by the factor that the kernel uses, rounded; what rounding takes from it goes
-    into the weight. A normaliser of -inf gives a weight of 0 and a shift of +inf; one of +inf or NaN stays what it is,
-    and other rows and columns do not see it.
+    ``cache``: what rounding took from the normalisers, and maybe from more after them, or empty. See similarity_cuda.h.
+    The shift is the normaliser in powers of two by the factor that the kernel uses, rounded; what rounding takes from
+    it goes into the weight. A normaliser of -inf gives a weight of 0 and a shift of +inf; one of +inf or NaN stays what
+    it is, and other rows and columns do not see it.
     """
     unit = torch.where(scale == 0, LOG2E, (scale * LOG2E).double() / torch.where(scale == 0, 1.0, scale).double())
-    normalisers = torch.cat([lse.float() for lse, _, _ in sides])
-    finite = normalisers.isfinite()
-    low = (torch.where(finite, normalisers, torch.inf).amin() * unit).float()
-    high = (torch.where(finite, normalisers, -torch.inf).amax() * unit).float()
-    weights = torch.cat([grad.float().abs() for _, _, grad in sides])
-    largest = torch.where(weights < torch.inf, weights, 0.0).amax()
+    empty, finite = lse == -torch.inf, lse.isfinite()
+    low = (torch.where(finite, lse, torch.inf).amin() * unit).float()
+    high = (torch.where(finite, lse, -torch.inf).amax() * unit).float()
+    sizes = grad.abs()
+    largest = torch.where(sizes < torch.inf, sizes, 0.0).amax()
     largest = torch.where(largest > 0, largest, 1.0)
     centre = torch.where(low <= high, 0.5 * (low + high), 0.0)
     one = (high - low <= SPREAD) & (torch.maximum(high, -low) < LARGE)
     frame = torch.stack((centre, one.float()))
-    vectors = []
-    for lse, rest, grad in sides:
-        empty, finite = lse == -torch.inf, lse.isfinite()
-        exact = lse.double() if rest is None else lse.double() + rest
-        exact = torch.where(finite, exact, 0.0) * unit
-        shift = torch.where(finite | empty, exact, lse).float()
-        # Beyond, the last bit of a float (of two) is worth more than a power of two, and says nothing.
-        known = finite & (exact.abs() < 2.0 ** (23 if rest is None else 46))
-        lost = torch.where(known, shift - exact, 0.0).float()
-        weight = (grad.float() * (gain / largest) * torch.exp2(lost)).masked_fill(empty, 0.0)
-        part = (weight * torch.exp2(centre - shift)).masked_fill(empty, 0.0)
-        vectors.append(torch.stack((weight, shift.masked_fill(empty, torch.inf), part)))
-    return vectors, frame, largest
+
+    rests = cache[: len(lse)]
+    exact = lse.double() + rests if len(rests) else lse.double()
+    exact = torch.where(finite, exact, 0.0) * unit
+    shift = torch.where(finite | empty, exact, lse).float()
+    # Beyond, the last bit of a float (of two) is worth more than a power of two, and says nothing.
+    known = finite & (exact.abs() < 2.0 ** (46 if len(rests) else 23))
+    lost = torch.where(known, shift - exact, 0.0).float()
+    weight = (grad * (gain / largest) * torch.exp2(lost)).masked_fill(empty, 0.0)
+    part = (weight * torch.exp2(centre - shift)).masked_fill(empty, 0.0)
+    return torch.stack((weight, shift.masked_fill(empty, torch.inf), part)), frame, largest

@@ -110,11 +110,6 @@ def cache_size(q: Tensor, k: Tensor | None) -> int:
     return q.shape[0] + (0 if k is None else k.shape[0])
 
 
-def split_rests(cache: Tensor, rows: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """What such a cache has of rows and of columns; nothing where the forward pass kept none."""
-    return cache.split((rows, cache.numel() - rows)) if cache.numel() else (None, None)
-
-
 def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
     tiles = _Tiles(q, k, scale, row_ids, col_ids, exclude)
     both = both and k is not None
@@ -161,7 +156,7 @@ def similarity_backward(
     need_k = need_k and k is not None
     dq = q.new_zeros(q.shape if need_q else (0, q.shape[1]), dtype=tiles.acc)
     dk = q.new_zeros(k.shape if need_k else (0, q.shape[1]), dtype=tiles.acc)
-    row_rest, col_rest = split_rests(cache, q.shape[0])
+    row_rest, col_rest = cache.split((q.shape[0], cache.numel() - q.shape[0])) if cache.numel() else (None, None)
     if k is None:
         col_lse, col_grad, col_rest = row_lse, row_grad, row_rest
     offset = tiles.offset()
