@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ffcl_fast import backends, ops
 
@@ -52,11 +54,46 @@ def test_auto_on_a_gpu_takes_only_what_a_measurement_has_confirmed(monkeypatch):
 
 
 def test_auto_falls_back_where_its_choice_cannot_run(monkeypatch, caplog):
-    monkeypatch.setattr(backends, "choose", lambda *_: ("triton", "confirmed by results/some-gpu.json"))
+    monkeypatch.setattr(backends, "choices", lambda *_: iter([("triton", "confirmed by results/some-gpu.json")]))
     with caplog.at_level("DEBUG", "ffcl_fast.backends"):
         module = backends.get("auto", "siglip", torch.zeros(3, 5, dtype=torch.float64))
     assert module is backends.load("panels")
     assert "panels (triton was chosen, confirmed by results/some-gpu.json, but cannot run here: " in caplog.text
+
+
+def test_auto_takes_the_first_that_fits_and_runs(monkeypatch, caplog):
+    """On a Hopper chip normalisers of wide rows by the CUDA kernels, unless pairs are left out by id; else Triton's."""
+
+    def choose(op, width, by_ids=False):
+        return backends.choose(op, "cuda", torch.bfloat16, (512, width), (9, 0), by_ids)[0]
+
+    assert [choose("similarity_forward", width) for width in (199, 200, 4096)] == ["triton", "cuda", "cuda"]
+    assert choose("similarity_forward", 512, by_ids=True) == choose("similarity_backward", 512) == "triton"
+    first, second = (backends.Confirmed(name, ("siglip",), (9, 0), (torch.bfloat16,), 64, name) for name in "ab")
+    monkeypatch.setattr(backends, "CONFIRMED", (first, second))
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    problems = {"a": "no compiler", "b": None, "panels": None}
+    modules = {name: SimpleNamespace(unavailable=lambda op, x, name=name: problems[name]) for name in problems}
+    monkeypatch.setattr(backends, "load", modules.__getitem__)
+    with caplog.at_level("DEBUG", "ffcl_fast.backends"):
+        assert backends.get("auto", "siglip", OnGpu) is modules["b"]
+    assert "b (confirmed by b; a was chosen, confirmed by a, but cannot run here: no compiler)" in caplog.text
+    problems["b"] = "no driver"
+    assert backends.get("auto", "siglip", OnGpu) is modules["panels"]
+
+
+@pytest.mark.parametrize("by_ids", (False, True))
+def test_operators_tell_whether_they_leave_out_pairs_by_id(by_ids, monkeypatch):
+    asked = []
+    real = backends.get
+    monkeypatch.setattr(backends, "get", lambda *args: asked.append(args[3]) or real(*args))
+    q, ids = torch.randn(4, 8), torch.arange(4)
+    mode = ops.EXCLUDE_SAME_ID if by_ids else ops.EXCLUDE_DIAGONAL
+    torch.ops.ffcl_fast.similarity_forward(q, q, torch.ones(()), ids, ids, mode, True, True, "cpu")
+    with FakeTensorMode() as fake:
+        args = [fake.from_tensor(x) for x in (q, q, torch.ones(()), ids, ids)]
+        torch.ops.ffcl_fast.similarity_forward(*args, mode, True, True, "cpu")
+    assert asked == [by_ids, by_ids]
 
 
 class OnGpu:

@@ -135,6 +135,15 @@ def test_self(n, d, dtype, way):
         check(*problem(n, 0, d, dtype, exclude, True, device=DEVICE))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", ((513, 1029, 200), (300, 4100, 384), (2200, 0, 512), (129, 257, 1152)), ids=str)
+def test_what_auto_takes_of_both(shape, dtype):
+    """These kernels' normalisers, and Triton's gradients from them."""
+    for exclude in range(5):
+        args = problem(*shape, dtype, exclude, not shape[1], device=DEVICE)
+        check_similarity(*args, backend="auto")
+
+
 @pytest.mark.parametrize("scale", (100.0, 2.0, 300.0, 3000.0))
 @pytest.mark.parametrize("kind", ("isotropic", "cone"))
 def test_temperatures(scale, kind, way):

@@ -21,7 +21,7 @@ from .gpu_peers import SCALE
 
 PLAIN_LIMIT = 32768  # rows up to which the plain losses, which store N x M, are run beside ours
 COMPILED_LIMIT = 8192  # and up to which torch.compile of them is tried: beyond, compiling takes minutes and gigabytes
-PANELS_LIMIT = 32768
+PANELS_LIMIT = 8192  # they take half a second at 32768
 MILLION = 1 << 20
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -43,33 +43,37 @@ class Confirmed:
     dtypes: tuple[torch.dtype, ...]
     widest: int  # largest size of a row, the last dimension, that the tests on that GPU found right
     evidence: str  # where the measurement is stored
+    narrowest: int = 0  # smallest size of a row for which they are the fastest
+    by_ids: bool = True  # also where pairs are left out by id
 
 
 _H200 = "benchmarks/results/gpu-nvidia-h200.json"
 _HALVES = (torch.bfloat16, torch.float16)
-# One row for each family of kernels that a GPU's tests and times have confirmed; the first that fits is taken. Timed
-# was bfloat16; float16, right there too, runs like instructions. float32, longer rows and the pooling, grouped and
-# scoring kernels are right on that GPU as well, but nobody has timed them or their like yet.
-CONFIRMED: tuple[Confirmed, ...] = tuple(
-    Confirmed("triton", ops, (9, 0), _HALVES, widest, _H200)
-    for ops, widest in (
+# One row for each family of kernels that a GPU's tests and times have confirmed; the first that fits and runs is taken.
+# Timed was bfloat16; float16, right there too, runs like instructions. float32, longer rows and the pooling, grouped
+# and scoring kernels are right on that GPU as well, but nobody has timed them or their like yet.
+CONFIRMED: tuple[Confirmed, ...] = (
+    # Its tiles are for embeddings whose products take longer than their exponentials (slower at 128, twice as fast at
+    # 200), and all of them are masked where pairs are left out by id.
+    Confirmed("cuda", ("similarity_forward",), (9, 0), _HALVES, 4096, _H200, narrowest=200, by_ids=False),
+    *(Confirmed("triton", ops, (9, 0), _HALVES, widest, _H200) for ops, widest in (
         (("similarity_forward", "similarity_backward", "positive_odds", "add_positives_", "siglip"), 4096),
         (("class_sums", "class_odds", "add_class_positives"), 4096),
         (("normalize_forward", "normalize_backward"), 4096),
         (("goodness_forward", "goodness_backward"), 16384),
         (("pair_cosine_forward", "pair_cosine_backward", "scale_"), 200704),
-    )
-)
+    )),
+)  # fmt: skip
 
 
-def get(backend: str, op: str, x: Tensor) -> ModuleType:
-    """The module that runs operator ``op`` for tensors like ``x``.
+def get(backend: str, op: str, x: Tensor, by_ids: bool = False) -> ModuleType:
+    """The module that runs operator ``op`` for tensors like ``x``; ``by_ids``: leaving out pairs by id.
 
     Raises ValueError for an unknown name and RuntimeError where a backend named by the caller cannot run ``op``.
     """
     name = backend
     if backend == "auto":
-        name, reason = _auto(op, x)
+        name, reason = _auto(op, x, by_ids)
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s of %s on %s %s: %s (%s)", op, tuple(x.shape), x.device.type, x.dtype, name, reason)
     module = load(name)
@@ -85,17 +89,32 @@ def choose(
     dtype: torch.dtype,
     shape: Sequence[int] = (),
     capability: tuple[int, int] | None = None,
+    by_ids: bool = False,
 ) -> tuple[str, str]:
-    """``(backend, reason)`` that ``"auto"`` stands for, from the first tensor's type of device, dtype and shape and the
-    GPU's compute capability (None: unknown, or no NVIDIA GPU)."""
+    """``(backend, reason)`` that ``"auto"`` stands for, from the first tensor's type of device, dtype and shape, the
+    GPU's compute capability (None: unknown, or no NVIDIA GPU), and whether pairs are left out by id."""
+    return next(choices(op, device, dtype, shape, capability, by_ids))
+
+
+def choices(
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    capability: tuple[int, int] | None,
+    by_ids: bool,
+) -> Iterator[tuple[str, str]]:
+    """What :func:`choose` returns, and after it what ``"auto"`` stands for where that cannot run."""
     if dtype == torch.float64:
-        return "reference", "float64 is for checking"
-    if device == "cpu":
-        return "cpu", "CPU tensors"
-    for row in CONFIRMED:
-        if op in row.ops and dtype in row.dtypes and capability == row.capability and shape and shape[-1] <= row.widest:
-            return row.backend, f"confirmed by {row.evidence}"
-    return "panels", "no stored GPU measurement confirms a kernel for this device, dtype and shape yet"
+        yield "reference", "float64 is for checking"
+    elif device == "cpu":
+        yield "cpu", "CPU tensors"
+    else:
+        for row in CONFIRMED:
+            known = op in row.ops and dtype in row.dtypes and capability == row.capability
+            if known and shape and row.narrowest <= shape[-1] <= row.widest and (row.by_ids or not by_ids):
+                yield row.backend, f"confirmed by {row.evidence}"
+        yield FALLBACK, "no stored GPU measurement confirms a kernel for this device, dtype and shape yet"
 
 
 def fuses(backend: str, x: Tensor) -> bool:
@@ -133,16 +152,19 @@ def _confirmed(op: str, x: Tensor) -> str:
     return _auto(op, x)[0]
 
 
-def _auto(op: str, x: Tensor) -> tuple[str, str]:
-    """``(backend, reason)`` of :func:`choose`, or of ``FALLBACK`` where its choice cannot run on this machine."""
-    name, reason = choose(op, x.device.type, x.dtype, x.shape, _capability(x.device))
-    module = load(name)
-    problem = module.unavailable(op, x)
-    if problem is None and hasattr(module, "doubtful"):  # what only who names the backend may try
-        problem = module.doubtful(x)
-    if problem:
-        return FALLBACK, f"{name} was chosen, {reason}, but cannot run here: {problem}"
-    return name, reason
+def _auto(op: str, x: Tensor, by_ids: bool = False) -> tuple[str, str]:
+    """The first ``(backend, reason)`` of :func:`choices` that can run on this machine, and of those before it why not;
+    ``FALLBACK`` where none can."""
+    problems: list[str] = []
+    for name, reason in choices(op, x.device.type, x.dtype, x.shape, _capability(x.device), by_ids):
+        module = load(name)
+        problem = module.unavailable(op, x)
+        if problem is None and hasattr(module, "doubtful"):  # what only who names the backend may try
+            problem = module.doubtful(x)
+        if not problem:
+            return name, "; ".join((reason, *problems))
+        problems.append(f"{name} was chosen, {reason}, but cannot run here: {problem}")
+    return FALLBACK, "; ".join(problems)
 
 
 @functools.cache

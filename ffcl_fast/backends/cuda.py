@@ -1,8 +1,8 @@
 """CUDA tensors: the kernels of csrc/*.cu, where ffcl_fast was built with nvcc.
 
-Not what ``"auto"`` means today. On an H200 the normalisers of wide embeddings were faster than Triton's, the rest was
-slower on the whole; but no GPU has run yet the kernel that finishes the normalisers, nor today's gradients of large
-|S|. The goodness family is here, the similarity operators are in :mod:`.cuda_similarity`.
+``"auto"`` takes the normalisers of wide embeddings from here on compute capability 9.0; the rest was right on an
+H200, but on the whole slower than Triton's. The goodness family is here, the similarity operators are in
+:mod:`.cuda_similarity`.
 """
 
 from __future__ import annotations
@@ -88,6 +88,13 @@ def unavailable(op: str, x: Tensor) -> str | None:
             return f"there may be at most {MAX_ROWS} rows, not {x.shape[0]}"
         return None if x.shape[1] <= MAX_WIDTH else f"embeddings may be at most {MAX_WIDTH} wide, not {x.shape[1]}"
     return None if x.dtype in native.DTYPES else "it takes float32, bfloat16 and float16"
+
+
+def doubtful(x: Tensor) -> str | None:
+    """Why another backend is faster for tensors like ``x`` although :func:`unavailable` finds nothing, or None."""
+    if chip(x.device).capability == 90 and not native.module.sm90_built():
+        return "ffcl_fast was built without the kernels for sm_90a (FFCL_CUDA_ARCHS), the ones that were measured"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

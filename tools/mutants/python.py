@@ -95,6 +95,14 @@ MUTANTS = (
     ),
     Mutant(
         "python",
+        "kernels that leave out no pairs by id are taken for it",
+        "ffcl_fast/backends/__init__.py",
+        "and (row.by_ids or not by_ids)",
+        "",
+        "tests/test_backends.py -k first_that_fits",
+    ),
+    Mutant(
+        "python",
         "every layer has the first one's threshold",
         "ffcl_fast/losses/goodness.py",
         "theta = thresholds[0] if one else constants(thresholds, g)[:, None]",
