@@ -1,4 +1,4 @@
-"""The CUDA backend: it says why it cannot run, and is never chosen unasked. On a GPU: test_gpu_cuda.py."""
+"""The CUDA backend: it says why it cannot run, or is not what was measured. On a GPU: test_gpu_cuda.py."""
 
 from __future__ import annotations
 
@@ -32,6 +32,21 @@ def test_refuses_cpu_tensors(monkeypatch):
     h = torch.randn(3, 5)
     with pytest.raises(RuntimeError, match="backend='cuda' cannot run goodness_forward on cpu.*CUDA tensors only"):
         torch.ops.ffcl_fast.goodness_forward(h, False, False, False, 1e-8, "cuda")
+
+
+@pytest.mark.parametrize("capability, built", ((90, True), (90, False), (80, False)))
+def test_what_was_measured_are_the_kernels_for_sm_90a(capability, built, monkeypatch):
+    """A build without them runs on that chip by its others, which "auto" leaves to who names the backend."""
+
+    class Native(WithCuda):
+        @staticmethod
+        def sm90_built() -> bool:
+            return built
+
+    monkeypatch.setattr(native, "module", Native)
+    monkeypatch.setattr(cuda, "chip", lambda device: cuda.Chip(capability, 132))
+    problem = cuda.doubtful(torch.zeros(1))
+    assert (problem is not None and "sm_90a" in problem) == (capability == 90 and not built)
 
 
 def test_refuses_where_it_was_not_built(monkeypatch):

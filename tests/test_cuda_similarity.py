@@ -208,9 +208,10 @@ def test_autograd_over_the_kernels(emulated):  # noqa: F811
 
 @pytest.mark.parametrize("alone", (False, True), ids=("pair", "self"))
 @pytest.mark.parametrize("capability", WAYS.values(), ids=WAYS)
-def test_what_memcheck_and_racecheck_are_to_run_is_right(capability, alone, emulated):  # noqa: F811
+def test_what_memcheck_and_racecheck_are_to_run_is_right(capability, alone, emulated, monkeypatch):  # noqa: F811
     use(emulated, capability)
     test_gpu_cuda.test_small_similarity(alone, None)
+    test_gpu_cuda.test_small_races(alone, None, monkeypatch)
 
 
 def test_what_a_gpu_is_to_measure_can_be_called(emulated):  # noqa: F811

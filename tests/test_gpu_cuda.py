@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from goodness_cases import DTYPES, activations, direction_terms
 from gpu_cases import DEVICE, OPS, assert_right, both_passes, check_similarity, three
-from similarity_cases import problem, vectors
+from similarity_cases import problem, to_float64, vectors
 
 from ffcl_fast import functional, ops, reference
 from ffcl_fast.backends import cuda_similarity, native
@@ -262,3 +262,20 @@ def test_small_goodness(dtype):
 def test_small_similarity(alone, way):
     for d in (72, 520):
         check(*problem(300, 140, d, torch.bfloat16, ops.EXCLUDE_DIAGONAL, alone, device=DEVICE))
+
+
+@pytest.mark.parametrize("alone", (False, True))
+def test_small_races(alone, way, monkeypatch):
+    """What racecheck runs: it stops at the library's 16-bit products, so theirs are made in float64."""
+    monkeypatch.setattr(cuda_similarity, "_add_product", lambda total, a, b: total.add_(a.double() @ b.double()))
+    for d, scale in ((72, 10.0), (520, 10.0), (72, 3000.0)):  # the last one's normalisers are computed again
+        args = problem(300, 140, d, torch.bfloat16, ops.EXCLUDE_DIAGONAL, alone, scale, device=DEVICE)
+        *lse, cache = OPS.similarity_forward(*args, True, True, "cuda")
+        exact = reference.similarity_forward(*to_float64(args), True, True)[:2]
+        grads = [torch.randn_like(x) for x in lse]
+        arguments = [*lse, *grads]
+        ours = OPS.similarity_backward(*args, *arguments, cache, True, True, "cuda")
+        arguments = [*exact, *(x.double() for x in grads)]
+        exact += reference.similarity_backward(*to_float64(args), *arguments, cache[:0].double(), True, True)
+        for x, y in zip((*lse, *ours), exact, strict=True):
+            assert float((x.double() - y).norm()) <= 1e-2 * float(y.norm())

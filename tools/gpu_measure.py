@@ -95,10 +95,10 @@ def losses(workload: Workload) -> dict[str, Callable[[], Callable[..., Tensor]]]
         found["panels"] = lambda: panels
     fits = compiles = True
     if isinstance(workload, Products):
-        fits = workload.rows <= PLAIN_LIMIT and workload.cols <= 4 * PLAIN_LIMIT
+        fits = workload.rivals and workload.rows <= PLAIN_LIMIT and workload.cols <= 4 * PLAIN_LIMIT
         compiles = workload.name == "clip" and workload.rows <= COMPILED_LIMIT
         for peer in PEERS:
-            if peer.family == workload.name and peer.fits(workload.rows, workload.width):
+            if workload.rivals and peer.family == workload.name and peer.fits(workload.rows, workload.width):
                 found[peer.name] = peer.build
     plain = workload.plain
     if plain and fits:
@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_measure", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=0.25, help="per measured function (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.2, help="per measured function (default %(default)s)")
     parser.add_argument("--only", default="", metavar="NAME,...", help="workloads with one of these in their key")
     parser.add_argument("--providers", default="", metavar="NAME,...", help="with one of these in their name")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no workload is begun")

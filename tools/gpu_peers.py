@@ -25,7 +25,8 @@ class Peer:
     name: str
     family: str
     build: Callable[[], Loss]
-    fits: Callable[[int, int], bool] = lambda rows, width: True  # else it reads past its inputs, or does not run
+    # Of (rows, width). Else it reads past its inputs, does not run, or takes many seconds.
+    fits: Callable[[int, int], bool] = lambda rows, width: True
 
 
 def _both_sides(one: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
@@ -106,10 +107,10 @@ def _linear_cross_entropy() -> Loss:
 
 PEERS = (
     Peer("memeff", "clip", _memeff),
-    Peer("inf-cl", "clip", _inf_cl, lambda rows, width: rows % 64 == 0 and width % 256 == 0),
+    Peer("inf-cl", "clip", _inf_cl, lambda rows, width: rows % 64 == 0 and width % 256 == 0 and rows <= 32768),
     Peer("open_clip", "clip", _open_clip, lambda rows, width: rows <= 65536),  # it stores N x N
-    Peer("liger", "clip", _liger),
-    Peer("cut-cross-entropy, exact", "clip", _cce),
+    Peer("liger", "clip", _liger, lambda rows, width: rows <= 65536),
+    Peer("cut-cross-entropy, exact", "clip", _cce, lambda rows, width: rows <= 32768),
     Peer("quack", "clip", _quack, lambda rows, width: rows % 128 == 0),
     Peer("F.linear_cross_entropy", "clip", _linear_cross_entropy, lambda rows, width: rows <= 65536),
     Peer("siglip-kernel", "siglip", _siglip_kernel),

@@ -21,7 +21,7 @@ from .gpu_peers import SCALE
 
 PLAIN_LIMIT = 32768  # rows up to which the plain losses, which store N x M, are run beside ours
 COMPILED_LIMIT = 8192  # and up to which torch.compile of them is tried: beyond, compiling takes minutes and gigabytes
-PANELS_LIMIT = 8192  # they take half a second at 32768
+PANELS_LIMIT = 8192  # rows and columns up to which our plain PyTorch is: it takes half a second at 32768
 MILLION = 1 << 20
 
 
@@ -37,6 +37,7 @@ class Products:
     ours: Callable[..., Tensor]
     plain: Callable[..., Tensor] | None = None
     once: bool = False  # too long to repeat
+    rivals: bool = True  # whether others are measured beside ours: compiling them all would take the whole of a run
 
     @property
     def key(self) -> str:
@@ -114,7 +115,7 @@ def by_cuda(workload: Workload) -> Callable[..., Tensor] | None:
 
 def by_panels(workload: Workload) -> Callable[..., Tensor] | None:
     """The workload by our plain PyTorch, what `auto` takes where no kernel is confirmed; None where it takes long."""
-    if isinstance(workload, Products) and workload.rows > PANELS_LIMIT:
+    if isinstance(workload, Products) and workload.rows * workload.cols > PANELS_LIMIT**2:
         return None
     return functools.partial(workload.ours, backend="panels")
 
@@ -227,9 +228,9 @@ def plain_unit_rows(x: Tensor) -> Tensor:
 
 CLIP = [(65536, 512), (32768, 512), (32768, 768), (32768, 1024), (4096, 512), (8192, 512), (131072, 512)]
 WORKLOADS: tuple[Workload, ...] = (
-    *(Products("clip", n, n, d, (1, 4), clip, plain_clip) for n, d in CLIP),
+    *(Products("clip", n, n, d, (1, 4), clip, plain_clip, rivals=d == 512) for n, d in CLIP),
     *(
-        Products(name, 32768, 32768, d, work, ours, plain)
+        Products(name, 32768, 32768, d, work, ours, plain, rivals=d == 128 and name != "clip")
         for d in (128, 256)
         for name, work, ours, plain in (
             ("clip", (1, 4), clip, plain_clip),
