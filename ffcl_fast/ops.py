@@ -38,9 +38,14 @@ def away_from_zero(scale: Tensor) -> Tensor:
     return torch.copysign(scale.abs().clamp_min(SMALLEST_SCALE), scale)  # three launches on a GPU; torch.where: four
 
 
-def define(schema: str, fake: Callable, by_ids: Callable[[tuple], bool] = lambda args: False) -> None:
-    """Register the operator of ``schema``; ``fake`` is its shape function, ``by_ids`` says of its arguments whether
-    they leave out pairs by id.
+def pairs_of(q: Tensor, k: Tensor | None, scale, row_ids, col_ids, exclude: int, *_) -> backends.Pairs:
+    """What the choice of a backend is told of a similarity operator's arguments."""
+    return backends.Pairs(exclude > EXCLUDE_DIAGONAL, (q if k is None else k).shape[0])
+
+
+def define(schema: str, fake: Callable, pairs: Callable[..., backends.Pairs] = lambda *_: backends.Pairs()) -> None:
+    """Register the operator of ``schema``; ``fake`` is its shape function, ``pairs`` makes of its arguments what the
+    choice of a backend is told of them.
 
     The schema's first argument must be a tensor or a list of them (the first one's device chooses the backend) and its
     last ``str backend``.
@@ -50,7 +55,7 @@ def define(schema: str, fake: Callable, by_ids: Callable[[tuple], bool] = lambda
 
     def call(*args):
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        run = getattr(backends.get(args[-1], name, first, by_ids(args)), name)
+        run = getattr(backends.get(args[-1], name, first, pairs(*args)), name)
         device = first.device.type
         if torch.is_autocast_enabled(device):  # the inputs' dtype is what was asked for: no product may change it
             with torch.autocast(device, enabled=False):
@@ -80,7 +85,8 @@ def _similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save, back
     acc = accumulator_dtype(q)
     rows = q.shape[0]
     cols = rows if k is None else k.shape[0]
-    cache = backends.get(backend, "similarity_forward", q, exclude > EXCLUDE_DIAGONAL).cache_size(q, k) if save else 0
+    chosen = backends.get(backend, "similarity_forward", q, pairs_of(q, k, scale, row_ids, col_ids, exclude))
+    cache = chosen.cache_size(q, k) if save else 0
     return (
         q.new_empty(rows, dtype=acc),
         q.new_empty(cols if both and k is not None else 0, dtype=acc),
@@ -102,13 +108,14 @@ define(
     "similarity_forward(Tensor q, Tensor? k, Tensor scale, Tensor? row_ids, Tensor? col_ids, int exclude, bool both,"
     " bool save, str backend) -> (Tensor, Tensor, Tensor)",
     _similarity_forward,
-    by_ids=lambda args: args[5] > EXCLUDE_DIAGONAL,
+    pairs_of,
 )
 define(
     "similarity_backward(Tensor q, Tensor? k, Tensor scale, Tensor? row_ids, Tensor? col_ids, int exclude,"
     " Tensor row_lse, Tensor col_lse, Tensor row_grad, Tensor col_grad, Tensor cache, bool need_q, bool need_k,"
     " str backend) -> (Tensor, Tensor)",
     _similarity_backward,
+    pairs_of,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------

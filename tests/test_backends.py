@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Families of the stored records by the operator that they time.
 FAMILIES = {
     "similarity_forward": {"clip"},
+    "similarity_backward": {"clip"},
     "class_sums": {"sup_con"},
     "normalize_forward": {"nt_xent"},  # whose rows it normalises
     "goodness_forward": {"goodness_normalize"},
@@ -64,11 +65,15 @@ def test_auto_falls_back_where_its_choice_cannot_run(monkeypatch, caplog):
 def test_auto_takes_the_first_that_fits_and_runs(monkeypatch, caplog):
     """On a Hopper chip normalisers of wide rows by the CUDA kernels, unless pairs are left out by id; else Triton's."""
 
-    def choose(op, width, by_ids=False):
-        return backends.choose(op, "cuda", torch.bfloat16, (512, width), (9, 0), by_ids)[0]
+    def choose(op, width, rows=512, cols=1 << 20, by_ids=False):
+        pairs = backends.Pairs(by_ids, cols)
+        return backends.choose(op, "cuda", torch.bfloat16, (rows, width), (9, 0), pairs)[0]
 
     assert [choose("similarity_forward", width) for width in (199, 200, 4096)] == ["triton", "cuda", "cuda"]
     assert choose("similarity_forward", 512, by_ids=True) == choose("similarity_backward", 512) == "triton"
+    assert choose("similarity_backward", 512, 65536) == choose("similarity_backward", 512, 65536, 65536) == "cuda"
+    for other in ((511, 65536), (512, 65535), (512, 65536, 65535), (512, 65536, 65536, True)):
+        assert choose("similarity_backward", *other) == "triton"
     first, second = (backends.Confirmed(name, ("siglip",), (9, 0), (torch.bfloat16,), 64, name) for name in "ab")
     monkeypatch.setattr(backends, "CONFIRMED", (first, second))
     monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
@@ -82,18 +87,22 @@ def test_auto_takes_the_first_that_fits_and_runs(monkeypatch, caplog):
     assert backends.get("auto", "siglip", OnGpu) is modules["panels"]
 
 
+@pytest.mark.parametrize("alone", (False, True))
 @pytest.mark.parametrize("by_ids", (False, True))
-def test_operators_tell_whether_they_leave_out_pairs_by_id(by_ids, monkeypatch):
+def test_similarity_operators_tell_what_the_choice_asks(by_ids, alone, monkeypatch):
     asked = []
     real = backends.get
     monkeypatch.setattr(backends, "get", lambda *args: asked.append(args[3]) or real(*args))
-    q, ids = torch.randn(4, 8), torch.arange(4)
-    mode = ops.EXCLUDE_SAME_ID if by_ids else ops.EXCLUDE_DIAGONAL
-    torch.ops.ffcl_fast.similarity_forward(q, q, torch.ones(()), ids, ids, mode, True, True, "cpu")
+    q, k = torch.randn(4, 8), None if alone else torch.randn(5, 8)
+    ids = torch.arange(4), None if alone else torch.arange(5)
+    head = q, k, torch.ones(()), *ids, ops.EXCLUDE_SAME_ID if by_ids else ops.EXCLUDE_DIAGONAL
+    lse = torch.ops.ffcl_fast.similarity_forward(*head, not alone, True, "cpu")
+    grads = [torch.ones_like(x) for x in lse[:2]]
+    torch.ops.ffcl_fast.similarity_backward(*head, *lse[:2], *grads, lse[2], True, True, "cpu")
     with FakeTensorMode() as fake:
-        args = [fake.from_tensor(x) for x in (q, q, torch.ones(()), ids, ids)]
-        torch.ops.ffcl_fast.similarity_forward(*args, mode, True, True, "cpu")
-    assert asked == [by_ids, by_ids]
+        args = [fake.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in head]
+        torch.ops.ffcl_fast.similarity_forward(*args, not alone, True, "cpu")
+    assert asked == [backends.Pairs(by_ids, 4 if alone else 5)] * 3
 
 
 class OnGpu:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,8 +45,18 @@ class Confirmed:
     widest: int  # largest size of a row, the last dimension, that the tests on that GPU found right
     evidence: str  # where the measurement is stored
     narrowest: int = 0  # smallest size of a row for which they are the fastest
+    fewest: int = 0  # smallest number of rows, and of columns of S, for which they are the fastest
     by_ids: bool = True  # also where pairs are left out by id
 
+
+class Pairs(NamedTuple):
+    """What the choice of a similarity operator's backend looks at beside one tensor."""
+
+    by_ids: bool = False  # pairs are left out by id
+    cols: int = 0  # of S
+
+
+_UNKNOWN = Pairs()
 
 _H200 = "benchmarks/results/gpu-nvidia-h200.json"
 _HALVES = (torch.bfloat16, torch.float16)
@@ -56,6 +67,8 @@ CONFIRMED: tuple[Confirmed, ...] = (
     # Its tiles are for embeddings whose products take longer than their exponentials (slower at 128, twice as fast at
     # 200), and all of them are masked where pairs are left out by id.
     Confirmed("cuda", ("similarity_forward",), (9, 0), _HALVES, 4096, _H200, narrowest=200, by_ids=False),
+    # Its panels as well, by a twentieth; but its host has more to launch, which fewer rows would wait for.
+    Confirmed("cuda", ("similarity_backward",), (9, 0), _HALVES, 4096, _H200, 512, 65536, by_ids=False),
     *(Confirmed("triton", ops, (9, 0), _HALVES, widest, _H200) for ops, widest in (
         (("similarity_forward", "similarity_backward", "positive_odds", "add_positives_", "siglip"), 4096),
         (("class_sums", "class_odds", "add_class_positives"), 4096),
@@ -66,14 +79,14 @@ CONFIRMED: tuple[Confirmed, ...] = (
 )  # fmt: skip
 
 
-def get(backend: str, op: str, x: Tensor, by_ids: bool = False) -> ModuleType:
-    """The module that runs operator ``op`` for tensors like ``x``; ``by_ids``: leaving out pairs by id.
+def get(backend: str, op: str, x: Tensor, pairs: Pairs = _UNKNOWN) -> ModuleType:
+    """The module that runs operator ``op`` for tensors like ``x``, a similarity operator for such ``pairs``.
 
     Raises ValueError for an unknown name and RuntimeError where a backend named by the caller cannot run ``op``.
     """
     name = backend
     if backend == "auto":
-        name, reason = _auto(op, x, by_ids)
+        name, reason = _auto(op, x, pairs)
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s of %s on %s %s: %s (%s)", op, tuple(x.shape), x.device.type, x.dtype, name, reason)
     module = load(name)
@@ -89,11 +102,11 @@ def choose(
     dtype: torch.dtype,
     shape: Sequence[int] = (),
     capability: tuple[int, int] | None = None,
-    by_ids: bool = False,
+    pairs: Pairs = _UNKNOWN,
 ) -> tuple[str, str]:
     """``(backend, reason)`` that ``"auto"`` stands for, from the first tensor's type of device, dtype and shape, the
-    GPU's compute capability (None: unknown, or no NVIDIA GPU), and whether pairs are left out by id."""
-    return next(choices(op, device, dtype, shape, capability, by_ids))
+    GPU's compute capability (None: unknown, or no NVIDIA GPU), and what is known of a similarity operator's pairs."""
+    return next(choices(op, device, dtype, shape, capability, pairs))
 
 
 def choices(
@@ -102,7 +115,7 @@ def choices(
     dtype: torch.dtype,
     shape: Sequence[int],
     capability: tuple[int, int] | None,
-    by_ids: bool,
+    pairs: Pairs,
 ) -> Iterator[tuple[str, str]]:
     """What :func:`choose` returns, and after it what ``"auto"`` stands for where that cannot run."""
     if dtype == torch.float64:
@@ -112,7 +125,9 @@ def choices(
     else:
         for row in CONFIRMED:
             known = op in row.ops and dtype in row.dtypes and capability == row.capability
-            if known and shape and row.narrowest <= shape[-1] <= row.widest and (row.by_ids or not by_ids):
+            if not known or not shape or (pairs.by_ids and not row.by_ids):
+                continue
+            if row.narrowest <= shape[-1] <= row.widest and (not row.fewest or row.fewest <= min(shape[0], pairs.cols)):
                 yield row.backend, f"confirmed by {row.evidence}"
         yield FALLBACK, "no stored GPU measurement confirms a kernel for this device, dtype and shape yet"
 
@@ -152,11 +167,11 @@ def _confirmed(op: str, x: Tensor) -> str:
     return _auto(op, x)[0]
 
 
-def _auto(op: str, x: Tensor, by_ids: bool = False) -> tuple[str, str]:
+def _auto(op: str, x: Tensor, pairs: Pairs = _UNKNOWN) -> tuple[str, str]:
     """The first ``(backend, reason)`` of :func:`choices` that can run on this machine, and of those before it why not;
     ``FALLBACK`` where none can."""
     problems: list[str] = []
-    for name, reason in choices(op, x.device.type, x.dtype, x.shape, _capability(x.device), by_ids):
+    for name, reason in choices(op, x.device.type, x.dtype, x.shape, _capability(x.device), pairs):
         module = load(name)
         problem = module.unavailable(op, x)
         if problem is None and hasattr(module, "doubtful"):  # what only who names the backend may try

@@ -97,7 +97,7 @@ MUTANTS = (
         "python",
         "kernels that leave out no pairs by id are taken for it",
         "ffcl_fast/backends/__init__.py",
-        "and (row.by_ids or not by_ids)",
+        " or (pairs.by_ids and not row.by_ids)",
         "",
         "tests/test_backends.py -k first_that_fits",
     ),
