@@ -29,6 +29,7 @@ _DESCRIPTION = ("key", "name", "rows", "width")
 _OURS = {
     "triton": "ffcl_fast, Triton kernels",
     "cuda": "ffcl_fast, CUDA kernels",
+    "auto": "ffcl_fast, what auto takes",
     "panels": "ffcl_fast, plain PyTorch over row panels",
 }
 # Rivals as families call them, and as tools.gpu_measure does.

@@ -29,7 +29,6 @@ from . import __version__, backends, functional
 from .backends import native
 
 _ROWS, _WIDTH = 261, 96  # no multiple of any block
-_WIDE = 264  # where "auto" may take other kernels for similarities
 _INTERPRETED_ROWS = 37  # likewise; Triton's interpreter takes seconds for what a GPU does in microseconds
 _REPEATS = 3
 # how the environment variables begin that change what runs, or how fast
@@ -81,18 +80,17 @@ def _check_linear(x: dict[str, Tensor], backend: str) -> Tensor:
     return functional.linear_goodness(x["q"], x["k"], kind="mean_squares", relu=True, backend=backend).sum()
 
 
-# what is checked -> (the operator that decides the backend, the function, and its inputs' width)
-_CHECKS: dict[str, tuple[str, Callable[[dict[str, Tensor], str], Tensor], int]] = {
-    "similarity_lse": ("similarity_forward", _check_similarity, _WIDTH),
-    "similarity_lse, wide": ("similarity_forward", _check_similarity, _WIDE),
-    "nt_xent (triangle)": ("similarity_forward", _check_triangle, _WIDTH),
-    "siglip": ("siglip", _check_siglip, _WIDTH),
-    "goodness": ("goodness_forward", _check_goodness, _WIDTH),
-    "goodness_normalize": ("goodness_forward", _check_normalize, _WIDTH),
-    "pair_cosine": ("pair_cosine_forward", _check_pair_cosine, _WIDTH),
-    "pool_goodness": ("pool_goodness_forward", _check_pool, _WIDTH),
-    "goodness_many": ("goodness_many", _check_many, _WIDTH),
-    "linear_goodness": ("linear_goodness", _check_linear, _WIDTH),
+# what is checked -> (the operator that decides the backend, the function)
+_CHECKS: dict[str, tuple[str, Callable[[dict[str, Tensor], str], Tensor]]] = {
+    "similarity_lse": ("similarity_forward", _check_similarity),
+    "nt_xent (triangle)": ("similarity_forward", _check_triangle),
+    "siglip": ("siglip", _check_siglip),
+    "goodness": ("goodness_forward", _check_goodness),
+    "goodness_normalize": ("goodness_forward", _check_normalize),
+    "pair_cosine": ("pair_cosine_forward", _check_pair_cosine),
+    "pool_goodness": ("pool_goodness_forward", _check_pool),
+    "goodness_many": ("goodness_many", _check_many),
+    "linear_goodness": ("linear_goodness", _check_linear),
 }
 
 
@@ -110,17 +108,14 @@ def examine() -> dict[str, Any]:
         for dtype in (torch.float32, torch.bfloat16):
             where = {"device": device, "dtype": _short(dtype)}
             try:
-                inputs = {width: _inputs(device, dtype, width) for width in (_WIDTH, _WIDE)}
-                picks = [
-                    {"operator": name, **where, **_choice(op, inputs[width]["q"])}
-                    for name, (op, _, width) in _CHECKS.items()
-                ]
+                inputs = _inputs(device, dtype)
+                picks = [{"operator": name, **where, **_choice(op, inputs["q"])} for name, (op, _) in _CHECKS.items()]
             except Exception as error:  # a device that is there and cannot be used
                 checks += [{"operator": name, **where, "backend": "reference", **_failed(error)} for name in _CHECKS]
                 continue
             choices += picks
-            for name, (op, function, width) in _CHECKS.items():
-                checks += [{"operator": name, **where, **row} for row in _check(op, function, inputs[width])]
+            for name, (op, function) in _CHECKS.items():
+                checks += [{"operator": name, **where, **row} for row in _check(op, function, inputs)]
     seconds = round(time.perf_counter() - began, 1)
     return {"machine": machine(), "choices": choices, "checks": checks, "seconds": seconds}
 
@@ -228,10 +223,10 @@ def _memory() -> str:
     return f"{page * pages >> 30} GiB, {left >> 30} GiB available"
 
 
-def _inputs(device: str, dtype: torch.dtype, width: int) -> dict[str, Tensor]:
+def _inputs(device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(0)
     rows = _INTERPRETED_ROWS if _interpreted() else _ROWS
-    q, k = (torch.randn(rows, width, generator=random).to(device, dtype) for _ in range(2))
+    q, k = (torch.randn(rows, _WIDTH, generator=random).to(device, dtype) for _ in range(2))
     target = torch.randint(0, 2, (rows,), generator=random).mul(2).sub(1).to(device)
     return {"q": q, "k": k, "target": target}
 
@@ -266,9 +261,9 @@ def _check(op: str, function: Callable, inputs: dict[str, Tensor]) -> list[dict[
     except Exception as error:  # without the truth there is nothing to compare with
         return [{"backend": "reference", **_failed(error)}]
     rows: list[dict[str, Any]] = []
-    for backend in (*backends.BACKENDS, *(["auto"] if _mixed(op, inputs["q"]) else [])):
+    for backend in backends.BACKENDS:
         try:
-            problem = None if backend == "auto" else backends.load(backend).unavailable(op, inputs["q"])
+            problem = backends.load(backend).unavailable(op, inputs["q"])
         except (ImportError, RuntimeError) as error:
             problem = str(error)
         except Exception as error:  # there, and broken
@@ -282,16 +277,6 @@ def _check(op: str, function: Callable, inputs: dict[str, Tensor]) -> list[dict[
         except Exception as error:  # whatever a broken build, driver or compiler raises belongs into the report
             rows.append({"backend": backend, **_failed(error)})
     return rows
-
-
-def _mixed(op: str, x: Tensor) -> bool:
-    """Whether ``"auto"`` takes the two passes over similarities from two backends: then it is checked as one more."""
-    if op != "similarity_forward":
-        return False
-    try:
-        return backends._auto(op, x)[0] != backends._auto("similarity_backward", x)[0]
-    except Exception:  # one of them does not load: its own rows tell
-        return False
 
 
 def _failed(error: Exception) -> dict[str, str]:

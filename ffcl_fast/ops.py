@@ -71,7 +71,8 @@ def define(schema: str, fake: Callable, pairs: Callable[..., backends.Pairs] = l
 # then col_ids = row_ids, `col_lse` is the same as `row_lse` (returned empty) and dq is the whole gradient.
 #
 #   similarity_forward  -> row_lse (N,) = logsumexp over j, col_lse (M,) = logsumexp over i (empty unless `both`),
-#                          cache (any,) = whatever the backend wants back in the backward pass (empty unless `save`).
+#                          cache (any,) = whatever the backend wants back in the backward pass (empty unless `save`);
+#                          "auto" may give that to another one, where both are for GPUs: theirs is the same.
 #                          A row or column with every pair excluded has -inf.
 #                          The backward pass takes it with these normalisers and no others; with others, an empty one.
 #   similarity_backward -> dq (N, D), dk (M, D) for G_ij = row_grad_i exp(S_ij - row_lse_i)
@@ -85,8 +86,7 @@ def _similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save, back
     acc = accumulator_dtype(q)
     rows = q.shape[0]
     cols = rows if k is None else k.shape[0]
-    chosen = backends.get(backend, "similarity_forward", q, pairs_of(q, k, scale, row_ids, col_ids, exclude))
-    cache = chosen.cache_size(q, k) if save else 0
+    cache = backends.cache_size(backend, q, k) if save else 0
     return (
         q.new_empty(rows, dtype=acc),
         q.new_empty(cols if both and k is not None else 0, dtype=acc),

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ffcl_fast import backends, ops
+from ffcl_fast.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
 # Families of the stored records by the operator that they time.
@@ -59,32 +61,63 @@ def test_auto_falls_back_where_its_choice_cannot_run(monkeypatch, caplog):
     with caplog.at_level("DEBUG", "ffcl_fast.backends"):
         module = backends.get("auto", "siglip", torch.zeros(3, 5, dtype=torch.float64))
     assert module is backends.load("panels")
-    assert "panels (triton was chosen, confirmed by results/some-gpu.json, but cannot run here: " in caplog.text
+    assert "panels (triton was chosen, confirmed by results/some-gpu.json, but is not taken here: " in caplog.text
+
+
+def test_auto_takes_cuda_kernels_for_large_blocks_of_wide_rows():
+    """On a Hopper chip, unless pairs are left out by id; Triton's elsewhere."""
+
+    def choose(op, width, rows, cols=1 << 20, by_ids=False):
+        return backends.choose(op, "cuda", torch.bfloat16, (rows, width), (9, 0), backends.Pairs(by_ids, cols))[0]
+
+    for op, width, widest, rows in (
+        ("similarity_forward", 200, 4096, 8192), ("similarity_backward", 512, 768, 65536),
+    ):  # fmt: skip
+        for case in ((width, rows), (widest, rows), (width, 1 << 20, rows)):
+            assert choose(op, *case) == "cuda"
+        for case in ((width - 1, rows), (width, rows - 1), (width, rows, rows - 1)):
+            assert choose(op, *case) == choose(op, width, rows, by_ids=True) == "triton"
+    assert choose("similarity_backward", 769, 65536) == "triton"
 
 
 def test_auto_takes_the_first_that_fits_and_runs(monkeypatch, caplog):
-    """On a Hopper chip normalisers of wide rows by the CUDA kernels, unless pairs are left out by id; else Triton's."""
-
-    def choose(op, width, rows=512, cols=1 << 20, by_ids=False):
-        pairs = backends.Pairs(by_ids, cols)
-        return backends.choose(op, "cuda", torch.bfloat16, (rows, width), (9, 0), pairs)[0]
-
-    assert [choose("similarity_forward", width) for width in (199, 200, 4096)] == ["triton", "cuda", "cuda"]
-    assert choose("similarity_forward", 512, by_ids=True) == choose("similarity_backward", 512) == "triton"
-    assert choose("similarity_backward", 512, 65536) == choose("similarity_backward", 512, 65536, 65536) == "cuda"
-    for other in ((511, 65536), (512, 65535), (512, 65536, 65535), (512, 65536, 65536, True)):
-        assert choose("similarity_backward", *other) == "triton"
-    first, second = (backends.Confirmed(name, ("siglip",), (9, 0), (torch.bfloat16,), 64, name) for name in "ab")
-    monkeypatch.setattr(backends, "CONFIRMED", (first, second))
+    confirmed = [backends.Confirmed(name, ("siglip",), (9, 0), (torch.bfloat16,), 64, name) for name in "abc"]
+    monkeypatch.setattr(backends, "CONFIRMED", confirmed)
     monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
-    problems = {"a": "no compiler", "b": None, "panels": None}
+    problems = {"a": "no compiler", "c": None, "panels": None}
     modules = {name: SimpleNamespace(unavailable=lambda op, x, name=name: problems[name]) for name in problems}
+    modules["b"] = SimpleNamespace(unavailable=lambda op, x: None, doubtful=lambda x: "slow")
     monkeypatch.setattr(backends, "load", modules.__getitem__)
     with caplog.at_level("DEBUG", "ffcl_fast.backends"):
-        assert backends.get("auto", "siglip", OnGpu) is modules["b"]
-    assert "b (confirmed by b; a was chosen, confirmed by a, but cannot run here: no compiler)" in caplog.text
-    problems["b"] = "no driver"
+        assert backends.get("auto", "siglip", OnGpu) is modules["c"]
+    told = "{} was chosen, confirmed by {}, but is not taken here: {}"
+    told = "; ".join(("c (confirmed by c", told.format("a", "a", "no compiler"), told.format("b", "b", "slow")))
+    assert told + ")" in caplog.text
+    problems["c"] = "no driver"
     assert backends.get("auto", "siglip", OnGpu) is modules["panels"]
+
+
+@pytest.mark.parametrize("op", ("similarity_forward", "similarity_backward"))
+def test_auto_takes_cuda_kernels_where_triton_cannot_run(op, monkeypatch, hopper):
+    for name in ("unavailable", "doubtful"):
+        monkeypatch.setattr(backends.load("cuda"), name, lambda *_: None)
+    monkeypatch.setattr(backends.load("triton"), "doubtful", lambda x: "there is no C compiler")
+    for pairs in (backends.Pairs(False, 3), backends.Pairs(True, 1 << 20)):
+        assert backends._auto(op, OnGpu, pairs)[0] == "cuda"
+
+
+@pytest.mark.parametrize("backend", ("auto", "cuda", "triton"))
+def test_a_number_of_rows_that_is_not_known_yet(backend, monkeypatch, hopper):
+    """As torch.compile has it after an indexing by data."""
+    monkeypatch.setattr(native, "module", SimpleNamespace(cuda_built=lambda: True, sm90_built=lambda: True))
+    monkeypatch.setattr(backends.load("cuda"), "chip", lambda device: SimpleNamespace(capability=90))
+    monkeypatch.setattr(backends.load("cuda"), "_built_for", lambda capability: True)
+    with FakeTensorMode(shape_env=ShapeEnv()) as fake:
+        rows = fake.shape_env.create_unbacked_symint()
+        q = torch.empty(rows, 512, dtype=torch.bfloat16, device="cuda")
+        scale = torch.empty((), device="cuda")
+        lse = torch.ops.ffcl_fast.similarity_forward(q, None, scale, None, None, ops.EXCLUDE_NONE, False, True, backend)
+        assert [x.shape[0].node.expr for x in (lse[0], lse[2])] == [rows.node.expr] * 2
 
 
 @pytest.mark.parametrize("alone", (False, True))
@@ -99,10 +132,7 @@ def test_similarity_operators_tell_what_the_choice_asks(by_ids, alone, monkeypat
     lse = torch.ops.ffcl_fast.similarity_forward(*head, not alone, True, "cpu")
     grads = [torch.ones_like(x) for x in lse[:2]]
     torch.ops.ffcl_fast.similarity_backward(*head, *lse[:2], *grads, lse[2], True, True, "cpu")
-    with FakeTensorMode() as fake:
-        args = [fake.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in head]
-        torch.ops.ffcl_fast.similarity_forward(*args, not alone, True, "cpu")
-    assert asked == [backends.Pairs(by_ids, 4 if alone else 5)] * 3
+    assert asked == [backends.Pairs(by_ids, 4 if alone else 5)] * 2
 
 
 class OnGpu:
@@ -138,12 +168,14 @@ def test_kernels_for_the_positives(monkeypatch, hopper):
     assert backends.positives("auto", OnGpu) is None
 
 
-@pytest.mark.parametrize("row", backends.CONFIRMED, ids=lambda row: row.ops[0])
+@pytest.mark.parametrize("row", backends.CONFIRMED, ids=lambda row: f"{row.backend}-{row.ops[0]}")
 def test_what_is_confirmed_has_a_record_and_a_kernel(row):
     """Every operator exists in the backend, and the cited file has a time of it by that backend."""
     records = json.loads((ROOT / row.evidence).read_text())["records"]
     measured = {r["family"] for r in records if r["provider"] == row.backend and "seconds" in r.get("time", {})}
     assert measured & FAMILIES[row.ops[0]], f"{row.evidence} has no time of {row.ops[0]} by {row.backend}"
+    shapes = [r["shape"] for r in records if r["provider"] == row.backend and r["family"] in FAMILIES[row.ops[0]]]
+    assert not row.fewest or any(n == row.fewest and row.narrowest <= d <= row.widest for n, d in shapes)
     assert all(hasattr(backends.load(row.backend), op) for op in row.ops)
     assert all(x.itemsize == 2 for x in row.dtypes)  # what was measured
 

@@ -298,28 +298,13 @@ def test_doctor_goes_on_where_a_backend_does_not_load(capsys, monkeypatch, name)
     assert picks == {("none", told)} if name == "cpu" else {backend for backend, _ in picks} == {"cpu"}
 
 
-def test_doctor_checks_what_auto_takes_from_two_backends(capsys, monkeypatch):
-    from ffcl_fast import backends
-
-    real = backends._auto
-
-    def mixed(op, x, *more):
-        wide = x.shape[-1] > 200
-        return ("panels" if op == "similarity_forward" else "reference", "made up") if wide else real(op, x, *more)
-
-    monkeypatch.setattr(backends, "_auto", mixed)
-    code, out, _ = run(capsys, "doctor", "--json")
-    checks = [c for c in json.loads(out)["checks"] if c["backend"] == "auto" and c["device"] == "cpu"]
-    assert code == 0 and [(c["operator"], c["verdict"]) for c in checks] == [("similarity_lse, wide", "ok")] * 2
-
-
 def test_doctor_takes_few_rows_under_triton_s_interpreter(monkeypatch):
     from ffcl_fast import doctor
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert doctor._inputs("cpu", torch.float32, doctor._WIDTH)["q"].shape == (doctor._INTERPRETED_ROWS, doctor._WIDTH)
+    assert doctor._inputs("cpu", torch.float32)["q"].shape == (doctor._INTERPRETED_ROWS, doctor._WIDTH)
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert doctor._inputs("cpu", torch.float32, doctor._WIDTH)["q"].shape == (doctor._ROWS, doctor._WIDTH)
+    assert doctor._inputs("cpu", torch.float32)["q"].shape == (doctor._ROWS, doctor._WIDTH)
 
 
 def test_doctor_reports_other_bits(capsys, monkeypatch):

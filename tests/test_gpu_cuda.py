@@ -13,7 +13,7 @@ from goodness_cases import DTYPES, activations, direction_terms
 from gpu_cases import DEVICE, OPS, assert_right, both_passes, check_similarity, three
 from similarity_cases import problem, to_float64, vectors
 
-from ffcl_fast import functional, ops, reference
+from ffcl_fast import backends, functional, ops, reference
 from ffcl_fast.backends import cuda_similarity, native
 from helpers import assert_close_to_reference
 
@@ -135,13 +135,39 @@ def test_self(n, d, dtype, way):
         check(*problem(n, 0, d, dtype, exclude, True, device=DEVICE))
 
 
+def taken(op, q, cols, exclude=ops.EXCLUDE_NONE):
+    """The backend that "auto" stands for; on another GPU than the measured one the tests below say so."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip('what "auto" takes of these kernels is for compute capability 9.0')
+    return backends.get("auto", op, q, backends.Pairs(exclude > ops.EXCLUDE_DIAGONAL, cols)).__name__.split(".")[-1]
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("shape", ((513, 1029, 200), (300, 4100, 384), (2200, 0, 512), (129, 257, 1152)), ids=str)
+@pytest.mark.parametrize("shape", ((8200, 8300, 200), (8195, 8192, 512), (9000, 0, 384)), ids=str)
 def test_what_auto_takes_of_both(shape, dtype):
     """These kernels' normalisers, and Triton's gradients from them."""
     for exclude in range(5):
-        args = problem(*shape, dtype, exclude, not shape[1], device=DEVICE)
-        check_similarity(*args, both=exclude != 1, backend="auto")
+        q, *rest = problem(*shape, dtype, exclude, not shape[1], device=DEVICE)
+        ours = "triton" if exclude > ops.EXCLUDE_DIAGONAL else "cuda"
+        assert taken("similarity_forward", q, shape[1] or shape[0], exclude) == ours
+        assert taken("similarity_backward", q, shape[1] or shape[0], exclude) == "triton"
+        check_similarity(q, *rest, both=exclude != ops.EXCLUDE_DIAGONAL, backend="auto")
+
+
+def test_a_large_batch_by_auto():
+    """Both passes by these kernels, as it takes them there, on a few rows of many; the same bits again."""
+    n, d, scale = 65536 + 24, 512, torch.tensor(20.0, device=DEVICE)
+    q, k = (vectors(n, d, torch.bfloat16, device=DEVICE) for _ in range(2))
+    assert taken("similarity_forward", q, n) == taken("similarity_backward", q, n) == "cuda"
+    row_lse, col_lse, dq, dk = both_passes(q, k, scale, backend="auto")
+    assert all(map(torch.equal, (row_lse, col_lse, dq, dk), both_passes(q, k, scale, backend="auto")))
+    rows = torch.tensor([0, 1, n // 2, n - 1], device=DEVICE)
+    for x, y, x_lse, y_lse, dx in ((q, k, row_lse, col_lse, dq), (k, q, col_lse, row_lse, dk)):
+        s = scale.double() * x[rows].double() @ y.double().T
+        torch.testing.assert_close(x_lse[rows].double(), s.logsumexp(1), rtol=1e-6, atol=1e-6)
+        g = ((s - x_lse[rows, None]).exp() + (s - y_lse).exp()) / n
+        exact = scale.double() * g @ y.double()
+        assert float((dx[rows].double() - exact).norm()) <= 4e-3 * float(exact.norm())
 
 
 @pytest.mark.parametrize("scale", (100.0, 2.0, 300.0, 3000.0))

@@ -7,7 +7,8 @@ same kernels replayed from a CUDA graph, without the time in which the host prep
 call cannot be captured). `fraction` is the counted useful work (similarity.md: 1 U = 2 N M D; forward 1 U, both passes
 4 U, halved where k = q, SigLIP 3 U) over device time, else over time as called, as a part of the rate of an 8192-cubed
 bf16 torch.matmul timed in turn with the replays, or for memory-bound work the counted bytes over those of a copy.
-"triton" and "cuda" are our kernels, the latter only where they were built; "panels" is our plain PyTorch.
+"triton" and "cuda" are our kernels, the latter only where they were built, "auto" what is taken of both; "panels" is
+our plain PyTorch.
 FFCL_OUT (default: the current folder) gets gpu.json after each measurement, so that a cut run keeps what it measured
 and the next, with other --providers as well, goes on there, and gpu.md, its table, after each workload. FFCL_COMMIT
 names the sources where git cannot.
@@ -36,7 +37,7 @@ from .files import write_text
 from .gpu_peers import PEERS, problem_of
 from .gpu_table import OURS, markdown
 from .gpu_timing import Spoiled, device_milliseconds, healthy, milliseconds
-from .gpu_workloads import COMPILED_LIMIT, PLAIN_LIMIT, WORKLOADS, Products, Workload, by_cuda, by_panels
+from .gpu_workloads import COMPILED_LIMIT, PLAIN_LIMIT, WORKLOADS, Products, Workload, by_auto, by_cuda, by_panels
 
 
 def passes(loss: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> tuple[Callable, Callable]:
@@ -91,6 +92,8 @@ def losses(workload: Workload) -> dict[str, Callable[[], Callable[..., Tensor]]]
     found: dict[str, Callable[[], Callable[..., Tensor]]] = {"triton": lambda: workload.ours}
     if (cuda := by_cuda(workload)) and native.module is not None and native.module.cuda_built():
         found["cuda"] = lambda: cuda
+        if workload.name == "clip":  # "auto" may take both
+            found["auto"] = lambda: by_auto(workload)
     if panels := by_panels(workload):
         found["panels"] = lambda: panels
     fits = compiles = True

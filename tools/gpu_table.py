@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-OURS = ("triton", "cuda")  # our kernels; "panels", our plain PyTorch, is one of the others, but no peer
+OURS = ("triton", "cuda", "auto")  # our kernels; "panels", our plain PyTorch, is one of the others, but no peer
 NO_PEERS = (*OURS, "key", "name", "rows", "width")
 
 

@@ -113,6 +113,11 @@ def by_cuda(workload: Workload) -> Callable[..., Tensor] | None:
     return None if workload.name in WITHOUT_CUDA else functools.partial(workload.ours, backend="cuda")
 
 
+def by_auto(workload: Workload) -> Callable[..., Tensor]:
+    """The workload by what "auto" takes, where both kinds of kernels have it."""
+    return functools.partial(workload.ours, backend="auto")
+
+
 def by_panels(workload: Workload) -> Callable[..., Tensor] | None:
     """The workload by our plain PyTorch, what `auto` takes where no kernel is confirmed; None where it takes long."""
     if isinstance(workload, Products) and workload.rows * workload.cols > PANELS_LIMIT**2:

@@ -1,7 +1,9 @@
 """The choice of a backend: the one place that decides which implementation runs, and why.
 
 A backend is a module that has functions named as the operators in :mod:`ffcl_fast.ops` (same arguments, without
-``backend``), a ``cache_size(q, k)`` and an ``unavailable(op, tensor)`` that returns why it cannot run, or None.
+``backend``), a ``cache_size(q, k)``, an ``unavailable(op, tensor)`` that returns why it cannot run, or None, and maybe
+a ``doubtful(tensor)``: why ``"auto"`` had better not take it, or None. The backends for GPUs leave each other's
+backward pass the same cache.
 Adding one is its file and a line in ``BACKENDS``.
 """
 
@@ -66,9 +68,9 @@ _HALVES = (torch.bfloat16, torch.float16)
 CONFIRMED: tuple[Confirmed, ...] = (
     # Its tiles are for embeddings whose products take longer than their exponentials (slower at 128, twice as fast at
     # 200), and all of them are masked where pairs are left out by id.
-    Confirmed("cuda", ("similarity_forward",), (9, 0), _HALVES, 4096, _H200, narrowest=200, by_ids=False),
-    # Its panels as well, by a twentieth; but its host has more to launch, which fewer rows would wait for.
-    Confirmed("cuda", ("similarity_backward",), (9, 0), _HALVES, 4096, _H200, 512, 65536, by_ids=False),
+    Confirmed("cuda", ("similarity_forward",), (9, 0), _HALVES, 4096, _H200, 200, 8192, by_ids=False),
+    # By a twentieth; the small operations before its first panel take longer than Triton's two kernels.
+    Confirmed("cuda", ("similarity_backward",), (9, 0), _HALVES, 768, _H200, 512, 65536, by_ids=False),
     *(Confirmed("triton", ops, (9, 0), _HALVES, widest, _H200) for ops, widest in (
         (("similarity_forward", "similarity_backward", "positive_odds", "add_positives_", "siglip"), 4096),
         (("class_sums", "class_odds", "add_class_positives"), 4096),
@@ -76,6 +78,8 @@ CONFIRMED: tuple[Confirmed, ...] = (
         (("goodness_forward", "goodness_backward"), 16384),
         (("pair_cosine_forward", "pair_cosine_backward", "scale_"), 200704),
     )),
+    # Where Triton cannot run.
+    Confirmed("cuda", ("similarity_forward", "similarity_backward"), (9, 0), _HALVES, 4096, _H200),
 )  # fmt: skip
 
 
@@ -94,6 +98,16 @@ def get(backend: str, op: str, x: Tensor, pairs: Pairs = _UNKNOWN) -> ModuleType
     if problem:
         raise RuntimeError(f"backend={backend!r} cannot run {op} on {x.device.type} {x.dtype}: {problem}")
     return module
+
+
+def cache_size(backend: str, q: Tensor, k: Tensor | None) -> int:
+    """Elements of what similarity_forward by ``backend`` keeps; also where torch.compile does not know sizes yet."""
+    # Without a shape: whichever is taken on a GPU, it is the same.
+    auto = backend == "auto"
+    module = (
+        load(choose("similarity_forward", q.device.type, q.dtype)[0]) if auto else get(backend, "similarity_forward", q)
+    )
+    return module.cache_size(q, k)
 
 
 def choose(
@@ -178,7 +192,7 @@ def _auto(op: str, x: Tensor, pairs: Pairs = _UNKNOWN) -> tuple[str, str]:
             problem = module.doubtful(x)
         if not problem:
             return name, "; ".join((reason, *problems))
-        problems.append(f"{name} was chosen, {reason}, but cannot run here: {problem}")
+        problems.append(f"{name} was chosen, {reason}, but is not taken here: {problem}")
     return FALLBACK, "; ".join(problems)
 
 

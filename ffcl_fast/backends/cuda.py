@@ -1,8 +1,8 @@
 """CUDA tensors: the kernels of csrc/*.cu, where ffcl_fast was built with nvcc.
 
-``"auto"`` takes the normalisers of wide embeddings from here on compute capability 9.0; the rest was right on an
-H200, but on the whole slower than Triton's. The goodness family is here, the similarity operators are in
-:mod:`.cuda_similarity`.
+``"auto"`` takes the normalisers of wide embeddings from here on compute capability 9.0, and the gradients of the
+largest batches; the rest was right on an H200, but on the whole slower than Triton's. The goodness family is here, the
+similarity operators are in :mod:`.cuda_similarity`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def unavailable(op: str, x: Tensor) -> str | None:
     if op in _SIMILARITY:
         if x.dtype not in HALVES:
             return "its tensor-core kernels take bfloat16 and float16"
-        if x.shape[0] > MAX_ROWS:
+        if isinstance(x.shape[0], int) and x.shape[0] > MAX_ROWS:  # torch.compile may not know yet
             return f"there may be at most {MAX_ROWS} rows, not {x.shape[0]}"
         return None if x.shape[1] <= MAX_WIDTH else f"embeddings may be at most {MAX_WIDTH} wide, not {x.shape[1]}"
     return None if x.dtype in native.DTYPES else "it takes float32, bfloat16 and float16"

@@ -99,6 +99,14 @@ MUTANTS = (
         "ffcl_fast/backends/__init__.py",
         " or (pairs.by_ids and not row.by_ids)",
         "",
+        "tests/test_backends.py -k kernels_for_large_blocks",
+    ),
+    Mutant(
+        "python",
+        "the choice forgets that another backend is faster here",
+        "ffcl_fast/backends/__init__.py",
+        'if problem is None and hasattr(module, "doubtful"):',
+        "if False:",
         "tests/test_backends.py -k first_that_fits",
     ),
     Mutant(
