@@ -341,12 +341,34 @@ def test_a_pack_has_the_wheels_there_are_and_a_script(tmp_path, monkeypatch, cap
     monkeypatch.setattr(gpu_pack, "download", download)
     monkeypatch.setenv("FFCL_COMMIT", "a b")
     (tmp_path / "old.whl").touch()
+    (tmp_path / "_native.old.so").touch()
     assert gpu_pack.main(["--to", str(tmp_path)]) == 0
     assert "memeff: left out: ERROR: no wheel" in capsys.readouterr().out
     names = {f"{library}.whl" for library in gpu_pack.LIBRARIES} - {"memeff.whl"}
     assert {path.name for path in tmp_path.iterdir()} == names | {"check.sh"}
     subprocess.run(["sh", "-n", str(tmp_path / "check.sh")], check=True)
     assert "FFCL_COMMIT='a b'" in (tmp_path / "check.sh").read_text()
+
+
+@pytest.mark.parametrize("carried", (True, False))
+def test_a_pack_s_script_compiles_only_what_was_not_carried(carried, tmp_path, monkeypatch):
+    def download(library, folder, python):
+        return (folder / f"{library}.whl").touch()
+
+    monkeypatch.setattr(gpu_pack, "download", download)
+    monkeypatch.setattr(gpu_pack, "build", lambda python, folder: (folder / f"_native.{python}.so").touch())
+    pack, tree, programs = (tmp_path / name for name in ("pack", "tree", "programs"))
+    assert gpu_pack.main(["--to", str(pack), *(["--build", "cp312"] if carried else [])]) == 0
+    (tree / "ffcl_fast").mkdir(parents=True)
+    programs.mkdir()
+    (programs / "python3").write_text('#!/bin/sh\necho "$@" >> calls\n')
+    (programs / "python3").chmod(0o755)
+    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
+    subprocess.run(["sh", str(pack / "check.sh"), "--again"], cwd=tree, env=environment, check=True)
+    calls = (tree / "calls").read_text().splitlines()
+    assert calls[0].startswith("-m pip install") and calls[-1] == "-m tools.gpu_check --again"
+    assert calls[1:-1] == ([] if carried else ["setup.py -q build_ext --inplace"])
+    assert (tree / "ffcl_fast" / "_native.cp312.so").exists() == carried
 
 
 def test_a_pack_without_any_wheel_keeps_what_was_there(tmp_path, monkeypatch):

@@ -1,17 +1,20 @@
 """Rivals of `make gpu-check` for a GPU machine that has PyTorch, a compiler and pytest but no network: their wheels,
 beside a script that installs them there, builds the kernels and runs the check.
 
-    python -m tools.gpu_pack [--to .gpu] [--python 3.12]     here
+    python -m tools.gpu_pack [--to .gpu] [--python 3.12] [--build PYTHON]     here
     sh .gpu/check.sh [OPTIONS of tools.gpu_check]            there, in a copy of the tree that has .gpu/ with it
 
-Libraries without a wheel for that Python are named and left out: the table says "not installed" of them. Exit status 1
-where there is none at all.
+--build names a Python of that version here, with its headers: the native module is compiled with it and goes along, so
+that the GPU's time is not spent on it. Libraries without a wheel for that Python are named and left out: the table says
+"not installed" of them. Exit status 1 where there is none at all.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +23,7 @@ from pathlib import Path
 from .files import write_text
 from .gpu_measure import commit
 
+ROOT = Path(__file__).resolve().parent.parent
 # Without what they need in turn, which PyTorch's own surroundings have, but for ftfy and its wcwidth.
 LIBRARIES = (
     "memeff", "inf-cl", "open-clip-torch", "ftfy", "wcwidth", "liger-kernel", "cut-cross-entropy", "quack-kernels",
@@ -30,10 +34,11 @@ SCRIPT = """\
 #!/bin/sh
 # Written by tools/gpu_pack.py: run it in the repository, on the machine with the GPU.
 set -e
+here=$(dirname "$0")
 site=$(mktemp -d)
-python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$(dirname "$0")"/*.whl
+python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$here"/*.whl
 export PYTHONPATH="$site" FFCL_COMMIT={commit}
-FFCL_CUDA=1 python3 setup.py -q build_ext --inplace
+cp "$here"/_native*.so ffcl_fast/ 2>/dev/null || FFCL_CUDA=1 python3 setup.py -q build_ext --inplace
 exec python3 -m tools.gpu_check "$@"
 """
 
@@ -51,12 +56,34 @@ def download(library: str, folder: Path, python: str) -> str | None:
     return next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), f"pip gave {done.returncode}")
 
 
+def build(python: str, folder: Path) -> None:
+    """The native module with its CUDA kernels by the interpreter ``python``, from the files that git knows."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tree, own = Path(scratch, "tree"), Path(scratch, "python", "bin", "python")
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for name in filter(None, listed.split("\0")):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+        subprocess.run([python, "-m", "venv", own.parent.parent], check=True)
+        tools = ("setuptools", "pybind11", "cmake", "ninja")
+        subprocess.run([own, "-m", "pip", "install", "-q", "-c", "constraints.txt", *tools], cwd=tree, check=True)
+        command = [own, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=tree, check=True, env=os.environ | {"FFCL_CUDA": "1"})
+        for module in (tree / "ffcl_fast").glob("_native*.so"):
+            shutil.copy(module, folder)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_pack", description=__doc__.splitlines()[0])
     parser.add_argument("--to", type=Path, default=Path(".gpu"), help="its wheels are replaced (default %(default)s)")
     parser.add_argument("--python", default="3.12", help="the GPU machine's (default %(default)s)")
+    parser.add_argument("--build", metavar="PYTHON", help="compile the native module too, with this interpreter")
     options = parser.parse_args(arguments)
     options.to.mkdir(parents=True, exist_ok=True)
+    for old in options.to.glob("_native*.so"):
+        old.unlink()
+    if options.build:
+        build(options.build, options.to)
     with tempfile.TemporaryDirectory(dir=options.to) as scratch:
         for library in LIBRARIES:
             if problem := download(library, Path(scratch), options.python):
@@ -70,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
             wheel.rename(options.to / wheel.name)
     write_text(options.to / "check.sh", SCRIPT.format(commit=shlex.quote(commit() or "unknown")))
     size = sum(path.stat().st_size for path in options.to.iterdir())
-    print(f"{len(wheels)} wheels and check.sh in {options.to}, {size / 2**20:.1f} MiB")
+    what = f"{len(wheels)} wheels, {'the native module, ' if options.build else ''}check.sh"
+    print(f"{what} in {options.to}, {size / 2**20:.1f} MiB")
     return 0
 
 
