@@ -8,26 +8,31 @@ from similarity_cases import vectors
 
 from ffcl_fast import ops
 from ffcl_fast.backends import panels, panels_similarity
-from ffcl_fast.backends.panels_similarity import TILE_COLUMNS, TILE_ELEMENTS, _Tiles, diagonal_of
+from ffcl_fast.backends.panels_similarity import ACCELERATOR_TILE, CPU_TILE, _Tiles, diagonal_of
 
 ONE = torch.tensor(1.0)
 
 
-@pytest.mark.parametrize("n,m", ((1, 1), (7, 3), (300, 5000), (3000, 700), (9000, 1)))
-def test_tiles_cover_every_pair_once(n, m):
+TILES = {"cpu": CPU_TILE, "meta": ACCELERATOR_TILE}  # "meta" stands for any other device
+
+
+@pytest.mark.parametrize("device", TILES)
+@pytest.mark.parametrize("n,m", ((1, 1), (7, 3), (300, 5000), (3000, 700), (9000, 1), (5000, 8200)))
+def test_tiles_cover_every_pair_once(n, m, device):
     seen = torch.zeros(n, m, dtype=torch.int8)
-    for rows, cols in _Tiles(torch.empty(n, 1), torch.empty(m, 1), ONE):
+    for rows, cols in _Tiles(torch.empty(n, 1, device=device), torch.empty(m, 1, device=device), ONE):
         seen[rows, cols] += 1
-        assert (rows.stop - rows.start) * (cols.stop - cols.start) <= TILE_ELEMENTS
-        assert cols.stop - cols.start <= TILE_COLUMNS
+        assert (rows.stop - rows.start) * (cols.stop - cols.start) <= TILES[device].elements
+        assert cols.stop - cols.start <= TILES[device].columns
     assert (seen == 1).all()
 
 
+@pytest.mark.parametrize("device", TILES)
 @pytest.mark.parametrize("n", (1, 255, 256, 257, 5000))
-def test_tiles_of_a_symmetric_matrix(n):
+def test_tiles_of_a_symmetric_matrix(n, device):
     """On or above the diagonal once; the tiles on it whole."""
     seen = torch.zeros(n, n, dtype=torch.int8)
-    for rows, cols in _Tiles(torch.empty(n, 1), None, ONE):
+    for rows, cols in _Tiles(torch.empty(n, 1, device=device), None, ONE):
         seen[rows, cols] += 1
         if rows != cols:
             seen[cols, rows] += 1
@@ -65,7 +70,7 @@ def test_no_buffer_larger_than_a_tile(exclude, symmetric):
         panels.similarity_backward(*arguments, row, col, row, col, cache, True, True)
         if not symmetric:
             panels.siglip(q, k, torch.tensor(5.0), torch.tensor(-5.0), True, True, True)
-    assert largest.elements <= max(TILE_ELEMENTS, n * d)
+    assert largest.elements <= max(CPU_TILE.elements, n * d)
 
 
 class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -102,3 +107,24 @@ def test_both_ways_agree(symmetric, monkeypatch):
     for a, b in zip(first, run(), strict=True):
         largest = float(b.abs().max()) if b.numel() else 0.0  # an element may be what is left of terms of this size
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * largest)
+
+
+class _Count(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_accelerator_is_given_large_pieces():
+    """Each operation is a launch that takes the host microseconds: a tile of a CPU's size is done before that."""
+    q, k, scale = (torch.empty(shape, device="meta") for shape in ((8192, 64), (8192, 64), ()))
+    arguments = q, k, scale, None, None, ops.EXCLUDE_NONE
+    with _Count() as count:
+        row, col, cache = panels.similarity_forward(*arguments, True, True)
+        panels.similarity_backward(*arguments, row, col, row, col, cache, True, True)
+    print(count.operations)
+    assert count.operations < 250

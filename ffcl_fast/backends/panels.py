@@ -1,7 +1,7 @@
 """Plain PyTorch over row panels: right on any device, memory bounded by one panel, no compiled part needed.
 
-Peak workspace is ``PANEL_ELEMENTS`` times a handful of buffers whatever N and M are. It is bound by the matrix product
-at large D and by the element-wise passes over the panel at small D.
+Peak workspace is a panel (:func:`panel_elements`) times a handful of buffers whatever N and M are. It is bound by the
+matrix product at large D and by the element-wise passes over the panel at small D.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from ..reference import (  # noqa: F401
     normalize_forward,
     positive_odds,
 )
-from .panels_similarity import cache_size, siglip, similarity_backward, similarity_forward  # noqa: F401
-
-PANEL_ELEMENTS = 1 << 20  # 4 MiB of float32: a panel and its exponential stay in a CPU's L2 + L3
+from .panels_similarity import cache_size, siglip, similarity_backward, similarity_forward, tile_of  # noqa: F401
 
 
 def unavailable(op: str, x: Tensor) -> str | None:
     return None if op in globals() else "not written as row panels"
+
+
+def panel_elements(x: Tensor) -> int:
+    """Of a panel of what is as large as a tile of S: see there."""
+    return tile_of(x.device).elements
 
 
 # --- goodness: blocks of whole rows, so that no temporary is larger than one block -----------------------------------
@@ -37,7 +40,7 @@ def _row_blocks(h: Tensor) -> range:
 
 
 def _block_rows(h: Tensor) -> int:
-    return max(1, PANEL_ELEMENTS // max(1, h[0].numel()))
+    return max(1, panel_elements(h) // max(1, h[0].numel()))
 
 
 def goodness_forward(h, mean, relu, normalize, eps):
@@ -139,7 +142,7 @@ def goodness_many_backward(h, grad_goodness, mean, relu):
 def linear_goodness(x, weight, bias, mean, relu, of_activation=reference.goodness_forward):
     """`of_activation` takes the goodness of a block of rows of the activation."""
     goodness = x.new_empty(x.shape[0], dtype=ops.accumulator_dtype(x))
-    step = max(1, PANEL_ELEMENTS // weight.shape[0])
+    step = max(1, panel_elements(x) // weight.shape[0])
     if x.device.type == "cpu":  # 16-bit products are rounded twice there, and slower than float32's on most CPUs
         weight, bias = weight.to(goodness.dtype), None if bias is None else bias.to(goodness.dtype)
     for i in range(0, x.shape[0], step):

@@ -1,13 +1,14 @@
 """Similarity and SigLIP in plain PyTorch over tiles of S: any device, no host synchronisation on accelerators.
 
-Workspace is a few tiles of ``TILE_ELEMENTS`` whatever N and M are, plus a float32 copy of the gradients for float16
-and bfloat16 inputs. Bound by the matrix product at large D and by the element-wise passes over a tile at small D.
+Workspace is a few tiles (:func:`tile_of`) whatever N and M are, plus a float32 copy of the gradients for float16 and
+bfloat16 inputs. Bound by the matrix product at large D and by the element-wise passes over a tile at small D.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,23 @@ from torch import Tensor
 
 from .. import ops
 
-TILE_ELEMENTS = 1 << 20  # 4 MiB of float32: a tile and its exponential stay in a CPU's L2 + L3
-TILE_COLUMNS = 4096
-SELF_ROWS = 256  # rows of a panel where S is symmetric: small, so that little is wasted on the diagonal tiles
+
+class Tile(NamedTuple):
+    """How S is cut."""
+
+    elements: int
+    columns: int
+    self_rows: int  # where S is symmetric: few, so that little is wasted on the diagonal's tiles
+
+
+CPU_TILE = Tile(1 << 20, 4096, 256)  # 4 MiB of float32: a tile and its exponential stay in the L2 and L3 caches
+# 64 MiB. No cache holds that; but an operation on a small tile is done before the host has launched the next.
+ACCELERATOR_TILE = Tile(1 << 24, 8192, 2048)
+
+
+def tile_of(device: torch.device) -> Tile:
+    return CPU_TILE if device.type == "cpu" else ACCELERATOR_TILE
+
 
 # Where |S| <= bound is known, e = exp(S - offset) with one offset for all pairs serves rows and columns at once. With
 # these two the smallest e is exp(-2 * 65 + 44) = exp(-86), still a normal float32, and a sum of 2^32 stays finite.
@@ -47,8 +62,9 @@ class _Tiles:
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
         """(rows, columns) of every tile; where S is symmetric, of those on and above the diagonal."""
         n, m = self.q.shape[0], self.k.shape[0]
-        step = min(m, TILE_COLUMNS)
-        height = SELF_ROWS if self.symmetric else max(1, TILE_ELEMENTS // max(1, step))
+        tile = tile_of(self.q.device)
+        step = min(m, tile.columns)
+        height = tile.self_rows if self.symmetric else max(1, tile.elements // max(1, step))
         for i in range(0, n, height):
             rows = slice(i, min(i + height, n))
             first = 0
