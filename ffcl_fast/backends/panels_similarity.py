@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from .mixed_products import mixed_product
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Tile(NamedTuple):
@@ -76,7 +79,7 @@ class _Tiles:
 
     def logits(self, rows: slice, cols: slice) -> Tensor:
         q, k = self.q[rows], self.k[cols]
-        if q.dtype == torch.bfloat16 and q.is_cuda:
+        if q.dtype in HALVES and mixed_product(q.device, q.dtype):
             tile = torch.mm(q, k.T, out_dtype=self.acc)
         else:
             tile = q.to(self.acc) @ k.to(self.acc).T
@@ -107,7 +110,7 @@ class _Tiles:
 
     def accumulate(self, out: Tensor, g: Tensor, x: Tensor) -> None:
         """``out += g x`` in the accumulator dtype."""
-        if x.dtype == torch.bfloat16 and x.is_cuda:
+        if x.dtype == torch.bfloat16 and mixed_product(x.device, x.dtype):  # float16 would lose small gradients
             out += torch.mm(g.to(x.dtype), x, out_dtype=self.acc)
         else:
             out.addmm_(g, x.to(self.acc))

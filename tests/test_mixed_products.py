@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
-from ffcl_fast.backends.triton import gradient_panels  # noqa: E402
+from ffcl_fast.backends import mixed_products
 
 GPU = torch.device("cuda", 0)
 
@@ -24,9 +23,9 @@ def test_only_what_the_build_lacks_is_remembered(error, capturing, remembered, m
     def zeros(*size, **options):
         raise error
 
-    monkeypatch.setattr(gradient_panels, "_mixed", {})
+    monkeypatch.setattr(mixed_products, "_mixed", {})
     monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    assert not gradient_panels._mixed_product(GPU, torch.bfloat16)
+    assert not mixed_products.mixed_product(GPU, torch.bfloat16)
     assert str(error) in caplog.text
-    assert gradient_panels._mixed == ({(GPU, torch.bfloat16): False} if remembered else {})
+    assert mixed_products._mixed == ({(GPU, torch.bfloat16): False} if remembered else {})
