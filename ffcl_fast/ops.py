@@ -40,7 +40,7 @@ def away_from_zero(scale: Tensor) -> Tensor:
 
 def pairs_of(q: Tensor, k: Tensor | None, scale, row_ids, col_ids, exclude: int, *_) -> backends.Pairs:
     """What the choice of a backend is told of a similarity operator's arguments."""
-    return backends.Pairs(exclude > EXCLUDE_DIAGONAL, (q if k is None else k).shape[0])
+    return backends.Pairs(exclude > EXCLUDE_DIAGONAL, (q if k is None else k).shape[0], k is None)
 
 
 def define(schema: str, fake: Callable, pairs: Callable[..., backends.Pairs] = lambda *_: backends.Pairs()) -> None:

@@ -350,8 +350,8 @@ def test_a_pack_has_the_wheels_there_are_and_a_script(tmp_path, monkeypatch, cap
     assert "FFCL_COMMIT='a b'" in (tmp_path / "check.sh").read_text()
 
 
-@pytest.mark.parametrize("carried", (True, False))
-def test_a_pack_s_script_compiles_only_what_was_not_carried(carried, tmp_path, monkeypatch):
+@pytest.mark.parametrize("carried, loads", ((True, True), (True, False), (False, False)))
+def test_a_pack_s_script_compiles_what_was_not_carried_or_does_not_load(carried, loads, tmp_path, monkeypatch):
     def download(library, folder, python):
         return (folder / f"{library}.whl").touch()
 
@@ -361,14 +361,15 @@ def test_a_pack_s_script_compiles_only_what_was_not_carried(carried, tmp_path, m
     assert gpu_pack.main(["--to", str(pack), *(["--build", "cp312"] if carried else [])]) == 0
     (tree / "ffcl_fast").mkdir(parents=True)
     programs.mkdir()
-    (programs / "python3").write_text('#!/bin/sh\necho "$@" >> calls\n')
+    status = f'case "$1" in -c) exit {int(not loads)};; esac'
+    (programs / "python3").write_text(f'#!/bin/sh\necho "$@" >> calls\n{status}\n')
     (programs / "python3").chmod(0o755)
     environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
     subprocess.run(["sh", str(pack / "check.sh"), "--again"], cwd=tree, env=environment, check=True)
     calls = (tree / "calls").read_text().splitlines()
     assert calls[0].startswith("-m pip install") and calls[-1] == "-m tools.gpu_check --again"
-    assert calls[1:-1] == ([] if carried else ["setup.py -q build_ext --inplace"])
-    assert (tree / "ffcl_fast" / "_native.cp312.so").exists() == carried
+    assert [call for call in calls[1:-1] if call[:3] != "-c "] == ([] if loads else ["setup.py -q build_ext --inplace"])
+    assert (tree / "ffcl_fast" / "_native.cp312.so").exists() == loads
 
 
 def test_a_pack_without_any_wheel_keeps_what_was_there(tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ _LARGE = "million or elements or large_batch"
 _GOODNESS = "rows or pool or many or small_goodness"
 _RACES = "small_goodness or small_races"  # without 16-bit products of the library, which racecheck stops at
 # Each limit is what an H200 with 16 processors took, or by its pace would, and a margin. The last step may take what
-# the others leave: 200 s by those times.
+# the others leave: 220 s by those times.
 STEPS = (
     tests("rule", TRITON, f"not ({_REPEAT} or {_LARGE})", 115, workers=9),
     tests("cuda-rule", CUDA, f"not ({_LARGE} or {_GOODNESS})", 75, workers=4),

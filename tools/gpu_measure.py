@@ -197,7 +197,7 @@ def check_arguments() -> list[str]:
     for workload in WORKLOADS:
         small = workload.small()
         arguments = tuple(x.detach().float().requires_grad_() for x in small.inputs("cpu"))
-        for loss in filter(None, (small.plain, small.ours, by_panels(small))):
+        for loss in filter(None, (small.plain, small.ours, by_panels(small), by_auto(small))):
             if loss is small.ours and os.environ.get("TRITON_INTERPRET") != "1":
                 continue  # without the interpreter its backend needs a GPU
             passes(loss, arguments)[1]()

@@ -36,10 +36,15 @@ SCRIPT = """\
 set -e
 here=$(dirname "$0")
 site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
 python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$here"/*.whl
 export PYTHONPATH="$site" FFCL_COMMIT={commit}
-cp "$here"/_native*.so ffcl_fast/ 2>/dev/null || FFCL_CUDA=1 python3 setup.py -q build_ext --inplace
-exec python3 -m tools.gpu_check "$@"
+loads="import sys; from ffcl_fast.backends import native; sys.exit(not (native.module and native.module.cuda_built()))"
+if ! {{ cp "$here"/_native*.so ffcl_fast/ && python3 -c "$loads"; }} 2>/dev/null; then
+    rm -f ffcl_fast/_native*.so
+    FFCL_CUDA=1 python3 setup.py -q build_ext --inplace
+fi
+python3 -m tools.gpu_check "$@"
 """
 
 
@@ -57,18 +62,21 @@ def download(library: str, folder: Path, python: str) -> str | None:
 
 
 def build(python: str, folder: Path) -> None:
-    """The native module with its CUDA kernels by the interpreter ``python``, from the files that git knows."""
+    """The native module by the interpreter ``python``, from the tree as it is, with CUDA kernels for all chips."""
     with tempfile.TemporaryDirectory() as scratch:
         tree, own = Path(scratch, "tree"), Path(scratch, "python", "bin", "python")
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        for name in filter(None, listed.split("\0")):
+        listed = subprocess.run(
+            ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout
+        for name in (name for name in listed.split("\0") if (ROOT / name).is_file()):
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
         subprocess.run([python, "-m", "venv", own.parent.parent], check=True)
         tools = ("setuptools", "pybind11", "cmake", "ninja")
         subprocess.run([own, "-m", "pip", "install", "-q", "-c", "constraints.txt", *tools], cwd=tree, check=True)
         command = [own, "setup.py", "-q", "build_ext", "--inplace"]
-        subprocess.run(command, cwd=tree, check=True, env=os.environ | {"FFCL_CUDA": "1"})
+        environment = {name: value for name, value in os.environ.items() if name != "FFCL_CUDA_ARCHS"}
+        subprocess.run(command, cwd=tree, check=True, env=environment | {"FFCL_CUDA": "1"})
         for module in (tree / "ffcl_fast").glob("_native*.so"):
             shutil.copy(module, folder)
 

@@ -46,9 +46,10 @@ class Confirmed:
     dtypes: tuple[torch.dtype, ...]
     widest: int  # largest size of a row, the last dimension, that the tests on that GPU found right
     evidence: str  # where the measurement is stored
-    narrowest: int = 0  # smallest size of a row for which they are the fastest
-    fewest: int = 0  # smallest number of rows, and of columns of S, for which they are the fastest
+    narrowest: int = 0  # smallest size of a row for which they are the fastest, as called
+    fewest: int = 0  # smallest number of rows, and of columns of S, for which they are
     by_ids: bool = True  # also where pairs are left out by id
+    alone: bool = True  # also where k is q
 
 
 class Pairs(NamedTuple):
@@ -56,6 +57,7 @@ class Pairs(NamedTuple):
 
     by_ids: bool = False  # pairs are left out by id
     cols: int = 0  # of S
+    alone: bool = False  # k is q
 
 
 _UNKNOWN = Pairs()
@@ -69,8 +71,8 @@ CONFIRMED: tuple[Confirmed, ...] = (
     # Its tiles are for embeddings whose products take longer than their exponentials (slower at 128, twice as fast at
     # 200), and all of them are masked where pairs are left out by id.
     Confirmed("cuda", ("similarity_forward",), (9, 0), _HALVES, 4096, _H200, 200, 8192, by_ids=False),
-    # By a twentieth; the small operations before its first panel take longer than Triton's two kernels.
-    Confirmed("cuda", ("similarity_backward",), (9, 0), _HALVES, 768, _H200, 512, 65536, by_ids=False),
+    # By a twentieth. With 8192 rows the small operations before the first panel take longer than Triton's two kernels.
+    Confirmed("cuda", ("similarity_backward",), (9, 0), _HALVES, 512, _H200, 512, 65536, by_ids=False, alone=False),
     *(Confirmed("triton", ops, (9, 0), _HALVES, widest, _H200) for ops, widest in (
         (("similarity_forward", "similarity_backward", "positive_odds", "add_positives_", "siglip"), 4096),
         (("class_sums", "class_odds", "add_class_positives"), 4096),
@@ -78,7 +80,7 @@ CONFIRMED: tuple[Confirmed, ...] = (
         (("goodness_forward", "goodness_backward"), 16384),
         (("pair_cosine_forward", "pair_cosine_backward", "scale_"), 200704),
     )),
-    # Where Triton cannot run.
+    # Slower than Triton's, many times as fast as plain PyTorch: where Triton cannot run.
     Confirmed("cuda", ("similarity_forward", "similarity_backward"), (9, 0), _HALVES, 4096, _H200),
 )  # fmt: skip
 
@@ -102,12 +104,10 @@ def get(backend: str, op: str, x: Tensor, pairs: Pairs = _UNKNOWN) -> ModuleType
 
 def cache_size(backend: str, q: Tensor, k: Tensor | None) -> int:
     """Elements of what similarity_forward by ``backend`` keeps; also where torch.compile does not know sizes yet."""
+    if backend != "auto":
+        return get(backend, "similarity_forward", q).cache_size(q, k)
     # Without a shape: whichever is taken on a GPU, it is the same.
-    auto = backend == "auto"
-    module = (
-        load(choose("similarity_forward", q.device.type, q.dtype)[0]) if auto else get(backend, "similarity_forward", q)
-    )
-    return module.cache_size(q, k)
+    return load(choose("similarity_forward", q.device.type, q.dtype)[0]).cache_size(q, k)
 
 
 def choose(
@@ -139,7 +139,7 @@ def choices(
     else:
         for row in CONFIRMED:
             known = op in row.ops and dtype in row.dtypes and capability == row.capability
-            if not known or not shape or (pairs.by_ids and not row.by_ids):
+            if not known or not shape or (pairs.by_ids and not row.by_ids) or (pairs.alone and not row.alone):
                 continue
             if row.narrowest <= shape[-1] <= row.widest and (not row.fewest or row.fewest <= min(shape[0], pairs.cols)):
                 yield row.backend, f"confirmed by {row.evidence}"

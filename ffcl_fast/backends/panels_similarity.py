@@ -67,7 +67,9 @@ class _Tiles:
         n, m = self.q.shape[0], self.k.shape[0]
         tile = tile_of(self.q.device)
         step = min(m, tile.columns)
-        height = tile.self_rows if self.symmetric else max(1, tile.elements // max(1, step))
+        # Off the CPU, where tiles are large, copies of a narrow tile's rows are to be no larger either.
+        widest = step if self.q.device.type == "cpu" else max(step, self.q.shape[1])
+        height = tile.self_rows if self.symmetric else max(1, tile.elements // max(1, widest))
         for i in range(0, n, height):
             rows = slice(i, min(i + height, n))
             first = 0
