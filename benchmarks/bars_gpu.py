@@ -129,9 +129,7 @@ def bandwidth(results: Results) -> Verdict:
 
 def same_bits(results: Results) -> Verdict:
     ours = [
-        r
-        for r in results["records"]
-        if r["provider"] in (*OURS, "auto") and r.get("time", {}).get("deterministic") is not None
+        r for r in results["records"] if r.get("kind") == "ours" and r.get("time", {}).get("deterministic") is not None
     ]
     different = [f"{r['workload']}, {r['provider']}" for r in ours if not r["time"]["deterministic"]]
     shown = f"{len(ours) - len(different)} of {len(ours)}"

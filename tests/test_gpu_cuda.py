@@ -135,13 +135,12 @@ def test_self(n, d, dtype, way):
         check(*problem(n, 0, d, dtype, exclude, True, device=DEVICE))
 
 
-def taken(op, q, cols, exclude=ops.EXCLUDE_NONE):
-    """The backend that "auto" stands for, where it would take these kernels at all."""
+def taken(op, q, *rest):
+    """The backend that "auto" stands for, of an operator's first arguments; skips where it never takes these."""
     pytest.importorskip("triton")
     if torch.cuda.get_device_capability() != (9, 0) or backends.load("cuda").doubtful(q):
         pytest.skip('"auto" takes the kernels for sm_90a on compute capability 9.0')
-    pairs = backends.Pairs(exclude > ops.EXCLUDE_DIAGONAL, cols)
-    return backends.get("auto", op, q, pairs).__name__.split(".")[-1]
+    return backends.get("auto", op, q, ops.pairs_of(q, *rest)).__name__.split(".")[-1]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -151,8 +150,8 @@ def test_what_auto_takes_of_both(shape, dtype):
     for exclude in range(5):
         q, *rest = problem(*shape, dtype, exclude, not shape[1], device=DEVICE)
         ours = "triton" if exclude > ops.EXCLUDE_DIAGONAL else "cuda"
-        assert taken("similarity_forward", q, shape[1] or shape[0], exclude) == ours
-        assert taken("similarity_backward", q, shape[1] or shape[0], exclude) == "triton"
+        assert taken("similarity_forward", q, *rest) == ours
+        assert taken("similarity_backward", q, *rest) == "triton"
         check_similarity(q, *rest, both=exclude != ops.EXCLUDE_DIAGONAL, backend="auto")
 
 
@@ -160,7 +159,8 @@ def test_a_large_batch_by_auto():
     """Both passes by these kernels, as it takes them there, on a few rows of many; the same bits again."""
     n, d, scale = 65536 + 24, 512, torch.tensor(20.0, device=DEVICE)
     q, k = (vectors(n, d, torch.bfloat16, device=DEVICE) for _ in range(2))
-    assert taken("similarity_forward", q, n) == taken("similarity_backward", q, n) == "cuda"
+    for op in ("similarity_forward", "similarity_backward"):
+        assert taken(op, q, k, scale, None, None, ops.EXCLUDE_NONE) == "cuda"
     row_lse, col_lse, dq, dk = both_passes(q, k, scale, backend="auto")
     assert all(map(torch.equal, (row_lse, col_lse, dq, dk), both_passes(q, k, scale, backend="auto")))
     rows = torch.tensor([0, 1, n // 2, n - 1], device=DEVICE)
@@ -295,7 +295,7 @@ def test_small_similarity(alone, way):
 @pytest.mark.parametrize("alone", (False, True))
 def test_small_races(alone, way, monkeypatch):
     """What racecheck runs: it stops at the library's 16-bit products, so theirs are made in float64."""
-    monkeypatch.setattr(cuda_similarity, "_add_product", lambda total, a, b: total.add_(a.double() @ b.double()))
+    monkeypatch.setattr(cuda_similarity, "add_product", lambda total, a, b, first: total.add_(a.double() @ b.double()))
     for d, scale in ((72, 10.0), (520, 10.0), (72, 3000.0)):  # the last one's normalisers are computed again
         args = problem(300, 140, d, torch.bfloat16, ops.EXCLUDE_DIAGONAL, alone, scale, device=DEVICE)
         *lse, cache = OPS.similarity_forward(*args, True, True, "cuda")

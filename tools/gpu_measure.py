@@ -100,8 +100,8 @@ def losses(workload: Workload) -> dict[str, Callable[[], Callable[..., Tensor]]]
     if isinstance(workload, Products):
         fits = workload.rivals and workload.rows <= PLAIN_LIMIT and workload.cols <= 4 * PLAIN_LIMIT
         compiles = workload.name == "clip" and workload.rows <= COMPILED_LIMIT
-        for peer in PEERS:
-            if workload.rivals and peer.family == workload.name and peer.fits(workload.rows, workload.width):
+        for peer in PEERS if workload.rivals else ():
+            if peer.family == workload.name and peer.fits(workload.rows, workload.width):
                 found[peer.name] = peer.build
     plain = workload.plain
     if plain and fits:

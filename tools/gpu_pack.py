@@ -14,16 +14,16 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 from .files import write_text
+from .gpu_check import ROOT
 from .gpu_measure import commit
 
-ROOT = Path(__file__).resolve().parent.parent
 # Without what they need in turn, which PyTorch's own surroundings have, but for ftfy and its wcwidth.
 LIBRARIES = (
     "memeff", "inf-cl", "open-clip-torch", "ftfy", "wcwidth", "liger-kernel", "cut-cross-entropy", "quack-kernels",
@@ -62,23 +62,17 @@ def download(library: str, folder: Path, python: str) -> str | None:
 
 
 def build(python: str, folder: Path) -> None:
-    """The native module by the interpreter ``python``, from the tree as it is, with CUDA kernels for all chips."""
+    """The native module by the interpreter ``python``, with CUDA kernels for the usual chips."""
+    environment = {name: value for name, value in os.environ.items() if name != "FFCL_CUDA_ARCHS"}
+    environment |= {"FFCL_CUDA": "1", "PIP_CONSTRAINT": "constraints.txt"}  # the build tools' versions too
     with tempfile.TemporaryDirectory() as scratch:
-        tree, own = Path(scratch, "tree"), Path(scratch, "python", "bin", "python")
-        listed = subprocess.run(
-            ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
-        ).stdout
-        for name in (name for name in listed.split("\0") if (ROOT / name).is_file()):
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tree / name)
-        subprocess.run([python, "-m", "venv", own.parent.parent], check=True)
-        tools = ("setuptools", "pybind11", "cmake", "ninja")
-        subprocess.run([own, "-m", "pip", "install", "-q", "-c", "constraints.txt", *tools], cwd=tree, check=True)
-        command = [own, "setup.py", "-q", "build_ext", "--inplace"]
-        environment = {name: value for name, value in os.environ.items() if name != "FFCL_CUDA_ARCHS"}
-        subprocess.run(command, cwd=tree, check=True, env=environment | {"FFCL_CUDA": "1"})
-        for module in (tree / "ffcl_fast").glob("_native*.so"):
-            shutil.copy(module, folder)
+        command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", scratch, "."]
+        subprocess.run(command, cwd=ROOT, check=True, env=environment)
+        (wheel,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.startswith("ffcl_fast/_native"):
+                    (folder / Path(name).name).write_bytes(archive.read(name))
 
 
 def main(arguments: list[str] | None = None) -> int:

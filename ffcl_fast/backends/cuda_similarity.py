@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import cuda, native
 from .aligned import aligned_rows
+from .mixed_products import add_product
 
 PANEL_SIDE = 8192  # 128 MiB of 16-bit numbers
 LOG2E = 1.4426950408889634
@@ -114,22 +115,14 @@ def _walk(q: Tensor, k: Tensor | None, fill, factor: Tensor, need_q: bool, need_
             c1 = min(cols, c0 + PANEL_SIDE)
             g = fill(panel, r0, r1, c0, c1)
             if need_q:
-                _add_product(sums, g, other[c0:c1])
+                add_product(sums, g, other[c0:c1], first=False)
             if need_k or (k is None and c0 != r0):
-                _add_product(col_sums[c0:c1], g.T, q[r0:r1])
+                add_product(col_sums[c0:c1], g.T, q[r0:r1], first=False)
         if need_q:
             dq[r0:r1] = sums.mul_(factor)
     if need_k:
         dk.copy_(col_sums.mul_(factor))
     return dq, dk
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a b`` in float32."""
-    if a.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
 
 
 def _vectors(lse: Tensor, cache: Tensor, grad: Tensor, scale: Tensor, gain: float) -> tuple[Tensor, Tensor, Tensor]:

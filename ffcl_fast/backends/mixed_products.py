@@ -1,10 +1,11 @@
-"""Whether the library multiplies 16-bit matrices into float32: not every build of PyTorch does, on AMD's GPUs least."""
+"""Products of 16-bit matrices in float32: by one call where the build of PyTorch has it, not all do on AMD's GPUs."""
 
 from __future__ import annotations
 
 import logging
 
 import torch
+from torch import Tensor
 
 _log = logging.getLogger("ffcl_fast.backends")
 
@@ -13,7 +14,7 @@ _mixed: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 def mixed_product(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this build of torch multiplies 16-bit matrices into a float32 sum on this device."""
-    if device.type != "cuda":
+    if device.type != "cuda" or dtype.itemsize != 2:
         return False
     key = device, dtype
     if key not in _mixed:
@@ -30,3 +31,14 @@ def mixed_product(device: torch.device, dtype: torch.dtype) -> bool:
         else:
             _mixed[key] = True
     return _mixed[key]
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total = a b (first) or total + a b, in float32."""
+    beta = 0.0 if first else 1.0
+    if a.dtype == torch.float32:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif mixed_product(a.device, a.dtype):
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, beta=beta, out=total)
+    else:
+        torch.addmm(total, a.float(), b.float(), beta=beta, out=total)

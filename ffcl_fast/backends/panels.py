@@ -28,7 +28,7 @@ def unavailable(op: str, x: Tensor) -> str | None:
 
 
 def panel_elements(x: Tensor) -> int:
-    """Of a panel of what is as large as a tile of S: see there."""
+    """Elements of a panel: as many as a tile of S has."""
     return tile_of(x.device).elements
 
 

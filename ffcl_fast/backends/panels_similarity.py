@@ -17,8 +17,6 @@ from torch import Tensor
 from .. import ops
 from .mixed_products import mixed_product
 
-HALVES = (torch.bfloat16, torch.float16)
-
 
 class Tile(NamedTuple):
     """How S is cut."""
@@ -81,7 +79,7 @@ class _Tiles:
 
     def logits(self, rows: slice, cols: slice) -> Tensor:
         q, k = self.q[rows], self.k[cols]
-        if q.dtype in HALVES and mixed_product(q.device, q.dtype):
+        if mixed_product(q.device, q.dtype):
             tile = torch.mm(q, k.T, out_dtype=self.acc)
         else:
             tile = q.to(self.acc) @ k.to(self.acc).T

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..mixed_products import mixed_product
+from ..mixed_products import add_product
 from . import config
 from .config import cdiv
 from .launch import Launch, kinds, planned
@@ -90,17 +90,6 @@ def _combine_launch(kinds: tuple, dtype: torch.dtype, sizes: tuple, framed: bool
         (out, more),
         **combine_constants(sums // max(1, out), gain, framed, how),
     )
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total = a b (first) or total + a b, in float32."""
-    beta = 0.0 if first else 1.0
-    if a.dtype == torch.float32:
-        torch.addmm(total, a, b, beta=beta, out=total)
-    elif mixed_product(a.device, a.dtype):
-        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, beta=beta, out=total)
-    else:
-        torch.addmm(total, a.float(), b.float(), beta=beta, out=total)
 
 
 def walk(
