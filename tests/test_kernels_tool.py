@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -56,6 +57,17 @@ def test_a_bad_kernel_fails(tile, problem):
     assert re.search(problem, row.get("problem", "none")), row
 
 
+def test_a_wait_behind_every_product_fails():
+    rows = next(
+        k for k in kernels.items("tools.similarity_kernels", "sm90") if k.name == "rows both" and k.width == 128
+    )
+    assert "problem" not in compile_one("sm90", rows)
+    assert (
+        "a wait behind every wgmma"
+        in compile_one("sm90", replace(rows, constants=rows.constants | {"SETTLE": False}))["problem"]
+    )
+
+
 def test_a_kernel_that_does_not_compile_is_a_row():
     row = compile_one("sm90", item(GOOD, arguments={"out": "*bf16", "y": "*fp32"}))
     assert row["problem"].startswith("does not compile")
@@ -71,6 +83,8 @@ def test_what_counts_as_a_problem():
     kernel = item(GOOD)
     assert problems("sm90", kernel, fine) == []
     assert problems("sm90", kernel, fine | {"spills": 3}) == ["3 spills"]
+    assert problems("sm90", kernel, fine | {"serialized": False}) == []
+    assert problems("sm90", kernel, fine | {"serialized": True}) == ["a wait behind every wgmma (ptxas -v says why)"]
     assert problems("sm90", kernel, fine | {"matrix": ""}) == ["no matrix instruction"]
     assert problems("sm90", kernel, fine | {"matrix": "8 mma.m16n8k16.f32.bf16.bf16.f32"}) == ["no wgmma"]
     assert problems("sm80", kernel, fine | {"matrix": "8 mma.m16n8k16.f32.bf16.bf16.f32"}) == []

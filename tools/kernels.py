@@ -3,9 +3,10 @@
     python -m tools.kernels [--chips sm90,gfx942] [--only REGEX] [--jobs N] [--json FILE]
 
 Prints a table: registers, spills, shared memory and the matrix instructions in the assembly. Exit status 1 where a
-kernel spills to memory, needs more shared memory than its chip has, does not compile, or multiplies 16-bit tiles on
-sm_90 without wgmma, or where nothing was compiled. Disassembling takes as long as compiling, so on NVIDIA chips the
-instructions are read from the PTX, of which ptxas makes one for one, and a kernel without a stack has no spills.
+kernel spills to memory, needs more shared memory than its chip has, does not compile, multiplies 16-bit tiles on
+sm_90 without wgmma or with a wait behind every wgmma, or where nothing was compiled. Disassembling takes as long as
+compiling, so on NVIDIA chips the instructions are read from the PTX, of which ptxas makes one for one, and a kernel
+without a stack has no spills; only the waits, which ptxas puts there, are read from the machine code.
 """
 
 from __future__ import annotations
@@ -130,6 +131,8 @@ def problems(chip: str, item: Compilation, row: dict[str, Any]) -> list[str]:
     # The rescue path may use the older instructions: it is off the usual way.
     elif item.matrix and chip == "sm90" and "wgmma" not in row["matrix"] and not item.name.startswith("finish"):
         found.append("no wgmma")
+    if row.get("serialized"):
+        found.append("a wait behind every wgmma (ptxas -v says why)")
     return found
 
 
@@ -145,12 +148,20 @@ def nvidia(ptx: str, cubin: bytes) -> dict:
 
         usage = dump("-res-usage")
         local = int(re.search(r"STACK:(\d+)", usage)[1]) or int(re.search(r"LOCAL:(\d+)", usage)[1])
-        spills = len(re.findall(r"\b(?:STL|LDL)\b", dump("-sass"))) if local else 0
+        machine_code = dump("-sass") if local or "wgmma" in ptx else ""
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spills": spills,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", machine_code)) if local else 0,
         "matrix": matrix_instructions(ptx),
+        "serialized": serialized(machine_code),
     }
+
+
+def serialized(machine_code: str) -> bool:
+    """Whether ptxas took the asynchronous products one by one: then each begins a group of its own."""
+    products = len(re.findall(r"\bHGMMA\b", machine_code))
+    groups = len(re.findall(r"\bWARPGROUP\.ARRIVE\b", machine_code))
+    return products > 2 and 2 * groups > products
 
 
 def amd(assembly: str) -> dict:

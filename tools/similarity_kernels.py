@@ -22,9 +22,6 @@ from ffcl_fast.backends.triton.similarity_backward import (
 from ffcl_fast.backends.triton.similarity_forward import (
     ABOVE,
     ALL,
-    ANY_IDS,
-    IDS_APART,
-    IDS_MEET,
     ON_DIAGONAL,
     SPAN,
     UPPER,
@@ -35,7 +32,7 @@ from ffcl_fast.backends.triton.similarity_forward import (
     sums_constants,
     sums_kernel,
 )
-from ffcl_fast.backends.triton.tiles import id_range_kernel
+from ffcl_fast.backends.triton.tiles import ANY_IDS, IDS_APART, IDS_MEET, id_range_kernel
 
 from .kernels import Compilation
 
@@ -130,7 +127,8 @@ def _exclusions(chip: str) -> Iterator[Compilation]:
     for op, width in (("forward", 512), ("triangle", 512), ("panel", 512), ("forward", 128), ("triangle", 128),
                       ("rows", 128)):  # fmt: skip
         for ids, modes in others.items():
-            tile = config.candidates(op, chip, "half", width, ids)[0]
+            # Of the gradients in registers only those that keep the diagonal have another tile for ids.
+            tile = config.candidates(op, chip, "half", width, ids and op != "rows")[0]
             for mode in modes:
                 yield from _variants(op, tile, width, "bf16", "ieee", ids, False, mode)
         if op in ("forward", "triangle"):
@@ -179,9 +177,14 @@ def _variants(
             c = sums_constants(tile, width, unit, how, PARTS, *kind, tile.grain)
             yield item(f"sums {name}", sums_kernel, c, with_ids=meet != ANY_IDS or ids)
     elif op == "panel":
-        for sides in (3, 1) if usual and not ids and dtype == "bf16" else (3,):
-            c = panel_constants(tile, width, unit, how, exclude, sides)
-            yield item(f"panel {'both' if sides == 3 else 'one side'}", panel_kernel, c)
+        meet = ANY_IDS if not ids or exclude == ops.EXCLUDE_DIFFERENT_ID else IDS_MEET
+        ways = [("both", 3, meet)]
+        if usual and not ids and dtype == "bf16":
+            ways += [("one side", 1, meet), ("apart", 3, IDS_APART)]
+        for name, sides, meet in ways:
+            side = max(tile.rows, tile.cols)
+            c = panel_constants(tile, width, unit, how, exclude, sides, int(meet), side, tile.grain)
+            yield item(f"panel {name}", panel_kernel, c, with_ids=meet != ANY_IDS or ids)
     elif op == "siglip":
         for gradient in (True, False) if (dtype, width) == ("bf16", 512) else (True,):
             c = siglip_constants(tile, width, unit, how, True, gradient, 1.0)

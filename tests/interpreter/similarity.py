@@ -149,6 +149,7 @@ ORDERED_IDS = {
     "falling": lambda n: -torch.arange(n),
     "classes": lambda n: torch.arange(n) // 7 << 40,
     "beyond each other": lambda n: torch.arange(n) + (n << 50),
+    "beyond each other at first": lambda n: torch.arange(n) + (torch.arange(n) < 32) * (n << 50),
     "a few out of order": lambda n: torch.arange(n).index_fill(0, torch.randint(n, (3,)), n // 3),
     "extremes": lambda n: torch.tensor([-(2**63), 2**63 - 1]).repeat_interleave(n)[n // 3 : n // 3 + n],
 }
@@ -164,11 +165,11 @@ def test_tiles_without_a_common_id_go_unmasked(kind, alone, monkeypatch):
     q, k = embeddings(n, d, torch.bfloat16), None if alone else embeddings(m, d, torch.bfloat16)
     col_ids = row_ids if alone else col_ids
     tall, flat = Tile(32, 16, 32, 4, 1), Tile(16, 32, 32, 4, 1)
-    with config.override(forward=tall, triangle=flat, rows=flat, panel=tall):
+    halves = Tile(16, 64, 32, 4, 1, registers=168, settle=True)  # ids by halves of a tile, as on sm_90
+    with config.override(forward=tall, triangle=flat, rows=halves, panel=tall):
         check_forward(q, k, 14.3, row_ids, col_ids, exclude)
-        if torch.rand(()) < 0.5:  # in panels, else in registers
-            q, k = q.float(), None if alone else k.float()
-        check_gradient(q, k, 14.3, row_ids, col_ids, exclude)
+        check_gradient(q, k, 14.3, row_ids, col_ids, exclude)  # in registers
+        check_gradient(q.float(), None if alone else k.float(), 14.3, row_ids, col_ids, exclude)  # in panels
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["pair", "self"])

@@ -51,7 +51,8 @@ class Tile:
     descriptor: bool = False  # loads by the bulk tensor copy engine (TMA)
     specialize: bool = False  # warps split into loaders, products and epilogue (Blackwell)
     fold: int = 0  # warps whose rows repeat (see similarity_forward.fold_rows); 0 where threads hold rows otherwise
-    registers: int = 0  # most a thread may use, 0 for no limit: 128 lets two blocks of 8 warps share a multiprocessor
+    registers: int = 0  # most a thread may use, 0 for no limit: 168 lets three blocks of 4 warps share a multiprocessor
+    settle: bool = False  # a step ends with its products; else the last may run on beside the next step's loads
     group: int = 8  # blocks of rows that walk the columns together
 
     @property
@@ -135,7 +136,8 @@ def depth_for(width: int, limit: int) -> int:
 
 
 def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
-    """16-bit operands. `ids`: pairs are excluded by id, whose columns take as many registers as 64 columns of S."""
+    """16-bit operands. `ids`: pairs are excluded by id, whose columns take as many registers as 64 columns of S; of
+    "rows", which takes them by halves, only where the diagonal stays."""
     deep = chip in ("sm90", "sm100")
     depth = depth_for(width, 64 if deep else 32)
     whole = max(depth, next_power_of_2(width))
@@ -145,7 +147,8 @@ def _half(op: str, chip: str, width: int, ids: bool) -> list[Tile]:
         return [Tile(64, 64, depth, 8 if chip == "sm100" else 4, 2)]
     if op == "rows":
         if chip == "sm90":
-            return [Tile(64, 64, whole, 4, 3, True), Tile(64, 128, whole, 4, 3, True)]
+            # Three blocks a multiprocessor hide each other's exponentials.
+            return [Tile(64, 64, whole, 4, 3, True, registers=0 if ids else 168, settle=True)]
         if chip == "sm100":
             return [Tile(128, 64, whole, 8, 3, True)]
         return [Tile(64, 64, whole, 4, 1) if chip == "gfx942" else Tile(64, 64, whole, 8, 2)]

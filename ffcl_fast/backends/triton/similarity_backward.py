@@ -9,6 +9,7 @@ the scale is taken out again, with ``scale``, where the float32 sums are written
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -33,9 +34,25 @@ from .launch import (
     output,
     planned,
     processors,
+    smallest_grain,
     tile_constants,
 )
-from .tiles import LOG2E, dot, exponent, grouped, kept, load_tile, narrow, needs_mask, product, store_tile
+from .tiles import (
+    ANY_IDS,
+    IDS_APART,
+    IDS_MEET,
+    LOG2E,
+    dot,
+    exponent,
+    grouped,
+    ids_meet,
+    load_tile,
+    masked,
+    narrow,
+    needs_mask,
+    product,
+    store_tile,
+)
 
 # Which side's normaliser a pair's gradient has: x's (the rows of the tile), y's (the columns), or both.
 OF_ROWS = tl.constexpr(1)
@@ -188,7 +205,7 @@ def rows_kernel(x, y, x_vectors, y_vectors, x_ids, y_ids, x_ranges, y_ranges, sc
                 split_cols, x_stride, y_stride, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
                 DEPTH: tl.constexpr, UNIT: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
                 EXCLUDE: tl.constexpr, SIDES: tl.constexpr, SPLIT: tl.constexpr, GAIN: tl.constexpr,
-                SPECIALIZE: tl.constexpr, GRAIN: tl.constexpr):
+                SPECIALIZE: tl.constexpr, SETTLE: tl.constexpr, GRAIN: tl.constexpr, PIECE: tl.constexpr):
     row = tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1)
     scale_value = tl.load(scale).to(tl.float32)
@@ -200,9 +217,13 @@ def rows_kernel(x, y, x_vectors, y_vectors, x_ids, y_ids, x_ranges, y_ranges, sc
         yt = load_tile(y, col, 0, cols, y_stride, WIDTH, BLOCK_COLS, DEPTH, UNIT, DESCRIPTOR)
         t = dot(xt, yt.T, tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32), PRECISION) * s
         if needs_mask(row, col, rows, cols, x_ranges, y_ranges, EXCLUDE, BLOCK_ROWS, BLOCK_COLS, GRAIN):
-            t = tl.where(kept(row, col, rows, cols, x_ids, y_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS), t, -float("inf"))
+            t = masked(t, row, col, rows, cols, x_ids, y_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS, PIECE)
         g = pair_gradient(t, x_vectors, y_vectors, row, col, rows, cols, frame, SIDES, BLOCK_ROWS, BLOCK_COLS)
         acc = dot(narrow(g, yt.dtype, PRECISION), yt, acc, PRECISION)
+        if SETTLE:
+            # To and fro costs nothing and makes Triton wait for this product here. Left running into the next step,
+            # whose first product begins from nothing, ptxas puts a wait behind every wgmma of the loop (C7515).
+            acc = acc.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
     i = row + tl.arange(0, BLOCK_ROWS)
     d = tl.arange(0, DEPTH)
     to = out + ((part.to(tl.int64) * rows + i) * WIDTH)[:, None] + d[None, :]
@@ -215,22 +236,27 @@ def rows_kernel(x, y, x_vectors, y_vectors, x_ids, y_ids, x_ranges, y_ranges, sc
 
 
 # How it works: one tile of S a block, turned into G and written to the panel, in an order that shares operands in L2.
+# With IDS, a launch writes the squares of SIDE rows and columns in which ids meet, and one without masks the others.
 # Bound by: tensor cores for wide embeddings; the panel's store is 2 bytes an element.
 @triton.jit(do_not_specialize=["rows", "cols", "row_begin", "row_end", "col_begin", "col_end"])
 def panel_kernel(q, k, row_vectors, col_vectors, row_ids, col_ids, row_ranges, col_ranges, scale, frame, panel, rows,
                  cols, row_begin, row_end, col_begin, col_end, q_stride, k_stride, panel_stride, WIDTH: tl.constexpr,
                  BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr,
                  DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, EXCLUDE: tl.constexpr, SIDES: tl.constexpr,
-                 GROUP: tl.constexpr, GRAIN: tl.constexpr):
+                 IDS: tl.constexpr, SIDE: tl.constexpr, GROUP: tl.constexpr, GRAIN: tl.constexpr):
     height = tl.cdiv(row_end - row_begin, BLOCK_ROWS)
     width = tl.cdiv(col_end - col_begin, BLOCK_COLS)
     i, j = grouped(tl.program_id(0), height, width, GROUP)
     row = row_begin + i * BLOCK_ROWS
     col = col_begin + j * BLOCK_COLS
+    if IDS != ANY_IDS:
+        meet = ids_meet(row_ranges, row // SIDE * SIDE, rows, col_ranges, col // SIDE * SIDE, cols, SIDE, GRAIN)
+        if meet == (IDS == IDS_APART):
+            return
     t = product(q, k, row, col, rows, cols, q_stride, k_stride, WIDTH, BLOCK_ROWS, BLOCK_COLS, DEPTH, UNIT, DESCRIPTOR,
                 PRECISION) * (tl.load(scale).to(tl.float32) * LOG2E)
     if needs_mask(row, col, rows, cols, row_ranges, col_ranges, EXCLUDE, BLOCK_ROWS, BLOCK_COLS, GRAIN):
-        t = tl.where(kept(row, col, rows, cols, row_ids, col_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS), t, -float("inf"))
+        t = masked(t, row, col, rows, cols, row_ids, col_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS, BLOCK_COLS)
     g = pair_gradient(t, row_vectors, col_vectors, row, col, rows, cols, frame, SIDES, BLOCK_ROWS, BLOCK_COLS)
     store_tile(panel, narrow(g, panel.dtype if DESCRIPTOR else panel.dtype.element_ty, PRECISION), row - row_begin,
                col - col_begin, row_end - row_begin, col_end - col_begin, panel_stride, DESCRIPTOR)
@@ -245,17 +271,22 @@ def rows_constants(tile: Tile, width: int, element_unit: int, how: str, exclude:
         "SPLIT": split,
         "GAIN": gain,
         "SPECIALIZE": tile.specialize,
+        "SETTLE": tile.settle,
         "GRAIN": tile.grain,
+        "PIECE": min(32, tile.cols) if tile.registers else tile.cols,
     }
 
 
-def panel_constants(tile: Tile, width: int, element_unit: int, how: str, exclude: int, sides: int) -> dict:
+def panel_constants(tile: Tile, width: int, element_unit: int, how: str, exclude: int, sides: int, ids: int,
+                    side: int, grain: int) -> dict:
     """Compile-time constants of panel_kernel."""
     return tile_constants(width, element_unit, tile, how) | {
         "EXCLUDE": exclude,
         "SIDES": sides,
+        "IDS": ids,
+        "SIDE": side,
         "GROUP": tile.group,
-        "GRAIN": tile.grain,
+        "GRAIN": grain,
     }
 
 
@@ -334,7 +365,7 @@ def _vector_plan(kinds: tuple, cols: bool, parts: int, gain: float) -> VectorPla
 
 
 def _in_registers(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k, timing):
-    tile = config.pick("rows", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
+    tile = config.pick("rows", q, k, exclude == ops.EXCLUDE_SAME_ID_OFF_DIAGONAL, timing)  # see config._half
     ranges = id_ranges(side_x[1], side_y[1], exclude, (tile,))
     side_x, side_y = (*side_x, ranges[0]), (*side_y, ranges[1])
     none = q.new_empty(0, q.shape[1])
@@ -375,28 +406,46 @@ def _side_plan(kinds, tile: Tile, how, gain, exclude, sides, chip_processors) ->
 
 
 def _in_panels(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k, timing):
-    tile = config.pick("panel", q, k, exclude > ops.EXCLUDE_DIAGONAL, timing)
+    shares = _panel_shares(exclude)
+    tiles = [config.pick("panel", q, k, share.exclude > ops.EXCLUDE_DIAGONAL, timing) for share in shares]
     how, gain = config.precision(q), config.gain(q.dtype)
-    x, y = operand(q, tile.rows, tile), operand(k, tile.cols, tile)
-    ranges = id_ranges(side_x[1], side_y[1], exclude, (tile,))
+    operands = [(operand(q, tile.rows, tile), operand(k, tile.cols, tile)) for tile in tiles]
+    ranges = id_ranges(side_x[1], side_y[1], exclude, tiles)
     rows, cols, element_unit = q.shape[0], k.shape[0], unit(q)
     key = kinds(q, k, scale, side_x[1], side_y[1])
-    options = tile, how, exclude, int(OF_BOTH if both else OF_ROWS)
+    sides = int(OF_BOTH if both else OF_ROWS)
+    side, grain = max([max(tile.rows, tile.cols) for tile in tiles]), smallest_grain(tiles)
 
     def fill(panel: Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
         strides = q.stride(0) // element_unit, k.stride(0) // element_unit, panel.stride(0)
-        _panel_launch(key, strides, *options, beyond_32_bits(r0, r1, c0, c1))(
-            x, y, side_x[0], side_y[0], side_x[1], side_y[1], *ranges, scale, frame, output(panel, tile),
-            grid=(cdiv(r1 - r0, tile.rows) * cdiv(c1 - c0, tile.cols), 1, 1),
-            scalars=(rows, cols, r0, r1, c0, c1, *strides),
-        )  # fmt: skip
+        for share, tile, pair in zip(shares, tiles, operands, strict=True):
+            _panel_launch(key, strides, tile, how, share, sides, side, grain, beyond_32_bits(r0, r1, c0, c1))(
+                *pair, side_x[0], side_y[0], side_x[1], side_y[1], *ranges, scale, frame, output(panel, tile),
+                grid=(cdiv(r1 - r0, tile.rows) * cdiv(c1 - c0, tile.cols), 1, 1),
+                scalars=(rows, cols, r0, r1, c0, c1, *strides),
+            )  # fmt: skip
 
     return walk(q, None if triangle else k, fill, scale, frame, gain, how, need_q, need_k)
 
 
+class Share(NamedTuple):
+    """A launch's share of a panel: the squares it writes, and what it leaves out of them itself."""
+
+    ids: int
+    exclude: int
+
+
+@functools.cache
+def _panel_shares(exclude: int) -> tuple[Share, ...]:
+    if exclude in (ops.EXCLUDE_SAME_ID, ops.EXCLUDE_SAME_ID_OFF_DIAGONAL):
+        return Share(int(IDS_APART), ops.EXCLUDE_NONE), Share(int(IDS_MEET), exclude)
+    return (Share(int(ANY_IDS), exclude),)
+
+
 @planned
-def _panel_launch(kinds, strides, tile: Tile, how, exclude, sides, _) -> Launch:
+def _panel_launch(kinds, strides, tile: Tile, how, share: Share, sides, side, grain, _) -> Launch:
     """panel_kernel, to be called with a panel's grid and scalars."""
     dtype, (_, width), *_ = kinds[1]
-    constants = panel_constants(tile, width, 16 // dtype.itemsize, how, exclude, sides)
+    options = share.exclude, sides, share.ids, side, grain
+    constants = panel_constants(tile, width, 16 // dtype.itemsize, how, *options)
     return Launch(panel_kernel, (0, 0, 0), (), **constants, **tile.options)

@@ -35,11 +35,15 @@ from .launch import (
     tile_constants,
 )
 from .tiles import (
+    ANY_IDS,
     BOUND_LIMIT,
+    IDS_APART,
+    IDS_MEET,
     dot,
     exponent,
     folded,
     grouped,
+    ids_meet,
     kept,
     load_tile,
     log2_of,
@@ -56,10 +60,6 @@ ALL = tl.constexpr(0)
 UPPER = tl.constexpr(1)
 ABOVE = tl.constexpr(2)
 ON_DIAGONAL = tl.constexpr(3)
-# And of those, where pairs are left out by id: any, those in which no row's id can be a column's, the others.
-ANY_IDS = tl.constexpr(0)
-IDS_APART = tl.constexpr(1)
-IDS_MEET = tl.constexpr(2)
 NORM_ROWS = 64  # 16 KiB of 16-bit numbers a step: fewer in flight would not fill the memory bus
 
 
@@ -127,9 +127,7 @@ def sums_kernel(q, k, scale, row_ids, col_ids, row_ranges, col_ranges, norms, ro
         super_row, super_col = grouped(pid, last - first, supers, GROUP)
         super_row += first
     if IDS != ANY_IDS:
-        row_low, row_high = wide_id_range(row_ranges, super_row * side, rows, side, GRAIN)
-        col_low, col_high = wide_id_range(col_ranges, super_col * side, cols, side, GRAIN)
-        meet = (row_low <= col_high) & (col_low <= row_high)
+        meet = ids_meet(row_ranges, super_row * side, rows, col_ranges, super_col * side, cols, side, GRAIN)
         if CELLS == UPPER:  # the diagonal needs masks anyway
             meet = meet | (super_row == super_col)
         if meet == (IDS == IDS_APART):
@@ -184,13 +182,6 @@ def sums_kernel(q, k, scale, row_ids, col_ids, row_ranges, col_ranges, norms, ro
     index = row + span[:, None] * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :]
     to = row_part + super_col.to(tl.int64) * (row_end - row_begin) + (index - row_begin)
     tl.store(to, row_sums, mask=index < row_end)
-
-
-@triton.jit
-def wide_id_range(ranges, start, n, SIDE: tl.constexpr, GRAIN: tl.constexpr):
-    """Smallest and largest id of the SIDE rows from `start`, from the ranges of each GRAIN rows."""
-    at = tl.minimum(start // GRAIN + tl.arange(0, SIDE // GRAIN), tl.cdiv(n, GRAIN) - 1)
-    return tl.min(tl.load(ranges + at * 2), 0), tl.max(tl.load(ranges + at * 2 + 1), 0)
 
 
 @triton.jit

@@ -17,6 +17,12 @@ SAME_ID = tl.constexpr(2)
 SAME_ID_OFF_DIAGONAL = tl.constexpr(3)
 DIFFERENT_ID = tl.constexpr(4)
 
+# Where pairs are left out by id, which parts of S a launch has: all, those in which no row's id can be a column's, the
+# others. Masks cost registers, hence large tiles or blocks side by side: what needs none has a launch of its own.
+ANY_IDS = tl.constexpr(0)
+IDS_APART = tl.constexpr(1)
+IDS_MEET = tl.constexpr(2)
+
 # One offset serves exponents about 195 powers of two below their bound; rows that are all lower are lost to it and
 # rescued. Past this bound nearly every row would be: the rescue alone then does the work, online.
 BOUND_LIMIT = tl.constexpr(512.0)
@@ -117,6 +123,21 @@ def id_range(ranges, start, n, BLOCK: tl.constexpr, GRAIN: tl.constexpr):
 
 
 @triton.jit
+def ids_meet(x_ranges, row, rows, y_ranges, col, cols, SIDE: tl.constexpr, GRAIN: tl.constexpr):
+    """Whether of the SIDE rows from `row` and the SIDE columns from `col` two may have the same id."""
+    x_low, x_high = wide_id_range(x_ranges, row, rows, SIDE, GRAIN)
+    y_low, y_high = wide_id_range(y_ranges, col, cols, SIDE, GRAIN)
+    return (x_low <= y_high) & (y_low <= x_high)
+
+
+@triton.jit
+def wide_id_range(ranges, start, n, SIDE: tl.constexpr, GRAIN: tl.constexpr):
+    """Smallest and largest id of the SIDE rows from `start`, from the ranges of each GRAIN rows."""
+    at = tl.minimum(start // GRAIN + tl.arange(0, SIDE // GRAIN), tl.cdiv(n, GRAIN) - 1)
+    return tl.min(tl.load(ranges + at * 2), 0), tl.max(tl.load(ranges + at * 2 + 1), 0)
+
+
+@triton.jit
 def needs_mask(row, col, rows, cols, x_ranges, y_ranges, EXCLUDE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
                BLOCK_COLS: tl.constexpr, GRAIN: tl.constexpr):
     """Whether the tile may have a pair to leave out: a scalar, so inner tiles skip the masks. Equal ids need ranges
@@ -157,6 +178,20 @@ def kept(row, col, rows, cols, x_ids, y_ids, EXCLUDE: tl.constexpr, BLOCK_ROWS: 
         else:
             keep = ((same == 0) | ((i - row)[:, None] == (j - row)[None, :])) & keep
     return keep & (i < rows)[:, None]
+
+
+@triton.jit
+def masked(t, row, col, rows, cols, x_ids, y_ids, EXCLUDE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+           BLOCK_COLS: tl.constexpr, PIECE: tl.constexpr):
+    """t, -inf where a pair does not count: PIECE columns at a time, which need the registers of their ids only."""
+    if BLOCK_COLS <= PIECE:
+        return tl.where(kept(row, col, rows, cols, x_ids, y_ids, EXCLUDE, BLOCK_ROWS, BLOCK_COLS), t, -float("inf"))
+    else:
+        half: tl.constexpr = BLOCK_COLS // 2
+        left, right = tl.split(tl.permute(tl.reshape(t, (BLOCK_ROWS, 2, half)), (0, 2, 1)))
+        left = masked(left, row, col, rows, cols, x_ids, y_ids, EXCLUDE, BLOCK_ROWS, half, PIECE)
+        right = masked(right, row, col + half, rows, cols, x_ids, y_ids, EXCLUDE, BLOCK_ROWS, half, PIECE)
+        return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_ROWS, BLOCK_COLS))
 
 
 @triton.jit
