@@ -29,6 +29,7 @@ from . import __version__, backends, functional
 from .backends import native
 
 _ROWS, _WIDTH = 261, 96  # no multiple of any block
+_LARGE = 65536, 512  # a GPU may take other kernels for as many rows of such a width: told, not checked
 _INTERPRETED_ROWS = 37  # likewise; Triton's interpreter takes seconds for what a GPU does in microseconds
 _REPEATS = 3
 # how the environment variables begin that change what runs, or how fast
@@ -113,17 +114,28 @@ def examine() -> dict[str, Any]:
             except Exception as error:  # a device that is there and cannot be used
                 checks += [{"operator": name, **where, "backend": "reference", **_failed(error)} for name in _CHECKS]
                 continue
-            choices += picks
+            choices += picks + (_large_choices(where) if device == "cuda" else [])
             for name, (op, function) in _CHECKS.items():
                 checks += [{"operator": name, **where, **row} for row in _check(op, function, inputs)]
     seconds = round(time.perf_counter() - began, 1)
     return {"machine": machine(), "choices": choices, "checks": checks, "seconds": seconds}
 
 
-def _choice(op: str, x: Tensor) -> dict[str, str]:
+def _large_choices(where: dict[str, str]) -> list[dict[str, str]]:
+    """What ``"auto"`` runs for normalisers and gradients of a large batch of pairs."""
+    rows, width = _LARGE
+    x = torch.empty((), device=where["device"], dtype=getattr(torch, where["dtype"])).expand(rows, width)
+    passes = {"similarity": "similarity_forward", "gradients": "similarity_backward"}
+    return [
+        {"operator": f"{name} {rows}x{width}", **where, **_choice(op, x, backends.Pairs(cols=rows))}
+        for name, op in passes.items()
+    ]
+
+
+def _choice(op: str, x: Tensor, pairs: backends.Pairs | None = None) -> dict[str, str]:
     """What ``"auto"`` runs for tensors like ``x`` on this machine, and why."""
     try:
-        backend, reason = backends._auto(op, x)
+        backend, reason = backends._auto(op, x, pairs or backends.Pairs())
     except Exception as error:  # its choice does not load: the checks tell of that, and of what works instead
         return {"backend": "none", "reason": _told(error)}
     if backend == "cpu" and native.module is None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from train_cases import write_image_folder
 
-from ffcl_fast import cli
+from ffcl_fast import backends, cli
 
 # a real run through the command line, in a few seconds: timm's smallest ResNet
 SMALL = ["--data", "digits", "--backbone", "timm/test_resnet", "--image-size", "16", "--epoch-samples", "64",
@@ -248,7 +248,7 @@ def test_doctor_checks_every_backend(capsys):
 
     assert {check["backend"] for check in findings["checks"]} == set(backends.BACKENDS)
     assert findings["machine"]["torch"] and all(choice["reason"] for choice in findings["choices"])
-    assert {check["operator"] for check in findings["checks"]} == {choice["operator"] for choice in findings["choices"]}
+    assert {check["operator"] for check in findings["checks"]} <= {choice["operator"] for choice in findings["choices"]}
     code, out, _ = run(capsys, "doctor")
     assert code == 0 and "auto picks" in out and "pair_cosine" in out and "checks ok" in out
 
@@ -358,3 +358,18 @@ def test_doctor_tells_what_stands_in_for_a_missing_module(monkeypatch):
     monkeypatch.setattr(native, "problem", "the compiled part does not load: why")
     choice = doctor._choice("goodness_forward", torch.zeros(3, 4))
     assert choice["backend"] == "cpu" and choice["reason"].endswith("panels: the compiled part does not load: why")
+
+
+def test_doctor_tells_the_choice_for_large_batches(monkeypatch):
+    from ffcl_fast import doctor
+
+    def auto(op, x, pairs):
+        return backends.choose(op, "cuda", x.dtype, x.shape, (9, 0), pairs)
+
+    monkeypatch.setattr(backends, "_auto", auto)
+    told = doctor._large_choices({"device": "cpu", "dtype": "bfloat16"})
+    assert [(row["operator"], row["backend"]) for row in told] == [
+        ("similarity 65536x512", "cuda"),
+        ("gradients 65536x512", "cuda"),
+    ]
+    assert all(len(row["operator"]) <= 20 and row["reason"].startswith("confirmed by") for row in told)

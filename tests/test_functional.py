@@ -410,6 +410,30 @@ def test_compile(loss):
     assert counter.frame_count <= 2, f"{counter.frame_count} compilations for 4 batch sizes"
 
 
+@pytest.mark.parametrize("loss", ("nt_xent", "info_nce", "sup_con", "clip", "siglip", "similarity_lse"))
+def test_compile_rows_that_data_select(loss):
+    """As many rows as a mask holds: torch.compile does not know the number, and must not be asked."""
+    calls = {
+        "nt_xent": lambda x, y: fn.nt_xent(x, y),
+        "info_nce": lambda x, y: fn.info_nce(x, y),
+        "sup_con": lambda x, y: fn.sup_con(F.normalize(torch.stack((x, y), 1), dim=2)),
+        "clip": lambda x, y: fn.clip(x, y, 3.0),
+        "siglip": lambda x, y: fn.siglip(x, y, 3.0, -3.0),
+        "similarity_lse": lambda x, y: fn.similarity_lse(x, y, 3.0)[0].sum(),
+    }
+
+    def f(views, mask):
+        return calls[loss](*views[:, mask])
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        for n in (9, 20):
+            views, mask = vectors(2 * n, 4).view(2, n, 4).requires_grad_(), torch.arange(n) % 3 > 0
+            results = [torch.autograd.grad(value, views)[0] for value in (g(views, mask) for g in (compiled, f))]
+            torch.testing.assert_close(*results)
+
+
 def test_compile_labels_of_any_batch():
     torch._dynamo.reset()
     counter = CompileCounter()

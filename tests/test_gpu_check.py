@@ -293,6 +293,17 @@ def test_what_spoils_a_process_is_not_tried_again(monkeypatch):
     assert measure(spoilers)["peer"] == {"problem": "RuntimeError: no such kernel"}
 
 
+def test_what_auto_takes_is_stored():
+    from tools import gpu_measure
+    from tools.gpu_workloads import WORKLOADS, by_auto
+
+    small = WORKLOADS[0].small()
+    arguments = tuple(x.detach().float().requires_grad_() for x in small.inputs("cpu"))
+    found = gpu_measure.taken(gpu_measure.passes(by_auto(small), arguments)[1])
+    assert {"contrast_forward", "contrast_backward"} <= set(found) and set(found.values()) == {"cpu"}
+    assert gpu_measure.taken(lambda: None) == {}
+
+
 def test_workloads_are_chosen_by_parts_of_their_keys_and_begun_within_the_budget(monkeypatch, tmp_path, capsys):
     from tools import gpu_measure
 

@@ -7,8 +7,8 @@ same kernels replayed from a CUDA graph, without the time in which the host prep
 call cannot be captured). `fraction` is the counted useful work (similarity.md: 1 U = 2 N M D; forward 1 U, both passes
 4 U, halved where k = q, SigLIP 3 U) over device time, else over time as called, as a part of the rate of an 8192-cubed
 bf16 torch.matmul timed in turn with the replays, or for memory-bound work the counted bytes over those of a copy.
-"triton" and "cuda" are our kernels, the latter only where they were built, "auto" what is taken of both; "panels" is
-our plain PyTorch.
+"triton" and "cuda" are our kernels, the latter only where they were built, "auto" what is taken of both (`takes` says
+which); "panels" is our plain PyTorch.
 FFCL_OUT (default: the current folder) gets gpu.json after each measurement, so that a cut run keeps what it measured
 and the next, with other --providers as well, goes on there, and gpu.md, its table, after each workload. FFCL_COMMIT
 names the sources where git cannot.
@@ -26,11 +26,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from ffcl_fast import backends
 from ffcl_fast.backends import native
 
 from .files import write_text
@@ -111,6 +113,25 @@ def losses(workload: Workload) -> dict[str, Callable[[], Callable[..., Tensor]]]
     return found
 
 
+def taken(call: Callable[[], object]) -> dict[str, str]:
+    """The backend that "auto" takes for each operator of a call."""
+    found = {}
+    get = backends.get
+
+    def told(backend: str, op: str, *rest: object) -> ModuleType:
+        module = get(backend, op, *rest)
+        if backend == "auto":
+            found[op] = module.__name__.rpartition(".")[2]
+        return module
+
+    backends.get = told
+    try:
+        call()
+    finally:
+        backends.get = get
+    return found
+
+
 def described(workload: Workload) -> dict:
     """A row of results before anything is measured."""
     sizes = {"rows": workload.rows, "width": workload.width} if isinstance(workload, Products) else {}
@@ -139,7 +160,9 @@ def measure(
             continue
         capture = not workload.once and label not in spoilers
         try:
-            found = _one(build(), name in OURS, arguments, workload, ceiling, seconds, capture)
+            loss = build()
+            found = {"takes": taken(passes(loss, arguments)[1])} if name == "auto" else {}
+            found |= _one(loss, name in OURS, arguments, workload, ceiling, seconds, capture)
         except Spoiled:
             spoilers[label] = None
             raise

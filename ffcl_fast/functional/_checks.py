@@ -27,8 +27,17 @@ def embeddings(name: str, x: Tensor, dim: int = 2) -> None:
     dense(name, x)
     if x.dim() != dim:
         raise ValueError(f"{name} must have {dim} dimensions, got shape {tuple(x.shape)}")
-    if 0 in x.shape:
+    if is_empty(x):
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+
+
+def is_empty(x: Tensor) -> bool:
+    """Whether ``x`` has no elements; False where torch.compile does not know their number yet."""
+    if not torch.compiler.is_compiling():
+        return x.numel() == 0
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes a second and a half to import
+
+    return guard_or_false(x.numel() == 0)
 
 
 def dense(name: str, x: Tensor) -> None:

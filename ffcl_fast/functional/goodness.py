@@ -129,7 +129,7 @@ def check_activation(h: Tensor, name: str, dims: int = 2) -> None:
     _checks.dense(name, h)
     if h.dim() < dims:
         raise ValueError(f"{name} must have a batch and at least {dims - 1} more dimensions; got {tuple(h.shape)}")
-    if h.numel() == 0:
+    if _checks.is_empty(h):
         raise ValueError(f"{name} must not be empty; got {tuple(h.shape)}")
 
 
