@@ -62,10 +62,11 @@ def test_class_sums_of_any_size(size):
     assert torch.equal(sums, OPS.class_sums(x[order], group[order], None, 4, "triton")[0])
 
 
+@pytest.mark.parametrize("group", (torch.arange(12) % 3, (torch.arange(12) // 4 + 1) % 3), ids=("apart", "neighbours"))
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
-def test_values_that_are_not_finite_stay_in_their_classes(value):
-    x, group = torch.randn(12, 33), torch.arange(12) % 3
-    x[4, 7] = value
+def test_values_that_are_not_finite_stay_in_their_classes(value, group):
+    x = torch.randn(12, 33)
+    x[int(torch.nonzero(group == 1)[-1]), 7] = value  # the second of two neighbours
     sums, counts = OPS.class_sums(x, group, None, 3, "triton")
     assert sums[1].isnan().all() and sums[[0, 2]].isfinite().all() and counts.tolist() == [4, 4, 4]
     loss, slope, _ = OPS.class_odds(x, sums, counts, group, torch.tensor(2.0), torch.randn(12), "triton")

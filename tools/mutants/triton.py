@@ -97,6 +97,14 @@ MUTANTS = (
     ),
     Mutant(
         "triton",
+        "the second of two neighbours in a class is lost where it is not finite",
+        _TRITON + "class_positives.py",
+        "first_bad += tl.where(both, second_bad, 0)",
+        "pass",
+        "tests/interpreter/positives.py -k stay_in_their_classes",
+    ),
+    Mutant(
+        "triton",
         "panels look for common ids beside where they are",
         _TRITON + "similarity_backward.py",
         "meet = ids_meet(row_ranges, row // SIDE * SIDE, rows, col_ranges, col // SIDE * SIDE, cols, SIDE, GRAIN)",

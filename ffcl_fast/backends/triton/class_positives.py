@@ -60,25 +60,44 @@ def free_bits(parts, bits, PARTS: tl.constexpr):
     return bits - (((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 126)  # largest < 2^(its exponent field - 126)
 
 
-# How it works: a program adds ROWS rows to their classes' rows of `table`, (classes, D) integers; their number to
-# `members`, and to `spoilt` that of the rows with an element that is not finite.
-# Bound by atomics in L2: one of 64 bits an element, and reads x once.
+# How it works: a program adds ROWS pairs of neighbours to their classes' rows of `table`, (classes, D) integers; their
+# number to `members`, and to `spoilt` that of the rows with an element that is not finite. Neighbours of one class, as
+# two views of a sample are, go there together.
+# Bound by atomics in L2: one of 64 bits an element, or of two elements where neighbours are of one class; reads x once.
 @triton.jit(do_not_specialize=["rows", "bits"])
 def add_to_class_kernel(x, weight, group, parts, table, members, spoilt, rows, width, stride, bits, UNIT: tl.constexpr,
                         ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, BLOCK)[None, :]
-    mask = row < rows
+    even = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)) * 2
+    odd = even + 1
+    unit = power_of_2(free_bits(parts, bits, PARTS))
+    first, first_bad = integers(x, weight, even, even < rows, unit, width, stride, UNIT, BLOCK)
+    second, second_bad = integers(x, weight, odd, odd < rows, unit, width, stride, UNIT, BLOCK)
+    to = tl.load(group + even, mask=even < rows, other=0)
+    other = tl.load(group + odd, mask=odd < rows, other=-1)
+    both = to == other
+    first += tl.where(both[:, None], second, 0)
+    first_bad += tl.where(both, second_bad, 0)
+    elements = width * UNIT
+    add(table, members, spoilt, to, first, both.to(tl.int64) + 1, first_bad, even < rows, elements, BLOCK)
+    alone = (odd < rows) & (both == 0)
+    add(table, members, spoilt, other, second, both.to(tl.int64) + 1, second_bad, alone, elements, BLOCK)
+
+
+@triton.jit
+def integers(x, weight, row, mask, unit, width, stride, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Whole rows in units of 1 / unit, and for each 1 where an element is not finite, else 0."""
     a = weighted(x, weight, row, mask, width, stride, UNIT, BLOCK)
     finite = tl.abs(a) < float("inf")
-    unit = power_of_2(free_bits(parts, bits, PARTS))
     whole = tl.floor(tl.where(finite, a, 0.0).to(tl.float64) * unit + 0.5).to(tl.int64)
-    at = tl.load(group + row, mask=mask, other=0)
-    elements = width * UNIT
-    tl.atomic_add(table + (at * elements)[:, None] + col, whole, mask=mask[:, None] & (col < elements), sem="relaxed")
-    tl.atomic_add(members + at, tl.full((ROWS,), 1, tl.int64), mask=mask, sem="relaxed")
-    bad = tl.max(tl.where(finite, 0, 1), 1).to(tl.int64)
-    tl.atomic_add(spoilt + at, bad, mask=mask & (bad > 0), sem="relaxed")
+    return whole, tl.max(tl.where(finite, 0, 1), 1).to(tl.int64)
+
+
+@triton.jit
+def add(table, members, spoilt, to, rows, number, bad, mask, elements, BLOCK: tl.constexpr):
+    col = tl.arange(0, BLOCK)[None, :]
+    tl.atomic_add(table + (to * elements)[:, None] + col, rows, mask=mask[:, None] & (col < elements), sem="relaxed")
+    tl.atomic_add(members + to, number, mask=mask, sem="relaxed")
+    tl.atomic_add(spoilt + to, bad, mask=mask & (bad > 0), sem="relaxed")
 
 
 # How it works: a program turns ROWS classes' integers into float32, NaN where a row was not finite.
@@ -183,14 +202,14 @@ class SumsPlan(NamedTuple):
 
 @planned
 def _sums_plan(kinds: tuple, classes: int, parts: int) -> SumsPlan:
-    grid, (rows, width, stride), constants = over_whole_rows(kinds, 2, 1)
-    bits = INTEGER_BITS - rows.bit_length()
+    _, (rows, width, stride), constants = over_whole_rows(kinds, 2, 1)
+    bits, block = INTEGER_BITS - rows.bit_length(), constants["ROWS"]
     constants["PARTS"] = parts
     return SumsPlan(
         parts,
         Launch(largest_kernel, (parts, 1, 1), (rows, width, stride), **constants),
-        Launch(add_to_class_kernel, grid, (rows, width, stride, bits), **constants),
-        Launch(class_sums_kernel, (cdiv(classes, constants["ROWS"]), 1, 1), (classes, width, bits), **constants),
+        Launch(add_to_class_kernel, (cdiv(rows, 2 * block), 1, 1), (rows, width, stride, bits), **constants),
+        Launch(class_sums_kernel, (cdiv(classes, block), 1, 1), (classes, width, bits), **constants),
     )
 
 
