@@ -410,7 +410,7 @@ def test_compile(loss):
     assert counter.frame_count <= 2, f"{counter.frame_count} compilations for 4 batch sizes"
 
 
-@pytest.mark.parametrize("loss", ("nt_xent", "info_nce", "sup_con", "clip", "siglip", "similarity_lse"))
+@pytest.mark.parametrize("loss", ("nt_xent", "info_nce", "sup_con", "clip", "siglip", "similarity_lse", "goodness"))
 def test_compile_rows_that_data_select(loss):
     """As many rows as a mask holds: torch.compile does not know the number, and must not be asked."""
     calls = {
@@ -420,6 +420,7 @@ def test_compile_rows_that_data_select(loss):
         "clip": lambda x, y: fn.clip(x, y, 3.0),
         "siglip": lambda x, y: fn.siglip(x, y, 3.0, -3.0),
         "similarity_lse": lambda x, y: fn.similarity_lse(x, y, 3.0)[0].sum(),
+        "goodness": lambda x, y: fn.goodness(x).sum(),
     }
 
     def f(views, mask):
@@ -432,6 +433,8 @@ def test_compile_rows_that_data_select(loss):
             views, mask = vectors(2 * n, 4).view(2, n, 4).requires_grad_(), torch.arange(n) % 3 > 0
             results = [torch.autograd.grad(value, views)[0] for value in (g(views, mask) for g in (compiled, f))]
             torch.testing.assert_close(*results)
+        with pytest.raises(RuntimeError, match="Runtime assertion failed"):
+            compiled(views, torch.zeros(20, dtype=torch.bool))
 
 
 def test_compile_labels_of_any_batch():

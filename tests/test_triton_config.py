@@ -9,9 +9,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from ffcl_fast import ops  # noqa: E402
 from ffcl_fast.backends import aligned  # noqa: E402
 from ffcl_fast.backends.triton import config  # noqa: E402
 from ffcl_fast.backends.triton.config import Tile, candidates, pick  # noqa: E402
+from ffcl_fast.backends.triton.similarity_forward import shares  # noqa: E402
 
 CHOICES = candidates("forward", "sm90", "half", 512)
 
@@ -70,6 +72,23 @@ def test_the_fastest_is_stored_and_used_by_the_next_process(operands, monkeypatc
     monkeypatch.delenv("FFCL_TUNE")
     assert pick("forward", *operands, measure=never) == CHOICES[-1]
     assert pick("forward", operands[0], operands[0], measure=never) == CHOICES[0]  # another shape class
+
+
+def test_of_a_call_with_ids_only_the_tiles_with_masks_are_timed(operands, monkeypatch):
+    """The launch without masks may have any part of such a call, none included, and keeps its tile meanwhile."""
+    monkeypatch.setenv("FFCL_TUNE", "1")
+    apart, meet = (share for share in shares(False, ops.EXCLUDE_SAME_ID))
+    masked, seen = config.candidates("forward", "sm90", "half", 512, ids=True), []
+
+    def measure() -> float:
+        tiles = [share.tile(*operands, never) for share in (apart, meet)]
+        seen.append(tiles)
+        return -len(seen)
+
+    assert apart.tile(*operands, never) == CHOICES[0]
+    assert meet.tile(*operands, measure) == masked[-1]
+    assert seen == [[CHOICES[0], tile] for tile in masked]
+    assert list(cached()) == ["forward/ids/half/512/4096x2048"]
 
 
 def test_what_another_process_has_stored_since_stays(operands, monkeypatch):

@@ -172,7 +172,7 @@ def _class_kernels(chip: str) -> Iterator[Compilation]:
         types |= dict.fromkeys(("group", "table", "members", "spoilt"), "*i64") | {"out": f"*{dtype}"}
         for kernel, tensors, more in (
             (class_positives.largest_kernel, 2, {"PARTS": 128}),
-            (class_positives.add_to_class_kernel, 2, {"PARTS": 128}),
+            (class_positives.add_to_class_kernel, class_positives.PAIR_TENSORS, {"PARTS": 128}),
             (class_positives.class_sums_kernel, 2, {"PARTS": 128}),
             (class_positives.class_odds_kernel, 4, {}),
             (class_positives.add_class_kernel, 8, {"PRECISION": "hardware"}),

@@ -114,7 +114,7 @@ def losses(workload: Workload) -> dict[str, Callable[[], Callable[..., Tensor]]]
 
 
 def taken(call: Callable[[], object]) -> dict[str, str]:
-    """The backend that "auto" takes for each operator of a call."""
+    """The backend that "auto" takes for each operator of a call that is asked for it; those on positives follow."""
     found = {}
     get = backends.get
 

@@ -161,7 +161,7 @@ def serialized(machine_code: str) -> bool:
     """Whether ptxas took the asynchronous products one by one: then each begins a group of its own."""
     products = len(re.findall(r"\bHGMMA\b", machine_code))
     groups = len(re.findall(r"\bWARPGROUP\.ARRIVE\b", machine_code))
-    return products > 2 and 2 * groups > products
+    return products > 1 and 2 * groups > products
 
 
 def amd(assembly: str) -> dict:

@@ -180,7 +180,9 @@ def _variants(
         meet = ANY_IDS if not ids or exclude == ops.EXCLUDE_DIFFERENT_ID else IDS_MEET
         ways = [("both", 3, meet)]
         if usual and not ids and dtype == "bf16":
-            ways += [("one side", 1, meet), ("apart", 3, IDS_APART)]
+            ways += [("one side", 1, meet)]
+        if not exclude:
+            ways += [("apart", 3, IDS_APART)]
         for name, sides, meet in ways:
             side = max(tile.rows, tile.cols)
             c = panel_constants(tile, width, unit, how, exclude, sides, int(meet), side, tile.grain)
@@ -191,7 +193,7 @@ def _variants(
             types = {"totals": "*fp64"} | ({} if gradient else {"panel": None})
             yield item(f"siglip{'' if gradient else ' loss'}", siglip_kernel, c, types)
     elif op == "rows":
-        for sides, split in ((3, False), (1, True)) if usual and not ids else ((3, True),):
+        for sides, split in ((3, False), (3, True), (1, True)) if usual else ((3, True),):
             c = rows_constants(tile, width, unit, how, exclude, sides, split, 1.0)
             out = "*fp32" if split else f"*{dtype}"
             yield item(f"rows {'both' if sides == 3 else 'one side'}", rows_kernel, c, {"out": out})

@@ -32,12 +32,16 @@ def embeddings(name: str, x: Tensor, dim: int = 2) -> None:
 
 
 def is_empty(x: Tensor) -> bool:
-    """Whether ``x`` has no elements; False where torch.compile does not know their number yet."""
+    """Whether ``x`` has no elements. Where torch.compile does not know their number yet: False, and the compiled code
+    raises RuntimeError where it has none."""
     if not torch.compiler.is_compiling():
         return x.numel() == 0
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes a second and a half to import
 
-    return guard_or_false(x.numel() == 0)
+    if guard_or_false(x.numel() == 0):
+        return True
+    torch._check(x.numel() != 0)
+    return False
 
 
 def dense(name: str, x: Tensor) -> None:

@@ -19,6 +19,7 @@ from .positives import dots, loss_of, over_whole_rows
 from .rows import floats, rounding
 from .tiles import elements_apart, narrow
 
+PAIR_TENSORS = 8  # in the registers of add_to_class_kernel: two of rows, of float32, twice as many of integers
 INTEGER_BITS = 62  # of 63, so that rounding up of every row does not reach the sign
 
 
@@ -80,7 +81,7 @@ def add_to_class_kernel(x, weight, group, parts, table, members, spoilt, rows, w
     elements = width * UNIT
     add(table, members, spoilt, to, first, both.to(tl.int64) + 1, first_bad, even < rows, elements, BLOCK)
     alone = (odd < rows) & (both == 0)
-    add(table, members, spoilt, other, second, both.to(tl.int64) + 1, second_bad, alone, elements, BLOCK)
+    add(table, members, spoilt, other, second, tl.full((ROWS,), 1, tl.int64), second_bad, alone, elements, BLOCK)
 
 
 @triton.jit
@@ -203,13 +204,14 @@ class SumsPlan(NamedTuple):
 @planned
 def _sums_plan(kinds: tuple, classes: int, parts: int) -> SumsPlan:
     _, (rows, width, stride), constants = over_whole_rows(kinds, 2, 1)
-    bits, block = INTEGER_BITS - rows.bit_length(), constants["ROWS"]
-    constants["PARTS"] = parts
+    *_, of_pairs = over_whole_rows(kinds, PAIR_TENSORS, 1)
+    bits = INTEGER_BITS - rows.bit_length()
+    add, finish = (cdiv(rows, 2 * of_pairs["ROWS"]), 1, 1), (cdiv(classes, constants["ROWS"]), 1, 1)
     return SumsPlan(
         parts,
-        Launch(largest_kernel, (parts, 1, 1), (rows, width, stride), **constants),
-        Launch(add_to_class_kernel, (cdiv(rows, 2 * block), 1, 1), (rows, width, stride, bits), **constants),
-        Launch(class_sums_kernel, (cdiv(classes, block), 1, 1), (classes, width, bits), **constants),
+        Launch(largest_kernel, (parts, 1, 1), (rows, width, stride), PARTS=parts, **constants),
+        Launch(add_to_class_kernel, add, (rows, width, stride, bits), PARTS=parts, **of_pairs),
+        Launch(class_sums_kernel, finish, (classes, width, bits), PARTS=parts, **constants),
     )
 
 

@@ -109,7 +109,7 @@ def gain(dtype: torch.dtype) -> float:
     return 2.0**14 if dtype == torch.float16 else 1.0
 
 
-PANEL_SIDE = {2: 8192, 4: 2048}  # by bytes an element: 128 and 16 MiB
+PANEL_SIDE = {2: 8192, 4: 2048}  # by bytes an element: 128 and 16 MiB; whole tiles of any shape
 
 
 def panel_side(x: Tensor) -> int:
@@ -200,9 +200,14 @@ def candidates(op: str, chip: str, operands: str, width: int, ids: bool = False)
 _override: dict[str, Tile] = {}
 
 
+def override(**tiles: Tile) -> contextlib.AbstractContextManager[None]:
+    """Run kernels with the given tiles, whatever they leave out: ``override(forward=Tile(...), rows=Tile(...))``.
+    For tests and measurements."""
+    return _overriding({_name(op, ids): tile for op, tile in tiles.items() for ids in (False, True)})
+
+
 @contextlib.contextmanager
-def override(**tiles: Tile) -> Iterator[None]:
-    """Run kernels with the given tiles: ``override(forward=Tile(...), rows=Tile(...))``. For tests and measurements."""
+def _overriding(tiles: dict[str, Tile]) -> Iterator[None]:
     before = dict(_override)
     _override.update(tiles)
     try:
@@ -212,14 +217,19 @@ def override(**tiles: Tile) -> Iterator[None]:
         _override.update(before)
 
 
+def _name(op: str, ids: bool) -> str:
+    return f"{op}/ids" if ids else op
+
+
 def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[], float] | None = None) -> Tile:
     """Tile of kernel `op` for these operands.
 
     ``measure()`` runs the whole operator once under :func:`override` and returns milliseconds; without it nothing is
     ever timed.
     """
-    if op in _override:
-        return _override[op]
+    name = _name(op, ids)
+    if name in _override:
+        return _override[name]
     chip, operands, width = family(q.device), kind(q.dtype, precision(q)), q.shape[1]
     choices = candidates(op, chip, operands, width, ids)
     if len(choices) == 1 or chip == "interpret":
@@ -230,12 +240,12 @@ def pick(op: str, q: Tensor, k: Tensor, ids: bool = False, measure: Callable[[],
     tuning = tuning and not torch.cuda.is_current_stream_capturing()
     if not known and not tuning:
         return choices[0]
-    key = f"{op}{'/ids' if ids else ''}/{operands}/{width}/{_class(q.shape[0])}x{_class(k.shape[0])}"
+    key = f"{name}/{operands}/{width}/{_class(q.shape[0])}x{_class(k.shape[0])}"
     stored = known.get(key)
     # What a cache may say is which candidate: any other tile has been compiled and checked by nobody.
     if stored is not None and Tile(**stored) in choices:
         return Tile(**stored)
-    return _tune(op, key, choices, measure, q.device) if tuning else choices[0]
+    return _tune(name, key, choices, measure, q.device) if tuning else choices[0]
 
 
 def _class(n: int) -> int:
@@ -243,10 +253,10 @@ def _class(n: int) -> int:
     return min(1 << 17, max(1 << 9, next_power_of_2(n)))
 
 
-def _tune(op: str, key: str, choices: list[Tile], measure: Callable[[], float], device: torch.device) -> Tile:
+def _tune(name: str, key: str, choices: list[Tile], measure: Callable[[], float], device: torch.device) -> Tile:
     times = []
     for tile in choices:
-        with override(**{op: tile}):
+        with _overriding({name: tile}):
             try:
                 times.append(measure())
             except triton.runtime.errors.OutOfResources as error:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,8 +18,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import ops
+from . import config
 from .config import Tile, cdiv
-from .tiles import id_range_kernel
+from .tiles import IDS_APART, id_range_kernel
 
 Grid = tuple[int, int, int]
 PLANS = 256  # of an operator; for a million rows one is half a megabyte
@@ -95,11 +97,30 @@ def ids_of(ids: Tensor | None) -> Tensor | None:
     return ids if ids is None else ids.contiguous()
 
 
+def leaves_out_equal_ids(exclude: int) -> bool:
+    """Whether parts of S in which no ids can meet need no masks."""
+    return exclude in (ops.EXCLUDE_SAME_ID, ops.EXCLUDE_SAME_ID_OFF_DIAGONAL)
+
+
+class Share(NamedTuple):
+    """A launch's share of S or of a panel, where several launches with other masks have it together."""
+
+    op: str  # what config.pick calls it
+    ids: int  # ANY_IDS, IDS_APART or IDS_MEET
+    exclude: int  # what it leaves out itself
+    cells: int = 0  # of the forward pass: which super-tiles
+
+    def tile(self, q: Tensor, k: Tensor, timing: Callable[[], float] | None) -> Tile:
+        """Of a call whose pairs are left out by id the part without masks, which may be any, says nothing of tiles."""
+        masks_ids = self.exclude > ops.EXCLUDE_DIAGONAL
+        return config.pick(self.op, q, k, masks_ids, None if self.ids == int(IDS_APART) else timing)
+
+
 def id_ranges(
     row_ids: Tensor | None, col_ids: Tensor | None, exclude: int, tiles: Sequence[Tile]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Smallest and largest id of each few rows and columns, where they tell which of the tiles need no mask."""
-    if row_ids is None or exclude not in (ops.EXCLUDE_SAME_ID, ops.EXCLUDE_SAME_ID_OFF_DIAGONAL):
+    if row_ids is None or not leaves_out_equal_ids(exclude):
         return None, None
     grain = smallest_grain(tiles)
     rows = _ranges(row_ids, grain)

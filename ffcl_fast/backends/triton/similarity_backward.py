@@ -24,10 +24,12 @@ from .config import Tile, cdiv
 from .gradient_panels import combine, walk
 from .launch import (
     Launch,
+    Share,
     beyond_32_bits,
     id_ranges,
     ids_of,
     kinds,
+    leaves_out_equal_ids,
     measure,
     on,
     operand,
@@ -273,7 +275,7 @@ def rows_constants(tile: Tile, width: int, element_unit: int, how: str, exclude:
         "SPECIALIZE": tile.specialize,
         "SETTLE": tile.settle,
         "GRAIN": tile.grain,
-        "PIECE": min(32, tile.cols) if tile.registers else tile.cols,
+        "PIECE": min(32, tile.cols) if tile.registers else tile.cols,  # the ids of more do not fit under the limit
     }
 
 
@@ -407,7 +409,7 @@ def _side_plan(kinds, tile: Tile, how, gain, exclude, sides, chip_processors) ->
 
 def _in_panels(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k, timing):
     shares = _panel_shares(exclude)
-    tiles = [config.pick("panel", q, k, share.exclude > ops.EXCLUDE_DIAGONAL, timing) for share in shares]
+    tiles = [share.tile(q, k, timing) for share in shares]
     how, gain = config.precision(q), config.gain(q.dtype)
     operands = [(operand(q, tile.rows, tile), operand(k, tile.cols, tile)) for tile in tiles]
     ranges = id_ranges(side_x[1], side_y[1], exclude, tiles)
@@ -428,18 +430,11 @@ def _in_panels(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need
     return walk(q, None if triangle else k, fill, scale, frame, gain, how, need_q, need_k)
 
 
-class Share(NamedTuple):
-    """A launch's share of a panel: the squares it writes, and what it leaves out of them itself."""
-
-    ids: int
-    exclude: int
-
-
 @functools.cache
 def _panel_shares(exclude: int) -> tuple[Share, ...]:
-    if exclude in (ops.EXCLUDE_SAME_ID, ops.EXCLUDE_SAME_ID_OFF_DIAGONAL):
-        return Share(int(IDS_APART), ops.EXCLUDE_NONE), Share(int(IDS_MEET), exclude)
-    return (Share(int(ANY_IDS), exclude),)
+    if leaves_out_equal_ids(exclude):
+        return Share("panel", int(IDS_APART), ops.EXCLUDE_NONE), Share("panel", int(IDS_MEET), exclude)
+    return (Share("panel", int(ANY_IDS), exclude),)
 
 
 @planned

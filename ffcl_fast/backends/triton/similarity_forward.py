@@ -23,9 +23,11 @@ from . import config
 from .config import Tile, cdiv, next_power_of_2
 from .launch import (
     Launch,
+    Share,
     id_ranges,
     ids_of,
     kinds,
+    leaves_out_equal_ids,
     measure,
     on,
     operand,
@@ -410,7 +412,7 @@ def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
 
 
 def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timing) -> tuple[Tensor, Tensor]:
-    tiles = tuple([config.pick(share.op, q, k, share.masks_ids, timing) for share in shares(triangle, exclude)])
+    tiles = tuple([share.tile(q, k, timing) for share in shares(triangle, exclude)])
     slow = config.pick("online", q, k)
     key = kinds(q, k, scale, row_ids, col_ids, cache)
     chip = config.precision(q), config.parts(q), processors(q.device)
@@ -428,31 +430,18 @@ def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timi
     return row_lse, col_lse
 
 
-class Share(NamedTuple):
-    """A launch's share of the super-tiles of a chunk of rows."""
-
-    op: str  # what config.pick calls it
-    cells: int
-    ids: int
-    exclude: int  # what it leaves out itself
-
-    @property
-    def masks_ids(self) -> bool:
-        return self.exclude > ops.EXCLUDE_DIAGONAL
-
-
 @functools.cache
 def shares(triangle: bool, exclude: int) -> tuple[Share, ...]:
     """The launches of a chunk's partial sums."""
     every, masks = (ABOVE, UPPER) if triangle else (ALL, ALL)
     op = "triangle" if triangle else "forward"
-    if exclude in (ops.EXCLUDE_SAME_ID, ops.EXCLUDE_SAME_ID_OFF_DIAGONAL):
+    if leaves_out_equal_ids(exclude):
         found = ("forward", every, IDS_APART, ops.EXCLUDE_NONE), (op, masks, IDS_MEET, exclude)
     elif triangle and exclude != ops.EXCLUDE_DIFFERENT_ID:
         found = ("forward", ABOVE, ANY_IDS, ops.EXCLUDE_NONE), (op, ON_DIAGONAL, ANY_IDS, exclude)
     else:
         found = ((op, masks, ANY_IDS, exclude),)
-    return tuple(Share(name, int(cells), int(ids), left_out) for name, cells, ids, left_out in found)
+    return tuple(Share(name, int(ids), left_out, int(cells)) for name, cells, ids, left_out in found)
 
 
 class Plan(NamedTuple):
