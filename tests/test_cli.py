@@ -248,7 +248,9 @@ def test_doctor_checks_every_backend(capsys):
 
     assert {check["backend"] for check in findings["checks"]} == set(backends.BACKENDS)
     assert findings["machine"]["torch"] and all(choice["reason"] for choice in findings["choices"])
-    assert {check["operator"] for check in findings["checks"]} <= {choice["operator"] for choice in findings["choices"]}
+    large = {f"{name} 65536x512" for name in ("similarity", "gradients")}  # told on a GPU, not checked
+    chosen = {choice["operator"] for choice in findings["choices"]} - large
+    assert {check["operator"] for check in findings["checks"]} == chosen
     code, out, _ = run(capsys, "doctor")
     assert code == 0 and "auto picks" in out and "pair_cosine" in out and "checks ok" in out
 

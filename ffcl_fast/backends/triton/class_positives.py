@@ -206,12 +206,12 @@ def _sums_plan(kinds: tuple, classes: int, parts: int) -> SumsPlan:
     _, (rows, width, stride), constants = over_whole_rows(kinds, 2, 1)
     *_, of_pairs = over_whole_rows(kinds, PAIR_TENSORS, 1)
     bits = INTEGER_BITS - rows.bit_length()
-    add, finish = (cdiv(rows, 2 * of_pairs["ROWS"]), 1, 1), (cdiv(classes, constants["ROWS"]), 1, 1)
+    pairs_grid, classes_grid = (cdiv(rows, 2 * of_pairs["ROWS"]), 1, 1), (cdiv(classes, constants["ROWS"]), 1, 1)
     return SumsPlan(
         parts,
         Launch(largest_kernel, (parts, 1, 1), (rows, width, stride), PARTS=parts, **constants),
-        Launch(add_to_class_kernel, add, (rows, width, stride, bits), PARTS=parts, **of_pairs),
-        Launch(class_sums_kernel, finish, (classes, width, bits), PARTS=parts, **constants),
+        Launch(add_to_class_kernel, pairs_grid, (rows, width, stride, bits), PARTS=parts, **of_pairs),
+        Launch(class_sums_kernel, classes_grid, (classes, width, bits), PARTS=parts, **constants),
     )
 
 
