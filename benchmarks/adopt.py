@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import store
+from . import kernel_sources, store
+from .kernel_sources import Digests
 from .variants import FAMILIES
 
 # Names of tools.gpu_workloads whose work is that of a family here. Its info_nce gives the keys a gradient, ours not.
@@ -69,7 +70,8 @@ def adopt(folder: Path, path: Path) -> Path:
         "commit": found.get("commit", "a commit that gpu.json does not tell"),
         "torch": found["torch"],
     }
-    return store.merge(folder, gpu_records(found["rows"], stamp), _device(found), {"torch": found["torch"]})
+    records = gpu_records(found["rows"], stamp, found.get("sources", {}))
+    return store.merge(folder, records, _device(found), {"torch": found["torch"]})
 
 
 def _device(found: dict[str, Any]) -> dict[str, Any]:
@@ -84,10 +86,11 @@ def _device(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def gpu_records(rows: list[dict[str, Any]], stamp: dict[str, str]) -> list[dict[str, Any]]:
-    """A record for each column of each row whose work is that of a family here."""
+def gpu_records(rows: list[dict[str, Any]], stamp: dict[str, str], sources: Digests) -> list[dict[str, Any]]:
+    """A record for each column of each row whose work is that of a family here; ``sources``: what
+    kernel_sources.digests told of the checkout that was measured."""
     return [
-        _record(row, provider, values, stamp)
+        _record(row, provider, values, stamp, sources)
         for row in rows
         if row["name"] in _FAMILIES
         for provider, values in row.items()
@@ -95,12 +98,14 @@ def gpu_records(rows: list[dict[str, Any]], stamp: dict[str, str]) -> list[dict[
     ]
 
 
-def _record(row: dict[str, Any], provider: str, values: dict[str, Any], stamp: dict[str, str]) -> dict[str, Any]:
+def _record(
+    row: dict[str, Any], provider: str, values: dict[str, Any], stamp: dict[str, str], sources: Digests
+) -> dict[str, Any]:
     family = FAMILIES[_FAMILIES[row["name"]]]
     sizes = [int(n) for n in row["key"].rpartition(" ")[2].split("x")]
     shape = [row["rows"], row["width"]] if "width" in row else sizes
     provider = "triton" if provider == "ours" else provider  # its name in the first of these files
-    time: dict[str, Any] = {**stamp, "run": "gpu_measure"}
+    time: dict[str, Any] = {**stamp, "run": "gpu_measure", **kernel_sources.told(provider, family.name, sources)}
     if "problem" in values:
         time["problem"] = values["problem"]
     else:

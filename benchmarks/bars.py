@@ -125,33 +125,3 @@ CPU = [
     ),
     *trainer_tables.BARS,
 ]
-
-# Kernel families by backend, and the workload families (of families.py) whose GPU records show that they have run.
-GPU_KERNELS = {
-    "similarity, both sums or rows only": ("clip", "info_nce", "info_nce_queue"),
-    "similarity, the triangle": ("nt_xent", "sup_con"),
-    "SupCon's positives": ("sup_con",),
-    "SigLIP": ("siglip",),
-    "pair cosine": ("pair_cosine",),
-    "ReLU + goodness + normalise": ("goodness_normalize",),
-    "pooling + goodness": ("pool_goodness", "pool_goodness_nhwc"),
-}
-GPU_BACKENDS = ("triton", "cuda")
-NOT_WRITTEN = {("SigLIP", "cuda"), ("SupCon's positives", "cuda")}  # kernels that a backend does not have
-WRITTEN = {"SupCon's positives": "2026-11-27"}  # kernels whose workloads were measured before they were there
-
-
-def gpu_runs(all_results: list[Results], backend: str, families: tuple[str, ...], since: str = "") -> list[str]:
-    """The GPUs that a backend's kernels have stored measurements on, not before ``since``."""
-    return [
-        results["device"]["name"]
-        for results in all_results
-        if results["device"]["kind"] == "gpu"
-        and any(
-            r["provider"].split("-")[0] == backend
-            and r["family"] in families
-            and "seconds" in r.get("time", {})
-            and r["time"].get("when", "") >= since
-            for r in results["records"]
-        )
-    ]

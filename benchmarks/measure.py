@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import kernel_sources
 from .provider import Family, Inputs, Provider, baseline
 from .workloads import ON_GPU, Workload, prepared
 
@@ -258,7 +259,8 @@ def records(workload: Workload, found: dict[str, Samples], stamp: dict[str, str]
     for name, samples in found.items():
         record = base_record(workload, name)
         ours = found.get(baseline(record["kind"], name, BASELINE), Samples()).total
-        made.append(record | {"time": stamp | {"run": run} | _time(workload, name, samples, ours, ceiling)})
+        sources = kernel_sources.told(name.split("-")[0], workload.family.name, kernel_sources.digests())
+        made.append(record | {"time": stamp | {"run": run} | sources | _time(workload, name, samples, ours, ceiling)})
     return made
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from . import adopt, bars, store, trainer_tables, workloads
-from .bars import GPU_BACKENDS, GPU_KERNELS, MET, MISSED, NOT_MEASURED, NOT_REACHABLE, Verdict
+from .bars import MET, MISSED, NOT_MEASURED, NOT_REACHABLE, Verdict
+from .kernel_sources import KERNELS, SOURCES, confirmed
 from .machine import target
 from .provider import baseline
 from .variants import FAMILIES
@@ -54,25 +55,23 @@ def bars_table(results: Results) -> str:
 def gpu_table(all_results: list[Results]) -> str:
     """Which kernels have run on which GPU, and the GPU bars on each, or as not yet measured."""
     rows = []
-    for kernels, families in GPU_KERNELS.items():
-        rows.append([kernels, *(_confirmed(all_results, kernels, families, backend) for backend in GPU_BACKENDS)])
-    lines = [table(["kernels", *GPU_BACKENDS], rows), ""]
+    for title, (kernels, families) in KERNELS.items():
+        rows.append([title, *(_confirmed(all_results, backend, kernels, families) for backend in SOURCES)])
+    lines = [table(["kernels", *SOURCES], rows), ""]
     gpus = [results for results in all_results if results["device"]["kind"] == "gpu"]
     if not gpus:
         return "\n".join([*lines, *(f"- {bar.what}: {NOT_MEASURED}" for bar in bars.GPU)])
     for results in gpus:
-        lines += [f"{results['device']['name']}:", "", bars_table(results), ""]
+        name = results["device"]["name"]
+        lines += [f"{name}, {_span(results)} (what the table calls changed: in its earlier form):", ""]
+        lines += [bars_table(results), ""]
     return "\n".join(lines).rstrip()
 
 
-def _confirmed(all_results: list[Results], kernels: str, families: tuple[str, ...], backend: str) -> str:
-    """The GPUs that have run a backend's kernels."""
-    if (kernels, backend) in bars.NOT_WRITTEN:
+def _confirmed(all_results: list[Results], backend: str, kernels: str, families: tuple[str, ...]) -> str:
+    if kernels not in SOURCES[backend]:
         return "no such kernel"
-    return (
-        "; ".join(bars.gpu_runs(all_results, backend, families, bars.WRITTEN.get(kernels, "")))
-        or "not yet measured on a GPU"
-    )
+    return confirmed(all_results, backend, kernels, families)
 
 
 def family_table(results: Results, family: str) -> str:
@@ -143,15 +142,18 @@ def _optional(value: float | None, form: str) -> str:
 
 def device_line(results: Results, measured: str = "measured ") -> str:
     device, versions = results["device"], results["versions"]
-    stamps = [r[part] for r in results["records"] for part in ("time", "memory") if part in r]
-    commits = sorted({s["commit"] for s in stamps})
-    when = sorted(s["when"] for s in stamps)
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "triton")
     line = f"{device['name']}, {device['threads']} threads, kernels compiled for {device['isa']}; {packages}; "
-    if not when:
-        return f"{line}nothing measured."
-    span = f"{when[0][:10]}{'' if when[0][:10] == when[-1][:10] else ' to ' + when[-1][:10]}"
-    return f"{line}{measured}{span} at {', '.join(commits)}."
+    span = _span(results)
+    return f"{line}{measured}{span}." if span else f"{line}nothing measured."
+
+
+def _span(results: Results) -> str:
+    """When and of which sources the records are, "" for none."""
+    stamps = [r[part] for r in results["records"] for part in ("time", "memory") if part in r]
+    commits = sorted({s["commit"] for s in stamps if "commit" in s})
+    when = sorted(s["when"][:10] for s in stamps if "when" in s)
+    return f"{' to '.join(dict.fromkeys((when[0], when[-1])))} at {', '.join(commits)}" if when else ""
 
 
 def full_report(all_results: list[Results]) -> str:

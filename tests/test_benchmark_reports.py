@@ -14,8 +14,9 @@ pytest.importorskip("matplotlib")
 
 from benchmark_cases import record_of, results_of, time_of
 
-from benchmarks import ablation_report, bars, plots, report, store, trainer_tables
+from benchmarks import ablation_report, bars, kernel_sources, plots, report, store, trainer_tables
 from benchmarks.families import CLIP
+from benchmarks.kernel_sources import KERNELS, SOURCES
 from benchmarks.workloads import MEMORY, SIMILARITY, TIMED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,28 +94,68 @@ def test_verdict_on_memory_counts_every_size(peaks, state):
     assert bars.memory("clip")(results).state == state
 
 
+def on_a_gpu(family, provider, **time):
+    record = {"workload": family, "provider": provider, "family": family, "time": {"seconds": 1.0} | time}
+    return {"device": {"kind": "gpu", "name": "a GPU"}, "records": [record]}
+
+
 def test_kernels_count_as_unmeasured_until_a_gpu_has_run_them():
     results = results_of(clip=time_of(2.0))
     table = report.gpu_table([results])
-    assert table.count("not yet measured on a GPU") == 2 * len(bars.GPU_KERNELS) - len(bars.NOT_WRITTEN)
+    written = sum(kernels in SOURCES[backend] for kernels, _ in KERNELS.values() for backend in SOURCES)
+    assert table.count("not yet measured on a GPU") == written
     assert "| SigLIP | not yet measured on a GPU | no such kernel |" in table
-    gpu = {
-        "device": {"kind": "gpu", "name": "a GPU"},
-        "records": [{"workload": "clip", "provider": "triton", "family": "clip", "time": {"seconds": 1.0}}],
-    }
-    text = report.gpu_table([results, gpu])
-    assert "| similarity, both sums or rows only | a GPU | not yet measured on a GPU |" in text
 
 
-@pytest.mark.parametrize(
-    ("day", "found"), [("2026-11-26T06:34Z", "not yet measured on a GPU"), ("2026-12-01", "a GPU")]
-)
-def test_a_measurement_says_nothing_of_kernels_written_later(day, found):
-    record = {"provider": "triton", "family": "sup_con", "time": {"seconds": 1.0, "when": day}}
-    gpu = {"device": {"kind": "gpu", "name": "a GPU"}, "records": [record]}
-    assert bars.gpu_runs([gpu], "triton", ("sup_con",)) == ["a GPU"]
-    since = bars.WRITTEN["SupCon's positives"]
-    assert (bars.gpu_runs([gpu], "triton", ("sup_con",), since) or ["not yet measured on a GPU"]) == [found]
+@pytest.mark.parametrize("backend", SOURCES)
+def test_a_measurement_is_of_the_kernels_that_it_ran(backend):
+    now = kernel_sources.digests()
+    told = kernel_sources.told(backend, "nt_xent", now)
+    assert set(told["sources"]) == {"similarity, normalisers", "similarity, gradients"}
+    kernels, families = KERNELS["similarity, the triangle: gradients"]
+
+    def found(*all_results):
+        return kernel_sources.confirmed(list(all_results), backend, kernels, families)
+
+    same, other = on_a_gpu("nt_xent", backend, **told), on_a_gpu("nt_xent", backend, sources={kernels: "another"})
+    assert found(same) == found(other, same) == "a GPU"
+    assert found(other) == "changed since it ran on a GPU"
+    failed = on_a_gpu("nt_xent", backend, **told)
+    del failed["records"][0]["time"]["seconds"]
+    assert found() == found(on_a_gpu("nt_xent", backend)) == found(failed) == kernel_sources.NOT_YET
+    assert found(on_a_gpu("clip", backend, **told)) == kernel_sources.NOT_YET
+    assert kernel_sources.told("open_clip", "clip", now) == {}
+
+
+def test_the_hash_of_kernels_is_of_their_code_and_of_what_it_uses(tmp_path):
+    triton, csrc = tmp_path / "ffcl_fast/backends/triton", tmp_path / "csrc"
+    triton.mkdir(parents=True)
+    csrc.mkdir()
+    for module in {name for modules in SOURCES["triton"].values() for name in modules}:
+        (triton / f"{module}.py").write_text("")
+    kernel = "@triton.jit\ndef kernel(x):\n    tile = 1\n    return helper(x) * LIMIT + tile\n"
+    tiles = "LIMIT = 3\n@triton.jit\ndef helper(x):\n    return x\n@triton.jit\ndef tile(x):\n    return x\n"
+    (csrc / "goodness.cu").write_text('#include "rows.cuh"\nint f() { return 1; }\n')
+
+    def hashes(kernel=kernel, tiles=tiles, rows="int g();\n"):
+        (triton / "siglip.py").write_text(kernel)
+        (triton / "tiles.py").write_text(tiles)
+        (csrc / "rows.cuh").write_text(rows)
+        kernel_sources.digests.cache_clear()
+        found = kernel_sources.digests(tmp_path)
+        return found["triton"]["SigLIP"], found["cuda"]["ReLU + goodness + normalise"]
+
+    first = hashes()
+    # Comments, docstrings, what is no kernel, and a function that only has a local variable's name.
+    assert hashes("import torch  # why\n" + kernel.replace("tile = 1", '"""What."""\n    tile = 1  # one')) == first
+    assert hashes(tiles=tiles.replace("def tile(x):\n    return x", "def tile(x):\n    return -x")) == first
+    assert hashes(rows="// why\nint  g();\n") == first
+    for changed in (kernel.replace("* LIMIT", "/ LIMIT"),):
+        assert hashes(changed)[0] != first[0]
+    for changed in (tiles.replace("LIMIT = 3", "LIMIT = 4"), tiles.replace("return x", "return -x", 1)):
+        assert hashes(tiles=changed)[0] != first[0]
+    assert hashes(rows="int g(int);\n")[1] != first[1]
+    kernel_sources.digests.cache_clear()
 
 
 @pytest.mark.parametrize("text", ("", "{", "[]", '{"schema": 99}'))

@@ -179,7 +179,8 @@ def test_what_another_machine_measured_is_filed_under_its_own_name(tmp_path, cap
     cosine = {"key": "pair cosine 64x64x56x56", "name": "pair cosine", "ours": {**both, "both fraction": 0.9}}
     queue = {"key": "info_nce 4096x65536x128", "name": "info_nce", "rows": 4096, "width": 128, "ours": both}
     measured = {"device": "Made up", "torch": "2.14", "product_tflops": 1.0, "copy_gbytes": 1.0,
-                "commit": "abc1234", "when": "2026-11-26T05:00Z"}  # fmt: skip
+                "commit": "abc1234", "when": "2026-11-26T05:00Z",
+                "sources": {"triton": {"similarity, normalisers": "1a", "SigLIP": "2b"}, "cuda": {}}}  # fmt: skip
     (tmp_path / "gpu.json").write_text(json.dumps(measured | {"rows": [clip, cosine, queue]}))
 
     for path in (theirs, tmp_path / "gpu.json"):
@@ -195,7 +196,8 @@ def test_what_another_machine_measured_is_filed_under_its_own_name(tmp_path, cap
     assert (time["device_seconds"], time["forward_device_seconds"]) == (0.008, 0.002)
     assert time["tflops"] == pytest.approx(4 * 2 * 65536**2 * 512 / 0.008 / 1e12)
     assert (time["commit"], time["when"]) == ("abc1234", "2026-11-26T05:00Z")
-    assert "device_seconds" not in times["clip-65536x512", "cuda"]
+    assert time["sources"] == {"similarity, normalisers": "1a"}
+    assert not {"device_seconds", "sources"} & times["clip-65536x512", "cuda"].keys()
     adopted = [r for r in found["records"] if r["workload"] == "clip-65536x512"]
     kinds = {r["provider"]: r["kind"] for r in adopted}
     assert kinds == dict.fromkeys(("triton", "cuda", "panels"), "ours") | dict.fromkeys(("memeff", "inf-cl"), "rival")

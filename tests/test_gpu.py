@@ -26,6 +26,26 @@ SHAPES = [
     (70, 1, 9),
 ]
 SELF = [(1500, 64), (1029, 128), (2200, 256), (515, 1000)]
+# Whole losses of two views (N, D) and a scale: masks, class sums and positives besides the similarity kernels.
+LOSSES = {
+    "clip": lambda x, y, scale: functional.clip(x, y, scale, backend="triton"),
+    "siglip": lambda x, y, scale: functional.siglip(x, y, scale, -10.0, backend="triton"),
+    "nt_xent": lambda x, y, scale: functional.nt_xent(x, y, 1 / scale, backend="triton"),
+    "sup_con": lambda x, y, scale: functional.sup_con(
+        torch.stack((x, y), 1), torch.arange(x.shape[0], device=x.device) % 10, temperature=1 / scale, backend="triton"
+    ),
+}
+
+
+def views(n, d):
+    """Leaves for LOSSES."""
+    scale = torch.tensor(20.0, device="cuda", requires_grad=True)
+    return *(unit(n, d, torch.bfloat16).requires_grad_() for _ in range(2)), scale
+
+
+def step(name, leaves):
+    value = LOSSES[name](*leaves)
+    return value.detach(), *torch.autograd.grad(value, leaves)
 
 
 def exclusions(index, dtype):
@@ -109,23 +129,51 @@ def test_fifty_runs_have_equal_bits(d, alone):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "clip"])
+def test_fifty_steps_have_equal_bits(name):
+    leaves = views(3001, 256 if name == "nt_xent" else 128)
+    first = step(name, leaves)
+    for _ in range(50):
+        torch.empty(1 << 22, device="cuda").fill_(float("nan"))
+        for a, b in zip(first, step(name, leaves), strict=True):
+            assert torch.equal(a, b)
+
+
+def captured(call):
+    """(graph, what ``call`` returned while it was captured)."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_graph_of_a_step(name):
+    leaves = views(1001, 128)
+    graph, results = captured(lambda: step(name, leaves))
+    with torch.no_grad():
+        for leaf, new in zip(leaves, views(1001, 128), strict=True):
+            leaf.copy_(new)
+    graph.replay()
+    for a, b in zip(results, step(name, leaves), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("d", [128, 512])
 def test_graph_capture_and_replay(d):
     q, k = unit(2000, d, torch.bfloat16), unit(2500, d, torch.bfloat16)
     scale = torch.tensor(20.0, device="cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        both_passes(q, k, scale)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = both_passes(q, k, scale)
+    graph, results = captured(lambda: both_passes(q, k, scale))
     for factor in (20.0, 5.0):
         q.copy_(unit(2000, d, torch.bfloat16))
         scale.fill_(factor)
         graph.replay()
-        for a, b in zip(captured, both_passes(q, k, scale), strict=True):
+        for a, b in zip(results, both_passes(q, k, scale), strict=True):
             assert torch.equal(a, b)
 
 
@@ -146,6 +194,22 @@ def test_several_streams_at_once():
                 assert torch.equal(a, b)
 
 
+def test_several_streams_with_a_loss_each():
+    problems = {name: views(2001, 128) for name in LOSSES}
+    alone = {name: step(name, leaves) for name, leaves in problems.items()}
+    torch.cuda.synchronize()
+    streams = {name: torch.cuda.Stream() for name in problems}
+    for _ in range(5):
+        results = {}
+        for name, leaves in problems.items():
+            with torch.cuda.stream(streams[name]):
+                results[name] = step(name, leaves)
+        torch.cuda.synchronize()
+        for name, expected in alone.items():
+            for a, b in zip(expected, results[name], strict=True):
+                assert torch.equal(a, b), name
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)  # confirmed kernels, and row panels
 @pytest.mark.parametrize("name", every_loss.LOSSES)
 def test_a_step_never_waits_for_the_gpu(name, dtype):
@@ -161,9 +225,10 @@ def test_a_step_never_waits_for_the_gpu(name, dtype):
         torch.testing.assert_close(a, b)
 
 
-def test_compile_without_breaks_or_recompiling():
+@pytest.mark.parametrize("name", ("clip", "siglip", "sup_con"))
+def test_compile_without_breaks_or_recompiling(name):
     def loss(image, text, scale):
-        return functional.clip(F.normalize(image, dim=1), F.normalize(text, dim=1), scale, backend="triton")
+        return LOSSES[name](F.normalize(image, dim=1), F.normalize(text, dim=1), scale)
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
     for n, stance in ((300, "default"), (417, "fail_on_recompile"), (1200, "fail_on_recompile")):

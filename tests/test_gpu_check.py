@@ -78,10 +78,10 @@ def test_no_step_starts_without_time_for_it(tmp_path, capfd):
     assert "no time left" in capfd.readouterr().out
 
 
-def test_a_step_whose_tool_does_not_work_is_left_out_with_a_word(tmp_path, capfd):
+def test_a_step_whose_tool_does_not_work_is_left_out_with_a_word_and_missing(tmp_path, capfd):
     refused = step("refused", "", probes=(python(""), python("print('Device not supported'); exit(1)")))
     missing = step("missing", "", probes=(["no-such-program"],))
-    assert run_steps([refused, missing, step("works", "", probes=(python(""),))], tmp_path, 600) == 0
+    assert run_steps([refused, missing, step("works", "", probes=(python(""),))], tmp_path, 600) == 2
     out = capfd.readouterr().out
     assert "does not work here (1): Device not supported" in out and "no-such-program is not installed" in out
     assert states(tmp_path) == {"works": 0}
@@ -93,6 +93,19 @@ def test_results_of_other_sources_and_damaged_states_are_forgotten(tmp_path, dam
     (tmp_path / "passed.txt").write_text("tests/test_gpu.py::test_x\n")
     assert run_steps([step("a", "exit(4)")], tmp_path, 600) == 1
     assert states(tmp_path) == {"a": 4} and not (tmp_path / "passed.txt").exists()
+
+
+def test_results_of_another_machine_are_forgotten(tmp_path, capfd):
+    assert run_steps([step("a", "print(1)")], tmp_path, 600, "an H100, torch 2.11") == 0
+    assert run_steps([step("a", "exit(4)")], tmp_path, 600, "an H100, torch 2.11") == 0
+    assert run_steps([step("a", "exit(4)")], tmp_path, 600, "an H200, torch 2.11") == 1
+    assert "starting anew" in capfd.readouterr().out
+
+
+def test_whatever_a_gpu_test_uses_is_among_the_sources():
+    files = {path for pattern in gpu_check.SOURCES for path in ROOT.glob(pattern)}
+    for name in ("tests/helpers.py", "tests/similarity_cases.py", "tools/files.py", "CMakeLists.txt"):
+        assert ROOT / name in files
 
 
 def test_tests_that_passed_are_not_run_again(tmp_path):
@@ -336,6 +349,9 @@ def test_workloads_are_chosen_by_parts_of_their_keys_and_begun_within_the_budget
     monkeypatch.setenv("FFCL_COMMIT", "def5678")  # other sources: their results do not mix
     assert gpu_measure.main(["--only", "siglip"]) == 0
     assert list(rows()) == ["siglip"]
+    monkeypatch.setattr(gpu_measure.kernel_sources, "digests", lambda: {"triton": {"SigLIP": "edited"}})
+    assert gpu_measure.main(["--only", "unit rows"]) == 0
+    assert list(rows()) == ["unit rows"]
     for option in ("--only", "--providers"):
         with pytest.raises(SystemExit):
             gpu_measure.main([option, "no such"])

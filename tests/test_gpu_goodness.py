@@ -100,11 +100,15 @@ def test_fifty_equal_repeats():
     def once():
         goodness, out = OPS.goodness_forward(h, False, True, True, EPS, "triton")
         yield from (goodness, out, OPS.goodness_backward(h, goodness, g, go, False, True, EPS, "triton"))
-        yield from OPS.pair_cosine_forward(h, go, g.sign(), 0.0, True, 1.0, True, True, "triton")
-        yield from OPS.pool_goodness_forward(maps, False, True, "triton")
-        yield OPS.goodness_many([h, go[:3]], False, True, "triton")
+        pair = OPS.pair_cosine_forward(h, go, g.sign(), 0.0, True, 1.0, True, True, "triton")
+        yield from (*pair, *OPS.pair_cosine_backward(h, go, pair[1], g, True, True, True, "triton"))
+        means, pooled = OPS.pool_goodness_forward(maps, False, True, "triton")
+        yield from (means, pooled, OPS.pool_goodness_backward(maps, pooled, g, pooled, False, True, "triton"))
+        many = OPS.goodness_many([h, go[:3]], False, True, "triton")
+        yield from (many, *OPS.goodness_many_backward([h, go[:3]], many, False, True, "triton"))
         yield OPS.linear_goodness(h[:, :784], go[:, :784], None, False, True, "triton")
-        yield from OPS.normalize_forward(h, 1e-12, h.dtype, "triton")
+        z, norm = OPS.normalize_forward(h, 1e-12, h.dtype, "triton")
+        yield from (z, norm, OPS.normalize_backward(z, norm, go, 1e-12, h.dtype, "triton"))
 
     first = list(once())
     for _ in range(49):

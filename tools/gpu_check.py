@@ -4,17 +4,18 @@
 
 DIR/state.json has each step's exit status, DIR/STEP.log its output, DIR/passed.txt the tests that passed, DIR/gpu.json
 the raw measurements and DIR/gpu.md their table. A second call goes on where the first was cut, inside a step as well,
-unless the sources have changed since (--again: forget all). No step is started that the budget (default 540 s) leaves
-no time for. --dry-run needs no GPU: it collects each step's tests, checks that no GPU test is in none, calls every
-measured function on a CPU and compiles the kernels for sm_90; --collect leaves the compiling to `make kernels`. Nothing
-here needs a network.
-Exit status 1 where a step failed, 2 where one is missing for lack of time.
+unless the sources, PyTorch, Triton or the GPU are others since (--again: forget all). No step is started that the
+budget (default 540 s) leaves no time for. --dry-run needs no GPU: it collects each step's tests, checks that no GPU
+test is in none, calls every measured function on a CPU and compiles the kernels for sm_90; --collect leaves the
+compiling to `make kernels`. Nothing here needs a network.
+Exit status 1 where a step failed, 2 where one is missing, for lack of time or of what it needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -29,7 +30,7 @@ from pathlib import Path
 from .files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("ffcl_fast/**/*.py", "csrc/*", "tests/*gpu*.py", "tools/gpu_*.py")
+SOURCES = ("ffcl_fast/**/*.py", "csrc/*", "tests/*.py", "tools/*.py", "setup.py", "CMakeLists.txt")
 # A GPU's first call compiles what it needs; a dry run has no GPU to make it.
 COMPILE = [sys.executable, "-m", "tools.kernels", "--chips", "sm90"]
 LEAST = 20.0  # seconds under which no step is started
@@ -114,9 +115,9 @@ STEPS = (
 )
 
 
-def version() -> str:
-    """A hash of what the results depend on."""
-    digest = hashlib.sha256()
+def version(machine: str) -> str:
+    """A hash of what the results depend on: the sources and, in ``machine``, what they run on."""
+    digest = hashlib.sha256(machine.encode())
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):
             if path.is_file():
@@ -150,14 +151,21 @@ def run(command: list[str], log: Path, environment: dict[str, str], limit: float
     return {"status": status, "seconds": round(time.monotonic() - started, 1)}
 
 
-def previous(path: Path) -> dict:
-    """The state of an earlier call; what other sources left is forgotten, results and passed tests included."""
-    now = version()
+def machine() -> str:
+    """The GPU and what drives it."""
+    import torch
+
+    triton = importlib.util.find_spec("triton") and importlib.import_module("triton")
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {getattr(triton, '__version__', None)}"
+
+
+def previous(path: Path, now: str) -> dict:
+    """The state of an earlier call; what is of another version is forgotten, results and passed tests included."""
     try:
         state = json.loads(path.read_text())
         if state["version"] == now:
             return state
-        print("the sources have changed since the last call: starting anew")
+        print("the sources or the machine have changed since the last call: starting anew")
     except FileNotFoundError:
         pass
     except (ValueError, TypeError, KeyError) as error:
@@ -171,11 +179,11 @@ def forget(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def run_steps(steps: list[Step], out: Path, budget: float) -> int:
+def run_steps(steps: list[Step], out: Path, budget: float, machine: str = "") -> int:
     """Run what is not done yet within the budget; the exit status."""
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    state = previous(out / "state.json")
+    state = previous(out / "state.json", version(machine))
     done = state["steps"]
     missing = failed = False
     for step in steps:
@@ -190,6 +198,7 @@ def run_steps(steps: list[Step], out: Path, budget: float) -> int:
         environment = dict(step.environment) | {"PYTHONUNBUFFERED": "1", "FFCL_OUT": str(out.resolve())}
         if problem := unfit(step.probes, out, environment, min(left, 60.0)):
             print(f"{step.name:14} left out: {problem}")
+            missing = True
             continue
         left = budget - (time.monotonic() - started)
         limit = left if step is STEPS[-1] else min(left, step.seconds)
@@ -268,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no CUDA device here; --dry-run checks what needs none")
     if options.again:
         forget(options.out)
-    return run_steps(steps, options.out, options.budget)
+    return run_steps(steps, options.out, options.budget, machine())
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from benchmarks import kernel_sources
 from ffcl_fast import backends
 from ffcl_fast.backends import native
 
@@ -236,24 +237,25 @@ def check_arguments() -> list[str]:
 
 
 def commit() -> str | None:
-    """The sources' commit: FFCL_COMMIT where a copy of the tree has no repository."""
+    """The sources' commit, "-dirty" where they have changed since: FFCL_COMMIT where a copy of the tree has no
+    repository."""
     if named := os.environ.get("FFCL_COMMIT"):
         return named
     folder = Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def stored(path: Path, sources: str | None) -> dict:
-    """What an earlier, cut run of the same sources has measured on this GPU."""
+def stored(path: Path, of: dict) -> dict:
+    """What an earlier, cut run of the same sources has measured on this machine: ``of`` tells what must be equal."""
     try:
         found = json.loads(path.read_text())
-        same = found["device"] == torch.cuda.get_device_name() and found.get("commit") == sources
-        return found if same else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        return found if all(found.get(name) == value for name, value in of.items()) else {}
+    except (OSError, ValueError, AttributeError):
         return {}
 
 
@@ -304,14 +306,17 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(os.environ.get("FFCL_OUT", "."))
     path = folder / "gpu.json"
     product, copy = product_ceiling(), copy_ceiling()
-    sources = commit()
-    before = stored(path, sources)
-    result = {
+    same = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        **({"commit": found} if (found := commit()) else {}),
+        "sources": kernel_sources.digests(),
+    }
+    before = stored(path, same)
+    result = {
+        **same,
         "product_tflops": round(product.rate / 1e12, 1),
         "copy_gbytes": round(copy.rate / 1e9, 1),
-        **({"commit": sources} if sources else {}),
         "when": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "rows": before.get("rows", []),
         "spoilers": before.get("spoilers", {}),

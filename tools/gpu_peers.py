@@ -20,7 +20,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """A library's loss for workloads of the family, "clip", "nt_xent", "siglip" or "info_nce"."""
+    """A library's loss for workloads of the family, "clip", "nt_xent", "sup_con", "siglip" or "info_nce"."""
 
     name: str
     family: str
@@ -100,6 +100,20 @@ def _metric_learning() -> Loss:
     return lambda q, k, scale: loss(q, torch.arange(q.shape[0] // 2, device=q.device).repeat(2))
 
 
+def _sup_con() -> Loss:
+    from pytorch_metric_learning.losses import SupConLoss
+
+    loss = SupConLoss(temperature=0.07)
+    return lambda q, k, scale: loss(q, (torch.arange(q.shape[0] // 2, device=q.device) % 10).repeat_interleave(2))
+
+
+def _info_nce() -> Loss:
+    from info_nce import InfoNCE
+
+    loss = InfoNCE(1 / SCALE, negative_mode="unpaired")
+    return lambda q, k, scale: loss(q, k[: q.shape[0]], k)
+
+
 def _linear_cross_entropy() -> Loss:
     fused = F.linear_cross_entropy  # in recent PyTorch only
     return _both_sides(fused)
@@ -116,6 +130,8 @@ PEERS = (
     Peer("siglip-kernel", "siglip", _siglip_kernel),
     Peer("lightly", "nt_xent", _lightly, lambda rows, width: rows <= 65536),
     Peer("pytorch-metric-learning", "nt_xent", _metric_learning, lambda rows, width: rows <= 32768),
+    Peer("pytorch-metric-learning", "sup_con", _sup_con),
+    Peer("info-nce-pytorch", "info_nce", _info_nce, lambda rows, width: rows <= 4096),
 )
 
 

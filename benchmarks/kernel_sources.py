@@ -1,0 +1,162 @@
+"""Which code a kernel is made of, as a hash: whether a stored GPU measurement is of the kernels that are here now.
+
+Comments, docstrings and what surrounds a kernel (tile shapes, launches) do not count; a kernel's own functions, all
+that they call and the constants that they name do.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from .verdict import Results
+
+Digests = dict[str, dict[str, str]]  # by backend and kind of kernels
+NOT_YET = "not yet measured on a GPU"
+_ROOT = Path(__file__).resolve().parents[1]
+# What kernels are begun from: modules of ffcl_fast/backends/triton, files of csrc.
+SOURCES = {
+    "triton": {
+        "similarity, normalisers": ("similarity_forward",),
+        "similarity, gradients": ("similarity_backward", "gradient_panels"),
+        "SupCon's positives": ("class_positives", "positives"),
+        "SigLIP": ("siglip",),
+        "pair cosine": ("pair_cosine",),
+        "ReLU + goodness + normalise": ("goodness",),
+        "pooling + goodness": ("pool_goodness",),
+    },
+    "cuda": {
+        "similarity, normalisers": ("similarity_sm80.cu", "similarity_sm90.cu"),
+        "similarity, gradients": ("similarity_sm80.cu", "similarity_sm90.cu"),
+        "pair cosine": ("pair_cosine.cu",),
+        "ReLU + goodness + normalise": ("goodness.cu",),
+        "pooling + goodness": ("pool_goodness.cu",),
+    },
+}
+# Kernels as a reader knows them: what they are made of, and the workload families (of families.py) whose GPU records
+# show that they have run.
+_PAIRS, _TRIANGLE = ("clip", "info_nce", "info_nce_queue"), ("nt_xent", "sup_con")
+KERNELS = {
+    "similarity, both sums or rows only: forward": ("similarity, normalisers", _PAIRS),
+    "similarity, both sums or rows only: gradients": ("similarity, gradients", _PAIRS),
+    "similarity, the triangle: forward": ("similarity, normalisers", _TRIANGLE),
+    "similarity, the triangle: gradients": ("similarity, gradients", _TRIANGLE),
+    "SupCon's positives": ("SupCon's positives", ("sup_con",)),
+    "SigLIP": ("SigLIP", ("siglip",)),
+    "pair cosine": ("pair cosine", ("pair_cosine",)),
+    "ReLU + goodness + normalise": ("ReLU + goodness + normalise", ("goodness_normalize",)),
+    "pooling + goodness": ("pooling + goodness", ("pool_goodness", "pool_goodness_nhwc")),
+}
+
+
+@functools.cache
+def digests(root: Path = _ROOT) -> Digests:
+    """A hash for each backend and kind of kernels, as SOURCES has them, of the checkout ``root``."""
+    code = {"triton": _triton, "cuda": _cuda}
+    return {
+        backend: {
+            kernels: hashlib.sha256("\n".join(sorted(code[backend](root, files))).encode()).hexdigest()[:12]
+            for kernels, files in groups.items()
+        }
+        for backend, groups in SOURCES.items()
+    }
+
+
+def _triton(root: Path, modules: tuple[str, ...]) -> set[str]:
+    """The compiled functions of the modules, what they call and the constants that they name."""
+    found = {path.stem: _definitions(path) for path in (root / "ffcl_fast/backends/triton").glob("*.py")}
+    waiting = [
+        (module, name)
+        for module in modules
+        for name, node in found.get(module, {}).items()
+        if isinstance(node, ast.FunctionDef)
+    ]
+    reached = set()
+    while waiting:
+        module, name = waiting.pop()
+        if (module, name) in reached:
+            continue
+        reached.add((module, name))
+        for used in _global_names(found[module][name]):
+            homes = [module] if used in found[module] else [other for other in found if used in found[other]]
+            waiting += [(home, used) for home in homes]
+    return {f"{name}: {_structure(found[module][name])}" for module, name in reached}
+
+
+def _global_names(node: ast.AST) -> set[str]:
+    names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+    local = {n.id for n in names if isinstance(n.ctx, ast.Store)} | {
+        n.arg for n in ast.walk(node) if isinstance(n, ast.arg)
+    }
+    return {n.id for n in names} - local
+
+
+def _structure(node: Any) -> str:
+    """What a node means, in words that every version of Python has for it (ast.dump and ast.unparse differ)."""
+    if isinstance(node, list):
+        return f"[{' '.join(map(_structure, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [f"{name}={_structure(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return f"{type(node).__name__}({' '.join(fields)})"
+
+
+def _definitions(path: Path) -> dict[str, ast.FunctionDef | ast.expr]:
+    """Triton's functions and the constants of a module, without docstrings."""
+    made: dict[str, ast.FunctionDef | ast.expr] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+            made[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            if node.targets[0].id.lstrip("_").isupper():
+                made[node.targets[0].id] = node.value
+    return made
+
+
+def _cuda(root: Path, files: tuple[str, ...]) -> set[str]:
+    """The files and all that they include of ours, without comments and line ends."""
+    reached: dict[str, str] = {}
+    waiting = list(files)
+    while waiting:
+        name = waiting.pop()
+        path = root / "csrc" / name
+        if name not in reached and path.exists():
+            text = path.read_text(encoding="utf-8")
+            waiting += re.findall(r'#include "([^"]+)"', text)
+            reached[name] = " ".join(re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S).split())
+    return {f"{name}: {text}" for name, text in reached.items()}
+
+
+def told(backend: str, family: str, hashes: Digests) -> dict[str, dict[str, str]]:
+    """What a record of a backend's kernels in a workload family says of their sources; nothing for other providers."""
+    used = {kernels for kernels, families in KERNELS.values() if family in families}
+    found = {kernels: digest for kernels, digest in hashes.get(backend, {}).items() if kernels in used}
+    return {"sources": found} if found else {}
+
+
+def confirmed(all_results: list[Results], backend: str, kernels: str, families: tuple[str, ...]) -> str:
+    """The GPUs that have stored measurements of a backend's ``kernels`` in workloads of ``families``; where none is of
+    the kernels that are here now, those that it was of others."""
+    now = digests()[backend][kernels]
+    same, other = [], []
+    for results in all_results:
+        times = [
+            record["time"]
+            for record in results["records"]
+            if results["device"]["kind"] == "gpu"
+            and record["provider"].split("-")[0] == backend
+            and record["family"] in families
+            and "seconds" in record.get("time", {})
+        ]
+        of = [time.get("sources", {}).get(kernels) for time in times]
+        if any(of):
+            (same if now in of else other).append(results["device"]["name"])
+    if same:
+        return "; ".join(same)
+    return f"changed since it ran on {', '.join(other)}" if other else NOT_YET
