@@ -35,7 +35,7 @@ from .kernels import Compilation
 from .similarity_kernels import tiles
 
 MULTIPROCESSORS = 132
-BYTES = {"bf16": 2, "fp32": 4}
+BYTES = {"bf16": 2, "fp32": 4, "fp16": 2}
 ACTIVATIONS = ("h", "h1", "h2", "other", "grad_out", "out", "dh", "d1", "d2", "x", "weight", "bias")
 FLOATS = ("goodness", "grad_goodness", "partials", "target", "loss", "coefficients", "grad", "pooled", "grad_pooled",
           "sums", "factor")  # fmt: skip
@@ -70,8 +70,9 @@ def _row_kernels(chip: str, dtype: str) -> Iterator[Compilation]:
     """Short rows, ragged rows, long rows of many samples, and rows that many programs share."""
     size = BYTES[dtype]
     short, long = ((65536, 2048), (65536, 16384)), ((65536, 30000), (64, 200704))
-    # 7001 is loaded an element at a time. float32 has the code of 16 bits with other widths of its loads.
-    shapes = (*short, *long) if dtype == "fp32" else ((65536, 96), *short, (65536, 4096), (65536, 7001), *long)
+    # 7001 is loaded an element at a time. float32 has the code of 16 bits with other widths of its loads, float16
+    # bfloat16's with other conversions.
+    shapes = (*short, *long) if dtype != "bf16" else ((65536, 96), *short, (65536, 4096), (65536, 7001), *long)
     for count, width in shapes:
         unit = math.gcd(16 // size, width)
         common = constants(unit, True)
@@ -107,7 +108,7 @@ def _pair_kernels(dtype: str, width: int, common: dict, cut: Cut) -> Iterator[Co
 
 def _pool_kernels(chip: str, dtype: str) -> Iterator[Compilation]:
     size = BYTES[dtype]
-    for channels, length in ((64, 3136), (512, 49))[: 1 if dtype == "fp32" else 2]:
+    for channels, length in ((64, 3136), (512, 49))[: 2 if dtype == "bf16" else 1]:
         for last in (False, True):
             unit = math.gcd(16 // size, channels if last else length)
             for count in (64, 8192):
@@ -133,7 +134,8 @@ def _many_kernels(chip: str, dtype: str) -> Iterator[Compilation]:
 def _unit_kernels(chip: str) -> Iterator[Compilation]:
     """L2-normalisation of narrow rows, wide ones, ragged ones and ones walked in steps; last as autocast has it."""
     for width, dtype, out in ((128, "bf16", "bf16"), (4096, "bf16", "bf16"), (1001, "bf16", "bf16"),
-                              (512, "fp32", "fp32"), (30000, "bf16", "bf16"), (768, "fp32", "bf16")):  # fmt: skip
+                              (512, "fp32", "fp32"), (30000, "bf16", "bf16"), (768, "fp32", "bf16"),
+                              (512, "fp16", "fp16")):  # fmt: skip
         size = BYTES[dtype]
         unit = math.gcd(16 // size, width)
         forward, backward = (rows.cut(65536, width, tensors, chip, size, MULTIPROCESSORS) for tensors in (1, 2))
@@ -144,9 +146,12 @@ def _unit_kernels(chip: str) -> Iterator[Compilation]:
         yield _item("unit rows backward", unit_backward_kernel, c, backward, dtype, width, types)
 
 
+_WIDTHS = ((128, "bf16"), (512, "bf16"), (512, "fp32"), (512, "fp16"), (1001, "bf16"), (4096, "bf16"), (4096, "fp32"))
+
+
 def _positive_kernels(chip: str) -> Iterator[Compilation]:
     """The positives of a contrast: each pairing, decoupled or not, one column side or two, narrow and widest rows."""
-    for width, dtype in ((128, "bf16"), (512, "bf16"), (512, "fp32"), (1001, "bf16"), (4096, "bf16"), (4096, "fp32")):
+    for width, dtype in _WIDTHS:
         unit = math.gcd(16 // BYTES[dtype], width)
         odds, add = (positives.whole_rows(65536, width, tensors, chip) for tensors in (2, 4))
         types = {name: f"*{dtype}" for name in ("q", "positive", "dq", "d_positive")} | {
@@ -166,7 +171,7 @@ def _class_kernels(chip: str) -> Iterator[Compilation]:
     """SupCon's positives: narrow, ragged and widest rows, with weights and without."""
     numbers = ("weight", "parts", "sums", "taken", "counts", "scale", "row_lse", "loss", "slope", "logits", "share",
                "inner")  # fmt: skip
-    for width, dtype in ((128, "bf16"), (512, "bf16"), (512, "fp32"), (1001, "bf16"), (4096, "bf16"), (4096, "fp32")):
+    for width, dtype in _WIDTHS:
         unit = math.gcd(16 // BYTES[dtype], width)
         types = {name: f"*{dtype}" for name in ("x", "q", "dq")} | dict.fromkeys(numbers, "*fp32")
         types |= dict.fromkeys(("group", "table", "members", "spoilt"), "*i64") | {"out": f"*{dtype}"}
@@ -186,7 +191,9 @@ def _class_kernels(chip: str) -> Iterator[Compilation]:
 
 
 def _linear_kernels(chip: str) -> Iterator[Compilation]:
-    for operands, dtype, how in (("half", "bf16", "ieee"), ("tf32", "fp32", "tf32"), ("float", "fp32", "ieee")):
+    for operands, dtype, how in (
+        ("half", "bf16", "ieee"), ("half", "fp16", "ieee"), ("tf32", "fp32", "tf32"), ("float", "fp32", "ieee"),
+    ):  # fmt: skip
         for tile, width, _ in tiles("linear", chip, operands, False, (784,)):
             c = kernel_constants(tile, width, 16 // BYTES[dtype], how, True)
             types = {}

@@ -79,7 +79,7 @@ def describe(tile: Any) -> str:
         return "-" if tile is None else str(tile)
     text = f"{tile.rows}x{tile.cols}x{tile.depth} w{tile.warps} s{tile.stages}"
     text += f" r{tile.registers}" if tile.registers else ""
-    return text + (" tma" if tile.descriptor else "") + (" ws" if tile.specialize else "")
+    return text + (" tma" if tile.descriptor else "")
 
 
 def compile_one(chip: str, item: Compilation) -> dict:

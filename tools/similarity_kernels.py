@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from ffcl_fast import ops
 from ffcl_fast.backends.triton import config
 from ffcl_fast.backends.triton.config import Tile
@@ -113,12 +115,12 @@ def compilations(chip: str) -> Iterator[Compilation]:
 
 
 def _float16(chip: str) -> Iterator[Compilation]:
-    """Every kernel of 16-bit operands once: what differs from bfloat16 is one instruction's name."""
+    """Every tile of 16-bit operands: what differs from bfloat16 is one instruction's name, and a factor."""
     for op, width in (("forward", 512), ("triangle", 512), ("panel", 512), ("siglip", 512), ("online", 512),
                       ("forward", 128), ("triangle", 128), ("rows", 128)):  # fmt: skip
         for ids in (False, True) if op not in ("siglip", "online") else (False,):
-            tile = config.candidates(op, chip, "half", width, ids)[0]
-            yield from _variants(op, tile, width, "fp16", "ieee", ids, False)
+            for tile in config.candidates(op, chip, "half", width, ids):
+                yield from _variants(op, tile, width, "fp16", "ieee", ids, False)
 
 
 def _exclusions(chip: str) -> Iterator[Compilation]:
@@ -152,6 +154,7 @@ def _variants(
     """The ways to launch a kernel with this tile; off the usual widths the one that needs the most registers."""
     unit = 4 if dtype == "fp32" else 8
     matrix = how == "ieee" and dtype != "fp32"
+    gain = config.gain(torch.float16 if dtype == "fp16" else torch.float32)
     exclude = mode if mode is not None else IDS if ids else 0
     note = (
         (" ids" if ids else "") + (f" x{mode}" if mode is not None else "") + (f" span {span}" if span < SPAN else "")
@@ -189,12 +192,12 @@ def _variants(
             yield item(f"panel {name}", panel_kernel, c, with_ids=meet != ANY_IDS or ids)
     elif op == "siglip":
         for gradient in (True, False) if (dtype, width) == ("bf16", 512) else (True,):
-            c = siglip_constants(tile, width, unit, how, True, gradient, 1.0)
+            c = siglip_constants(tile, width, unit, how, True, gradient, gain)
             types = {"totals": "*fp64"} | ({} if gradient else {"panel": None})
             yield item(f"siglip{'' if gradient else ' loss'}", siglip_kernel, c, types)
     elif op == "rows":
         for sides, split in ((3, False), (3, True), (1, True)) if usual else ((3, True),):
-            c = rows_constants(tile, width, unit, how, exclude, sides, split, 1.0)
+            c = rows_constants(tile, width, unit, how, exclude, sides, split, gain)
             out = "*fp32" if split else f"*{dtype}"
             yield item(f"rows {'both' if sides == 3 else 'one side'}", rows_kernel, c, {"out": out})
     else:

@@ -11,7 +11,7 @@ from goodness_cases import DTYPES, ODD_VALUES, activations, direction_terms
 from guards import guarded, inside_nan  # noqa: F401
 
 from ffcl_fast import GoodnessLoss, backends, functional, ops, reference
-from ffcl_fast.backends.triton import config, rows
+from ffcl_fast.backends.triton import config, launch, rows
 from helpers import assert_close_to_reference
 
 many = importlib.import_module("ffcl_fast.backends.triton.goodness_many")
@@ -293,6 +293,14 @@ def test_layerwise_makes_one_launch(monkeypatch):
     each = [plain(p, q) * w for p, q, w in zip(pos, neg, (1.0, 0.5), strict=True)]
     torch.testing.assert_close(layers, [x.detach() for x in each])
     torch.testing.assert_close(grads, torch.autograd.grad(sum(each), pos + neg))
+
+
+def test_a_table_that_a_graph_may_have_captured_outlives_its_plan():
+    arguments = ((5, 64, 64), (3, 32, 32)), (0, 5), 4, torch.device("cpu")
+    before = many.plan(*arguments)
+    launch.forget_plans()
+    after = many.plan(*arguments)
+    assert after is not before and after.table is before.table
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

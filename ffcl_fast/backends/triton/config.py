@@ -49,7 +49,6 @@ class Tile:
     warps: int
     stages: int
     descriptor: bool = False  # loads by the bulk tensor copy engine (TMA)
-    specialize: bool = False  # warps split into loaders, products and epilogue (Blackwell)
     fold: int = 0  # warps whose rows repeat (see similarity_forward.fold_rows); 0 where threads hold rows otherwise
     registers: int = 0  # most a thread may use, 0 for no limit: 168 lets three blocks of 4 warps share a multiprocessor
     settle: bool = False  # a step ends with its products; else the last may run on beside the next step's loads

@@ -1,12 +1,14 @@
 """Goodness of the samples of many layers in one launch, and its gradient in another.
 
 Small layers leave a chip idle one at a time, and a launch costs more than their work. Sizes come from a table in
-device memory that depends on shapes alone, so it is made once for a list of shapes and kept: nothing is copied to the
-device in a step, and CUDA graphs can capture it. Addresses change with every step and are kernel arguments.
+device memory that depends on shapes alone, so it is made once for a list of shapes and kept for good: nothing is copied
+to the device in a step, and a captured CUDA graph, which holds its address, may be replayed whatever ran since.
+Addresses of layers change with every step and are kernel arguments.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,15 +55,20 @@ def plan(shapes: tuple[tuple[int, int, int], ...], firsts: tuple[int, ...], unit
     """The launch for layers of ``shapes`` (rows, width, row stride), results from rows ``firsts``."""
     order = sorted(range(len(shapes)), key=lambda i: -shapes[i][1])
     side, block, warps = cut([s[1] for s in shapes], [s[0] for s in shapes], config.family(device))
-    slots = next_power_of_2(len(shapes))
-    table = torch.zeros(5, slots, dtype=torch.int64)
-    table[0] = 1 << 62  # no tile reaches a slot without a layer
-    tile = 0
-    for slot, i in enumerate(order):
+    columns, tile = [], 0
+    for i in order:
         rows, width, stride = shapes[i]
-        table[:, slot] = torch.tensor([tile, rows, width // unit, stride // unit, firsts[i]])
+        columns.append((tile, rows, width // unit, stride // unit, firsts[i]))
         tile += cdiv(rows, side)
-    return Plan(tuple(order), table.to(device), tile, side, block, warps)
+    return Plan(tuple(order), _on_device(tuple(columns), device), tile, side, block, warps)
+
+
+@functools.cache  # not @planned, which forgets: a captured graph would read memory that is another's by then
+def _on_device(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    table = torch.zeros(5, next_power_of_2(len(columns)), dtype=torch.int64)
+    table[0] = 1 << 62  # no tile reaches a slot without a layer
+    table[:, : len(columns)] = torch.tensor(columns).T
+    return table.to(device)
 
 
 @triton.jit

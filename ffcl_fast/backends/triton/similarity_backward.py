@@ -207,7 +207,7 @@ def rows_kernel(x, y, x_vectors, y_vectors, x_ids, y_ids, x_ranges, y_ranges, sc
                 split_cols, x_stride, y_stride, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
                 DEPTH: tl.constexpr, UNIT: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
                 EXCLUDE: tl.constexpr, SIDES: tl.constexpr, SPLIT: tl.constexpr, GAIN: tl.constexpr,
-                SPECIALIZE: tl.constexpr, SETTLE: tl.constexpr, GRAIN: tl.constexpr, PIECE: tl.constexpr):
+                SETTLE: tl.constexpr, GRAIN: tl.constexpr, PIECE: tl.constexpr):
     row = tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1)
     scale_value = tl.load(scale).to(tl.float32)
@@ -215,7 +215,7 @@ def rows_kernel(x, y, x_vectors, y_vectors, x_ids, y_ids, x_ranges, y_ranges, sc
     xt = load_tile(x, row, 0, rows, x_stride, WIDTH, BLOCK_ROWS, DEPTH, UNIT, DESCRIPTOR)
     acc = tl.zeros((BLOCK_ROWS, DEPTH), dtype=tl.float32)
     begin = part * split_cols
-    for col in tl.range(begin, tl.minimum(cols, begin + split_cols), BLOCK_COLS, warp_specialize=SPECIALIZE):
+    for col in range(begin, tl.minimum(cols, begin + split_cols), BLOCK_COLS):
         yt = load_tile(y, col, 0, cols, y_stride, WIDTH, BLOCK_COLS, DEPTH, UNIT, DESCRIPTOR)
         t = dot(xt, yt.T, tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32), PRECISION) * s
         if needs_mask(row, col, rows, cols, x_ranges, y_ranges, EXCLUDE, BLOCK_ROWS, BLOCK_COLS, GRAIN):
@@ -272,7 +272,6 @@ def rows_constants(tile: Tile, width: int, element_unit: int, how: str, exclude:
         "SIDES": sides,
         "SPLIT": split,
         "GAIN": gain,
-        "SPECIALIZE": tile.specialize,
         "SETTLE": tile.settle,
         "GRAIN": tile.grain,
         "PIECE": min(32, tile.cols) if tile.registers else tile.cols,  # the ids of more do not fit under the limit

@@ -106,7 +106,7 @@ def sums_kernel(q, k, scale, row_ids, col_ids, row_ranges, col_ranges, norms, ro
                 BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr,
                 DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, EXCLUDE: tl.constexpr, BOTH: tl.constexpr,
                 CELLS: tl.constexpr, SPAN: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr,
-                PARTS: tl.constexpr, SPECIALIZE: tl.constexpr, GRAIN: tl.constexpr, IDS: tl.constexpr):
+                PARTS: tl.constexpr, GRAIN: tl.constexpr, IDS: tl.constexpr):
     side: tl.constexpr = SPAN * BLOCK_ROWS
     halved: tl.constexpr = CELLS == UPPER or CELLS == ON_DIAGONAL  # there are tiles below the diagonal
     first = row_begin // side
@@ -153,7 +153,7 @@ def sums_kernel(q, k, scale, row_ids, col_ids, row_ranges, col_ranges, norms, ro
             y = load_tile(k, at, 0, cols, k_stride, WIDTH, BLOCK_COLS, DEPTH, UNIT, DESCRIPTOR)
         if BOTH:
             col_sums = fold_rows(tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32), FOLD)
-        for i in tl.range(0, end, warp_specialize=SPECIALIZE):
+        for i in range(0, end):
             r = row + i * BLOCK_ROWS
             if WIDTH <= DEPTH:
                 x = load_tile(q, r, 0, rows, q_stride, WIDTH, BLOCK_ROWS, DEPTH, UNIT, DESCRIPTOR)
@@ -356,7 +356,6 @@ def sums_constants(tile: Tile, width: int, element_unit: int, how: str, parts: i
         "FOLD": tile.fold,
         "GROUP": tile.group,
         "PARTS": parts,
-        "SPECIALIZE": tile.specialize,
         "GRAIN": grain,
     }
 
