@@ -71,7 +71,8 @@ def adopt(folder: Path, path: Path) -> Path:
         "torch": found["torch"],
     }
     records = gpu_records(found["rows"], stamp, found.get("sources", {}))
-    return store.merge(folder, records, _device(found), {"torch": found["torch"]})
+    versions = {name: found[name] for name in ("torch", "triton") if found.get(name)}
+    return store.merge(folder, records, _device(found), versions)
 
 
 def _device(found: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ SOURCES = {
         "SigLIP": ("siglip",),
         "pair cosine": ("pair_cosine",),
         "ReLU + goodness + normalise": ("goodness",),
+        "goodness of many layers": ("goodness_many",),
         "pooling + goodness": ("pool_goodness",),
     },
     "cuda": {
@@ -34,6 +35,7 @@ SOURCES = {
         "similarity, gradients": ("similarity_sm80.cu", "similarity_sm90.cu"),
         "pair cosine": ("pair_cosine.cu",),
         "ReLU + goodness + normalise": ("goodness.cu",),
+        "goodness of many layers": ("goodness.cu",),
         "pooling + goodness": ("pool_goodness.cu",),
     },
 }
@@ -49,6 +51,7 @@ KERNELS = {
     "SigLIP": ("SigLIP", ("siglip",)),
     "pair cosine": ("pair cosine", ("pair_cosine",)),
     "ReLU + goodness + normalise": ("ReLU + goodness + normalise", ("goodness_normalize",)),
+    "goodness of many layers, one launch": ("goodness of many layers", ("layerwise",)),
     "pooling + goodness": ("pooling + goodness", ("pool_goodness", "pool_goodness_nhwc")),
 }
 

@@ -62,8 +62,9 @@ def gpu_table(all_results: list[Results]) -> str:
     if not gpus:
         return "\n".join([*lines, *(f"- {bar.what}: {NOT_MEASURED}" for bar in bars.GPU)])
     for results in gpus:
-        name = results["device"]["name"]
-        lines += [f"{name}, {_span(results)} (what the table calls changed: in its earlier form):", ""]
+        versions = "".join(f", {name} {version}" for name, version in results.get("versions", {}).items())
+        when = f"{results['device']['name']}{versions}; {_span(results)}"
+        lines += [f"{when} (what the table calls changed: in its earlier form):", ""]
         lines += [bars_table(results), ""]
     return "\n".join(lines).rstrip()
 
@@ -239,7 +240,7 @@ def readme_block(all_results: list[Results]) -> str:
         block = _cpu_block(results)
         whole = results is cpus[0]
         parts += block if whole else _folded(f"The same on {results['device']['name']}", "\n\n".join(block))
-    parts += _folded("The kernels that a GPU has run, and the GPU bars", gpu_table(all_results))
+    parts += _folded("Which kernels were measured on a GPU, and the GPU bars", gpu_table(all_results))
     return "\n\n".join(parts)
 
 

@@ -125,6 +125,21 @@ def test_a_second_derivative_is_refused(name):
         sum(x.sum() for x in gradients if x is not None).backward()
 
 
+# Of the embeddings or maps, whatever else is constant: PyTorch would take what it finds no way to for zero.
+@pytest.mark.parametrize(
+    ("name", "leaf"),
+    [(name, i) for name in LOSSES if name != "margin_sup_con" for i in every_loss.LEAVES[name] if i < 3],
+)
+def test_a_hessian_vector_product_is_refused(name, leaf):
+    leaves = [x.detach() for x in _leaves()]
+
+    def loss(x):
+        return LOSSES[name](*leaves[:leaf], x, *leaves[leaf + 1 :])
+
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.functional.hvp(loss, leaves[leaf], torch.ones_like(leaves[leaf]))
+
+
 RETAINED = {
     "siglip": lambda x, y: fn.siglip(x, y, 3.0, -1.0),
     "pair_cosine": lambda x, y: fn.pair_cosine(x, y, torch.ones(len(x))) * 5,

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import importlib.util
 import json
 import os
@@ -155,8 +154,9 @@ def machine() -> str:
     """The GPU and what drives it."""
     import torch
 
-    triton = importlib.util.find_spec("triton") and importlib.import_module("triton")
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {getattr(triton, '__version__', None)}"
+    from .gpu_measure import triton_version
+
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton_version()}"
 
 
 def previous(path: Path, now: str) -> dict:

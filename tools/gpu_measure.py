@@ -250,6 +250,14 @@ def commit() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
+def triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
 def stored(path: Path, of: dict) -> dict:
     """What an earlier, cut run of the same sources has measured on this machine: ``of`` tells what must be equal."""
     try:
@@ -309,6 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     same = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "triton": triton_version(),
         **({"commit": found} if (found := commit()) else {}),
         "sources": kernel_sources.digests(),
     }

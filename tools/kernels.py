@@ -203,6 +203,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     options = parser.parse_args(arguments)
+    try:
+        re.compile(options.only)
+    except re.error as error:
+        parser.error(f"--only: {options.only!r} is no regular expression: {error}")
     chips = options.chips.split(",")
     if unknown := set(chips) - set(TARGETS):
         parser.error(f"--chips: {', '.join(sorted(unknown))} is none of {', '.join(TARGETS)}")

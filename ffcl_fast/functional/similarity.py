@@ -168,8 +168,10 @@ def _spoilt_by(loss: Tensor, x: Tensor) -> Tensor:
 
 
 class _Refuse(torch.autograd.Function):
+    """x, whose derivative by anything, ``inputs`` among it, is an error."""
+
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, *inputs):
         return x.view_as(x)
 
     @staticmethod
@@ -178,7 +180,8 @@ class _Refuse(torch.autograd.Function):
 
 
 def differentiable_once(backward: Callable) -> Callable:
-    """As ``once_differentiable``, which lets gradients pass for constants where the incoming one is a constant."""
+    """As ``once_differentiable``, which lets gradients pass for constants where the incoming one is a constant: second
+    derivatives, those of PyTorch's hvp and hessian too, would be zero in silence."""
     once = once_differentiable(backward)
 
     def wrapper(ctx, *grads):
@@ -186,7 +189,8 @@ def differentiable_once(backward: Callable) -> Callable:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return outputs
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return tuple(None if x is None else _Refuse.apply(x.detach().requires_grad_()) for x in outputs)
+        inputs = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
+        return tuple(None if x is None else _Refuse.apply(x.detach().requires_grad_(), *inputs) for x in outputs)
 
     return wrapper
 
