@@ -16,13 +16,14 @@ EMULATED := $(addprefix tests/test_cuda_,similarity.py goodness.py alignment.py 
 SANITIZED := tests/test_sanitize.py
 PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: help train test test-triton test-cuda test-processes test-long sanitize fuzz mutate bench reproduce report check-report kernels gpu-check docs wheel check-wheel lint format clean distclean
+.PHONY: help train test test-triton test-ptx test-cuda test-processes test-long sanitize fuzz mutate bench reproduce report check-report kernels gpu-check docs wheel check-wheel lint format clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train [DATA=digits|pneumoniamnist|FOLDER] [ARGS='--seed 1']   the three FFCL stages"
 	@echo "make test  [ARGS='-k similarity']                                  the tests; the targets below have more"
 	@echo "make test-triton [ARGS='-k pool']                                  the Triton kernels under its interpreter"
+	@echo "make test-ptx                                                      the same on what is compiled for sm_90, on a model"
 	@echo "make test-cuda | test-processes                                    CUDA kernels on an emulator | real processes, faults"
 	@echo "make sanitize | mutate                                             native code under sanitizers | broken on purpose"
 	@echo "make fuzz [SECONDS=60] | test-long                                 arguments of any kind | what takes minutes"
@@ -82,6 +83,11 @@ test: $(VENV)/.test
 # Every Triton kernel under the interpreter, which must be chosen before triton is imported.
 test-triton: $(VENV)/.test
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS) tests/interpreter/*.py
+
+# The same tests on what Triton compiles for sm_90, run on tools/ptx's model of the machine.
+test-ptx: $(VENV)/.test
+	@env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -p tools.ptx.plugin \
+		$(ARGS) tests/interpreter/*.py
 
 # Pretraining, torchrun and its restarts, memory of the losses by number of processes: minutes on a free machine.
 test-processes: $(VENV)/.test
