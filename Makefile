@@ -23,7 +23,7 @@ help:
 	@echo "make train [DATA=digits|pneumoniamnist|FOLDER] [ARGS='--seed 1']   the three FFCL stages"
 	@echo "make test  [ARGS='-k similarity']                                  the tests; the targets below have more"
 	@echo "make test-triton [ARGS='-k pool']                                  the Triton kernels under its interpreter"
-	@echo "make test-ptx                                                      the same on what is compiled for sm_90, on a model"
+	@echo "make test-ptx [ARGS='--chip sm80']                                 the same on what is compiled for sm_90, on a model"
 	@echo "make test-cuda | test-processes                                    CUDA kernels on an emulator | real processes, faults"
 	@echo "make sanitize | mutate                                             native code under sanitizers | broken on purpose"
 	@echo "make fuzz [SECONDS=60] | test-long                                 arguments of any kind | what takes minutes"
@@ -84,7 +84,7 @@ test: $(VENV)/.test
 test-triton: $(VENV)/.test
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS) tests/interpreter/*.py
 
-# The same tests on what Triton compiles for sm_90, run on tools/ptx's model of the machine.
+# The same tests on what Triton compiles for sm_90 (or sm_80), run on tools/ptx's model of the machine.
 test-ptx: $(VENV)/.test
 	@env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -p tools.ptx.plugin \
 		$(ARGS) tests/interpreter/*.py

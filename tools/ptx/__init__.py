@@ -1,5 +1,5 @@
-"""Runs the PTX that Triton compiles for sm_90 on numpy, one block after the other, so that tests of the kernels
-exercise what the compiler made of them where there is no GPU: `make test-ptx`.
+"""Runs the PTX that Triton compiles for sm_90 or sm_80 on numpy, one block after the other, so that tests of the
+kernels exercise what the compiler made of them where there is no GPU: `make test-ptx`.
 
 Modelled: registers by width, divergent branches, barriers, the global memory of a launch's tensors (every access must
 lie in one of them, aligned), shared memory, cp.async, TMA loads and stores with their mbarriers, boxes and swizzles,

@@ -1,4 +1,4 @@
-"""Launches of the Triton backend for CPU tensors, compiled for sm_90 and run by the machine.
+"""Launches of the Triton backend for CPU tensors, compiled for sm_90 or sm_80 and run by the machine.
 
 Triton itself looks at the arguments, chooses what it has compiled and launches it: only its driver and what it holds
 for a compiled kernel are replaced.
@@ -26,8 +26,8 @@ from .grid import execute
 from .memory import GlobalMemory, TensorMap
 from .program import Program
 
-TARGET = GPUTarget("cuda", 90, 32)
-NOWHERE = (1 << 10) + 1  # the device that kernels are kept for: no GPU's
+CHIPS = {"sm90": GPUTarget("cuda", 90, 32), "sm80": GPUTarget("cuda", 80, 32)}  # what the machine knows all of
+NOWHERE = 1 << 10  # and the chip's number: the device that kernels are kept for, which is no GPU's
 LARGEST_TILE = 128  # rows and columns of a panel are whole tiles
 Grid = tuple[int, int, int]
 launches: collections.Counter = collections.Counter()  # by name of the kernel
@@ -89,18 +89,21 @@ def _tensor_map(value: TensorDescriptor, box: dict, memory: GlobalMemory) -> Ten
 
 
 class _Nowhere:
-    """Triton's driver of an H100 that is not there."""
+    """Triton's driver of a GPU that is not there."""
 
     utils = None
 
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
     def get_current_device(self) -> int:
-        return NOWHERE
+        return NOWHERE + self.target.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return TARGET
+        return self.target
 
 
 def _without_ptxas(*arguments) -> tuple[str, str] | None:
@@ -114,22 +117,22 @@ def _compiled(kernel: JITFunction, key: str, signature: dict, device: int, const
     with knobs.runtime.scope():
         knobs.runtime.add_stages_inspection_hook = _without_ptxas
         source = kernel.ASTSource(kernel, signature, constants, attributes)
-        found = kernel.compile(source, target=TARGET, options=options.__dict__)
+        found = kernel.compile(source, target=driver.active.get_current_target(), options=options.__dict__)
     kernel.device_caches[device][0][key] = ours = Kernel(kernel.fn.__name__, found, signature)
     return ours
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[None]:
-    """Launches of the Triton backend for CPU tensors run on the machine, with the tiles of an H100. TRITON_INTERPRET
-    must not have been set."""
+def installed(chip: str = "sm90") -> Iterator[None]:
+    """Launches of the Triton backend for CPU tensors run on the machine, with the tiles of one of CHIPS.
+    TRITON_INTERPRET must not have been set."""
     modules = [m for name, m in sys.modules.items() if name.startswith(launch.__package__ + ".")]
     side = config.panel_side
     changes = [
         (JITFunction, "_do_compile", _compiled),
         (backend, "unavailable", lambda op, x: None),
         (backend, "doubtful", lambda x: None),
-        (config, "family", lambda device: "sm90"),
+        (config, "family", lambda device: chip),
         (config, "precision", lambda x: "ieee"),
         (config, "panel_side", lambda x: max(side(x), LARGEST_TILE)),
         (config, "_stored", lambda device: {}),
@@ -138,7 +141,7 @@ def installed() -> Iterator[None]:
     ]
     before = [(where, name, getattr(where, name)) for where, name, _ in changes]
     active = driver._active
-    driver.set_active(_Nowhere())
+    driver.set_active(_Nowhere(CHIPS[chip]))
     launch.forget_plans()
     for where, name, value in changes:
         setattr(where, name, value)
