@@ -16,6 +16,7 @@ from typing import Any
 from .verdict import Results
 
 Digests = dict[str, dict[str, str]]  # by backend and kind of kernels
+Definitions = dict[str, ast.FunctionDef | ast.expr]  # of a module, by name
 NOT_YET = "not yet measured on a GPU"
 _ROOT = Path(__file__).resolve().parents[1]
 # What kernels are begun from: modules of ffcl_fast/backends/triton, files of csrc.
@@ -59,19 +60,19 @@ KERNELS = {
 @functools.cache
 def digests(root: Path = _ROOT) -> Digests:
     """A hash for each backend and kind of kernels, as SOURCES has them, of the checkout ``root``."""
-    code = {"triton": _triton, "cuda": _cuda}
+    modules = {path.stem: _definitions(path) for path in (root / "ffcl_fast/backends/triton").glob("*.py")}
+    code = {"triton": lambda files: _triton(modules, files), "cuda": lambda files: _cuda(root, files)}
     return {
         backend: {
-            kernels: hashlib.sha256("\n".join(sorted(code[backend](root, files))).encode()).hexdigest()[:12]
+            kernels: hashlib.sha256("\n".join(sorted(code[backend](files))).encode()).hexdigest()[:12]
             for kernels, files in groups.items()
         }
         for backend, groups in SOURCES.items()
     }
 
 
-def _triton(root: Path, modules: tuple[str, ...]) -> set[str]:
+def _triton(found: dict[str, Definitions], modules: tuple[str, ...]) -> set[str]:
     """The compiled functions of the modules, what they call and the constants that they name."""
-    found = {path.stem: _definitions(path) for path in (root / "ffcl_fast/backends/triton").glob("*.py")}
     waiting = [
         (module, name)
         for module in modules
@@ -108,9 +109,9 @@ def _structure(node: Any) -> str:
     return f"{type(node).__name__}({' '.join(fields)})"
 
 
-def _definitions(path: Path) -> dict[str, ast.FunctionDef | ast.expr]:
+def _definitions(path: Path) -> Definitions:
     """Triton's functions and the constants of a module, without docstrings."""
-    made: dict[str, ast.FunctionDef | ast.expr] = {}
+    made: Definitions = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
             if ast.get_docstring(node) is not None:

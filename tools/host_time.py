@@ -17,59 +17,29 @@ import collections
 import contextlib
 import dataclasses
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ffcl_fast.backends import triton as backend
-from ffcl_fast.backends.triton import config, gradient_panels, launch
+from ffcl_fast.backends.triton import config, gradient_panels
 
+from . import no_gpu
 from .gpu_measure import backward, passes
 from .gpu_workloads import WORKLOADS, Products, Workload
 
 ROWS = 64  # few: what PyTorch computes on them must not count
-NOWHERE = 1 << 10  # the device that kernels are kept for: no GPU's
 
 
-class Void:
-    """A driver of Triton for an H200 that is not there."""
-
-    utils = None
-
-    def get_current_device(self) -> int:
-        return NOWHERE
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
-class Unlaunched:
-    """What stands for a compiled kernel: it counts its launches, and keeps the arguments of the last."""
-
-    function, packed_metadata = 0, ()
+class Unlaunched(no_gpu.Kernel):
+    """It counts its launches, and keeps the arguments of the last."""
 
     def __init__(self, kernel: JITFunction, launches: collections.Counter):
         self.name, self.parameters, self.launches = kernel.fn.__name__, len(kernel.arg_names), launches
         self.arguments: tuple = ()
-
-    def launch_metadata(self, *_) -> None:
-        return None
-
-    def run(
-        self, x: int, y: int, z: int, stream: int, function: int, packed: tuple, metadata, enter, leave, *arguments
-    ):
-        """As Triton's own launch calls it."""
-        self[x, y, z](*arguments)
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
         def launch(*arguments) -> None:
@@ -86,42 +56,16 @@ def without_a_gpu() -> Iterator[collections.Counter]:
     """Launches of the Triton backend for CPU tensors count themselves, by name, and do nothing."""
     launches: collections.Counter = collections.Counter()
 
-    def compiled(kernel, key, signature, device, *_):
-        kernel.device_caches[device][0][key] = found = Unlaunched(kernel, launches)
-        return found
-
     def product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         launches["product"] += 1
 
     changes = (
-        (JITFunction, "_do_compile", compiled),
-        (backend, "unavailable", lambda op, x: None),
-        (config, "family", lambda device: "sm90"),
-        (config, "precision", lambda x: "ieee"),
         (config, "parts", lambda x: 128),
-        (config, "_stored", lambda device: {}),
         (gradient_panels, "add_product", product),
-        # By name, as each module has imported it.
-        *((m, "processors", lambda device: 132) for m in _modules() if hasattr(m, "processors")),
-        *((m, "rounding", lambda device: "hardware") for m in _modules() if hasattr(m, "rounding")),
+        *((m, "processors", lambda device: 132) for m in no_gpu.modules_with("processors")),
     )
-    before = [(where, name, getattr(where, name)) for where, name, _ in changes]
-    active = driver._active
-    driver.set_active(Void())
-    launch.forget_plans()
-    for where, name, value in changes:
-        setattr(where, name, value)
-    try:
+    with no_gpu.launching(lambda kernel, *_: Unlaunched(kernel, launches), "sm90", changes):
         yield launches
-    finally:
-        for where, name, value in before:
-            setattr(where, name, value)
-        driver._active = active
-        launch.forget_plans()
-
-
-def _modules() -> list:
-    return [m for name, m in sys.modules.items() if name.startswith(launch.__package__ + ".")]
 
 
 def small(workload: Workload) -> Workload:

@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+from .. import no_gpu
 from . import launch
 
 # About which backend runs what, of which the plugin changes the answers.
@@ -17,7 +18,7 @@ _installed = contextlib.ExitStack()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--chip", choices=tuple(launch.CHIPS), default="sm90", help="what to compile for")
+    parser.addoption("--chip", choices=tuple(no_gpu.CHIPS), default="sm90", help="what to compile for")
 
 
 def pytest_configure(config: pytest.Config) -> None:
