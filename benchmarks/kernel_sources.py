@@ -1,7 +1,7 @@
 """Which code a kernel is made of, as a hash: whether a stored GPU measurement is of the kernels that are here now.
 
 Comments, docstrings and what surrounds a kernel (tile shapes, launches) do not count; a kernel's own functions, all
-that they call and the constants that they name do.
+that they call and the constants that they name do. A CUDA file counts as a whole, of the headers what it uses.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from . import cpp_definitions
 from .verdict import Results
 
 Digests = dict[str, dict[str, str]]  # by backend and kind of kernels
@@ -124,17 +125,29 @@ def _definitions(path: Path) -> Definitions:
 
 
 def _cuda(root: Path, files: tuple[str, ...]) -> set[str]:
-    """The files and all that they include of ours, without comments and line ends."""
-    reached: dict[str, str] = {}
+    """The files, and what they use, directly or not, of what our headers define."""
+    reached: set[str] = set()
+    names: set[str] = set()
+    headers: dict[str, list[tuple[str, str]]] = {}
     waiting = list(files)
     while waiting:
-        name = waiting.pop()
-        path = root / "csrc" / name
-        if name not in reached and path.exists():
-            text = path.read_text(encoding="utf-8")
-            waiting += re.findall(r'#include "([^"]+)"', text)
-            reached[name] = " ".join(re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S).split())
-    return {f"{name}: {text}" for name, text in reached.items()}
+        path = root / "csrc" / waiting.pop()
+        if path.name in headers or not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        waiting += re.findall(r'#include "([^"]+)"', text)
+        headers[path.name] = [] if path.name in files else list(cpp_definitions.definitions(text))
+        if path.name in files:
+            whole = cpp_definitions.words(cpp_definitions.without_comments(text))
+            reached.add(f"{path.name}: {whole}")
+            names |= set(re.findall(r"\w+", whole))
+    defined = [(file, name, text) for file, chunks in headers.items() for name, text in chunks]
+    while True:
+        more = {f"{file}: {text}" for file, name, text in defined if not name or name in names} - reached
+        if not more:
+            return reached
+        reached |= more
+        names |= set(re.findall(r"\w+", " ".join(more)))
 
 
 def told(backend: str, family: str, hashes: Digests) -> dict[str, dict[str, str]]:

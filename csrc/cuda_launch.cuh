@@ -51,6 +51,18 @@ struct Pack {
   }
 };
 
+// To global memory that the kernel does not read (see store16_global).
+template <class T, int N>
+__device__ void store_global(const Pack<T, N>& p, T* to) {
+  if constexpr (sizeof(p.x) == 16) {
+    uint4 bits;
+    memcpy(&bits, &p.x, 16);
+    store16_global(to, bits);
+  } else {
+    p.store(to);
+  }
+}
+
 // NaN is not below zero, so it passes.
 __device__ inline float activation(float h, bool relu) { return relu && h < 0.f ? 0.f : h; }
 

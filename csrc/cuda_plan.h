@@ -62,20 +62,29 @@ struct PairPlan {
   Grid grid;
 };
 
+// The start of a block's shared memory: three sums of each of its warps, then of each block of the largest cluster.
+constexpr int PAIR_PART_BYTES = 3 * 4 * (GOODNESS_THREADS / 32 + 8);
+
 // packs: of `pack_bytes` in a sample of one tensor. `gradients`: without them nothing is kept.
 inline PairPlan plan_pair(int64_t rows, int packs, int pack_bytes, bool gradients, const Chip& chip) {
   PairPlan p;
-  const int64_t room = chip.shared - PART_BYTES, both = 2 * pack_bytes;
-  // A warp a sample while eight samples fit in a quarter of the room: a multiprocessor then has several blocks.
-  const bool narrow = packs <= 32 * 8 && 8 * both * packs <= room / 4;
+  const int64_t room = chip.shared - PAIR_PART_BYTES, both = 2 * pack_bytes;
+  // A warp a sample while three blocks of eight samples share a multiprocessor.
+  const bool narrow = packs <= 32 * 8 && 8 * both * packs <= room / 3;
   p.lanes = narrow ? 32 : GOODNESS_THREADS;
-  if (!narrow && gradients && chip.capability >= 90)
-    // Half of the room at most, so that two blocks share a multiprocessor; a cluster of more than 8 is not portable.
-    while (p.cluster < 8 && both * ceil_div(packs, p.cluster) > room / 2) p.cluster *= 2;
+  if (!narrow && chip.capability >= 90) {
+    // Half of the room at most, so that two blocks share a multiprocessor; and as many blocks, while a thread has two
+    // packs. A cluster of more than 8 is not portable.
+    const auto crowded = [&] { return gradients && both * ceil_div(packs, p.cluster) > room / 2; };
+    const auto idle = [&] {
+      return rows * p.cluster < 2 * chip.processors && packs / p.cluster >= 4 * GOODNESS_THREADS;
+    };
+    while (p.cluster < 8 && (crowded() || idle())) p.cluster *= 2;
+  }
   p.share = ceil_div(packs, p.cluster);
   if (gradients) p.kept = static_cast<int>(least<int64_t>(p.share, room / (narrow ? 8 * both : both)));
   const int samples = GOODNESS_THREADS / p.lanes;
-  p.grid = {ceil_div<int64_t>(rows, samples) * p.cluster, GOODNESS_THREADS, PART_BYTES + samples * p.kept * both,
+  p.grid = {ceil_div<int64_t>(rows, samples) * p.cluster, GOODNESS_THREADS, PAIR_PART_BYTES + samples * p.kept * both,
             p.cluster};
   return p;
 }

@@ -20,6 +20,15 @@ __device__ T masked(float h, float grad, bool relu) {
   return x;
 }
 
+// A pack from global to shared memory: in the background where it is 16 bytes.
+template <class T, int N>
+__device__ void keep(Pack<T, N>* to, const T* from) {
+  if constexpr (sizeof(*to) == 16)
+    copy16_async(to, from, true);
+  else
+    *to = Pack<T, N>::load(from);
+}
+
 // d1 = c0 a2 - c1 a1 and d2 = c0 a1 - c2 a2 of one pack; either may be null.
 template <class T, int N>
 __device__ void write_gradients(const Pack<T, N>& p1, const Pack<T, N>& p2, const float (&c)[3], bool relu, T* d1,
@@ -32,17 +41,61 @@ __device__ void write_gradients(const Pack<T, N>& p1, const Pack<T, N>& p2, cons
     g1.x[j] = masked<T>(h1, c[0] * a2 - c[1] * a1, relu);
     g2.x[j] = masked<T>(h2, c[0] * a1 - c[2] * a2, relu);
   }
-  if (d1) g1.store(d1);
-  if (d2) g2.store(d2);
+  if (d1) store_global(g1, d1);
+  if (d2) store_global(g2, d2);
 }
 
-// How it works: a warp, a block or a cluster of blocks has a sample. Its pair is read once, 16 bytes a thread and load,
-// summed on the way, and put into shared memory, where the same thread finds it again for the gradients: no thread
-// reads what another wrote but the three sums. In a cluster each block has a share of the sample, and the blocks read
-// each other's sums from shared memory. What shared memory cannot hold is read a second time.
-// Bound by memory: two reads, two writes.
+constexpr int BATCHES = 4;  // of copies to shared memory: the first is summed while the last is under way
+
+__device__ void wait_for_batch(int b) {
+  switch (b) {
+    case 0: return copies_wait<3>();
+    case 1: return copies_wait<2>();
+    case 2: return copies_wait<1>();
+    default: return copies_wait<0>();
+  }
+}
+
+// The three sums over all threads of a sample, in all of them and in one order. In a cluster every block writes its own
+// to all others' shared memory, so that none reads from another: `part` has PAIR_PART_BYTES.
+template <int LANES>
+__device__ void add_up(float (&sums)[3], float* part, int blocks, unsigned rank) {
+  constexpr int WARPS = GOODNESS_THREADS / 32;
+#pragma unroll
+  for (float& sum : sums) sum = warp_sum(sum);
+  if constexpr (LANES == 32) return;
+  auto gather = [&](const float* from, int count) {
+#pragma unroll
+    for (float& sum : sums) sum = 0.f;
+    for (int i = 0; i < count; ++i)
+#pragma unroll
+      for (int j = 0; j < 3; ++j) sums[j] += from[3 * i + j];
+  };
+  if (threadIdx.x % 32 == 0) {
+#pragma unroll
+    for (int j = 0; j < 3; ++j) part[threadIdx.x / 32 * 3 + j] = sums[j];
+  }
+  __syncthreads();
+  gather(part, WARPS);
+  if (blocks == 1) return;
+  float* shares = part + 3 * WARPS;  // of each block of the cluster
+  if (threadIdx.x < blocks) {
+    float* to = in_block(shares, threadIdx.x) + 3 * rank;
+#pragma unroll
+    for (int j = 0; j < 3; ++j) to[j] = sums[j];
+  }
+  cluster_meet();
+  gather(shares, blocks);
+}
+
+// How it works: a warp, a block or a cluster of blocks has a sample. All of its pair that shared memory holds is asked
+// for at once, 16 bytes a copy, and summed as it arrives; the same thread finds it there again for the gradients, so
+// that no thread reads what another wrote but the three sums. In a cluster each block has a share of the sample. What
+// shared memory cannot hold is read a second time.
+// Bound by memory: two reads, two writes. For 4.8 TB/s a multiprocessor needs some 30 KiB under way; loads by way of
+// registers left two a thread, 16 KiB.
 template <class T, int N, int LANES>
-__global__ void __launch_bounds__(GOODNESS_THREADS)
+__global__ void __launch_bounds__(GOODNESS_THREADS, LANES == 32 ? 3 : 2)
     pair_forward(Pair p, PairPlan plan, const T* h1, const T* h2, const float* target, float margin, float scale,
                  float* loss, float* coefficients, T* d1, T* d2) {
   using P = Pack<T, N>;
@@ -55,11 +108,22 @@ __global__ void __launch_bounds__(GOODNESS_THREADS)
   const int packs = p.dim / N;
   const int begin = least(packs, static_cast<int>(rank) * plan.share), end = least(packs, begin + plan.share);
   const int kept = least(end - begin, plan.kept);
-  float* part = warp_parts();
-  auto* kept_1 = reinterpret_cast<P*>(shared_memory() + PART_BYTES) + static_cast<int64_t>(slot) * 2 * plan.kept;
+  auto* kept_1 = reinterpret_cast<P*>(shared_memory() + PAIR_PART_BYTES) + static_cast<int64_t>(slot) * 2 * plan.kept;
   auto* kept_2 = kept_1 + plan.kept;
   h1 += row * p.stride_1 + static_cast<int64_t>(begin) * N;
   h2 += row * p.stride_2 + static_cast<int64_t>(begin) * N;
+
+  const int batch = ceil_div(kept, BATCHES * LANES) * LANES;  // packs
+#pragma unroll 1
+  for (int b = 0; b < BATCHES; ++b) {
+    for (int i = b * batch + lane; i < least(kept, (b + 1) * batch); i += LANES) {
+      keep(kept_1 + i, h1 + static_cast<int64_t>(i) * N);
+      keep(kept_2 + i, h2 + static_cast<int64_t>(i) * N);
+    }
+    copies_commit();
+  }
+  if (cluster) cluster_started();
+  const float sign = target[row];  // before the barriers: it takes as long as the copies
 
   float sums[3] = {0.f, 0.f, 0.f};
   auto add = [&](const P& p1, const P& p2) {
@@ -72,36 +136,19 @@ __global__ void __launch_bounds__(GOODNESS_THREADS)
     }
   };
 #pragma unroll 4
-  for (int i = lane; i < kept; i += LANES) {
-    const P p1 = P::load(h1 + static_cast<int64_t>(i) * N), p2 = P::load(h2 + static_cast<int64_t>(i) * N);
-    p1.store(reinterpret_cast<T*>(kept_1 + i));
-    p2.store(reinterpret_cast<T*>(kept_2 + i));
-    add(p1, p2);
-  }
-#pragma unroll 4
   for (int i = kept + lane; i < end - begin; i += LANES)
     add(P::load(h1 + static_cast<int64_t>(i) * N), P::load(h2 + static_cast<int64_t>(i) * N));
-#pragma unroll
-  for (float& sum : sums) sum = row_sum<LANES, GOODNESS_THREADS>(sum, part);
-  if (cluster) {
-    __syncthreads();  // everyone has read the last sum's parts
-    if (threadIdx.x == 0) {
-#pragma unroll
-      for (int i = 0; i < 3; ++i) part[i] = sums[i];
-    }
-    cluster_meet();
-#pragma unroll
-    for (float& sum : sums) sum = 0.f;
-    for (int block = 0; block < plan.cluster; ++block) {
-      const float* theirs = in_block(part, block);
-#pragma unroll
-      for (int i = 0; i < 3; ++i) sums[i] += theirs[i];
-    }
-    cluster_meet();  // no block ends while another reads its sums
+#pragma unroll 1  // the code is long enough
+  for (int b = 0; b < BATCHES; ++b) {
+    wait_for_batch(b);
+#pragma unroll 2
+    for (int i = b * batch + lane; i < least(kept, (b + 1) * batch); i += LANES)
+      add(P::load(reinterpret_cast<const T*>(kept_1 + i)), P::load(reinterpret_cast<const T*>(kept_2 + i)));
   }
+  add_up<LANES>(sums, reinterpret_cast<float*>(shared_memory()), plan.cluster, rank);
 
   const float m1 = sums[1] + static_cast<float>(PAIR_COSINE_EPS), m2 = sums[2] + static_cast<float>(PAIR_COSINE_EPS);
-  const float product = sqrtf(m1) * sqrtf(m2), cosine = sums[0] / product, sign = target[row];
+  const float product = sqrtf(m1) * sqrtf(m2), cosine = sums[0] / product;
   const float over = cosine - margin;
   const bool positive = sign == 1.f, negative = sign == -1.f;
   const float w = positive ? -1.f : negative && !(cosine <= margin) ? 1.f : 0.f;
@@ -118,6 +165,7 @@ __global__ void __launch_bounds__(GOODNESS_THREADS)
     const int64_t to = at + static_cast<int64_t>(i) * N;
     write_gradients<T, N>(p1, p2, scaled, p.relu, d1 ? d1 + to : nullptr, d2 ? d2 + to : nullptr);
   };
+#pragma unroll 2
   for (int i = lane; i < kept; i += LANES)
     write(P::load(reinterpret_cast<const T*>(kept_1 + i)), P::load(reinterpret_cast<const T*>(kept_2 + i)), i);
   for (int i = kept + lane; i < end - begin; i += LANES)
@@ -144,16 +192,20 @@ __global__ void __launch_bounds__(GOODNESS_THREADS)
   }
 }
 
-// How it works: a thread has a pack. Bound by memory, or nothing at all where the factor is 1.
+// How it works: every thread reads the factor, and leaves where it is 1: the gradients were right already. There are
+// only as many blocks as fill the chip, so that leaving takes no longer than a launch. Bound by memory, or nothing at
+// all.
 template <class T, int N>
 __global__ void __launch_bounds__(GOODNESS_THREADS) scale_kernel(T* x, int64_t packs, const float* factor) {
-  const int64_t i = blockIdx.x * static_cast<int64_t>(GOODNESS_THREADS) + threadIdx.x;
   const float by = *factor;
-  if (by == 1.f || i >= packs) return;
-  auto p = Pack<T, N>::load(x + i * N);
+  if (by == 1.f) return;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * GOODNESS_THREADS;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(GOODNESS_THREADS) + threadIdx.x; i < packs; i += threads) {
+    auto p = Pack<T, N>::load(x + i * N);
 #pragma unroll
-  for (int j = 0; j < N; ++j) assign(p.x[j], to_float(p.x[j]) * by);
-  p.store(x + i * N);
+    for (int j = 0; j < N; ++j) assign(p.x[j], to_float(p.x[j]) * by);
+    p.store(x + i * N);
+  }
 }
 
 bool sensible(const PairRows& g) { return g.rows >= 0 && g.dim > 0 && g.dim <= INT_MAX - GOODNESS_THREADS; }
@@ -213,14 +265,16 @@ int pair_cosine_backward_cuda(const PairRows& g, const float* coefficients, cons
 
 int scale_cuda(void* x, int64_t size, DType dtype, const float* factor, int device, void* stream) {
   if (size < 0) return bad_argument;
-  const OnDevice guard(device);
+  OnDevice guard(device);
+  const Chip chip = guard.chip();
   if (guard.error != cudaSuccess) return status_of(guard.error);
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int N = 16 / sizeof(T);
     const bool packed = size % N == 0 && aligned(x);
     const int64_t packs = packed ? size / N : size;
-    const Grid grid{ceil_div<int64_t>(packs, GOODNESS_THREADS), GOODNESS_THREADS, 0, 1};
+    const int64_t blocks = least<int64_t>(ceil_div<int64_t>(packs, GOODNESS_THREADS), 8 * chip.processors);
+    const Grid grid{blocks, GOODNESS_THREADS, 0, 1};
     return launch(packed ? scale_kernel<T, N> : scale_kernel<T, 1>, grid, stream, static_cast<T*>(x), packs, factor);
   });
 }

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(GOODNESS_THREADS)
       ++channel;
     }
   }
-  d.store(dh + sample * size + at);
+  store_global(d, dh + sample * size + at);
 }
 
 bool sensible(const PoolMaps& g) {

@@ -28,6 +28,11 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 }
 __device__ __forceinline__ uint4 load16(const void* from) { return *static_cast<const uint4*>(from); }
 __device__ __forceinline__ void store16(void* to, uint4 bits) { *static_cast<uint4*>(to) = bits; }
+// The same to global memory that the kernel does not read: always one instruction, where nvcc at times makes four.
+__device__ __forceinline__ void store16_global(void* to, uint4 bits) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x), "r"(bits.y),
+               "r"(bits.z), "r"(bits.w));
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -101,11 +106,17 @@ __device__ __forceinline__ void cluster_meet() {
   __syncthreads();
 #endif
 }
+// All blocks of the cluster are there, so that their shared memory may be written. Orders nothing, waits for no copies.
+__device__ __forceinline__ void cluster_started() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
 // The address, in block `rank` of the cluster, of what is at `p` in this block's shared memory.
 template <class T>
-__device__ __forceinline__ const T* in_block(const T* p, unsigned rank) {
+__device__ __forceinline__ T* in_block(T* p, unsigned rank) {
 #if __CUDA_ARCH__ >= 900
-  const T* there;
+  T* there;
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
   return there;
 #else

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from benchmark_cases import record_of, results_of, time_of
 
-from benchmarks import ablation_report, bars, kernel_sources, plots, report, store, trainer_tables
+from benchmarks import ablation_report, bars, cpp_definitions, kernel_sources, plots, report, store, trainer_tables
 from benchmarks.families import CLIP
 from benchmarks.kernel_sources import KERNELS, SOURCES
 from benchmarks.workloads import MEMORY, SIMILARITY, TIMED
@@ -135,7 +135,7 @@ def test_the_hash_of_kernels_is_of_their_code_and_of_what_it_uses(tmp_path):
         (triton / f"{module}.py").write_text("")
     kernel = "@triton.jit\ndef kernel(x):\n    tile = 1\n    return helper(x) * LIMIT + tile\n"
     tiles = "LIMIT = 3\n@triton.jit\ndef helper(x):\n    return x\n@triton.jit\ndef tile(x):\n    return x\n"
-    (csrc / "goodness.cu").write_text('#include "rows.cuh"\nint f() { return 1; }\n')
+    (csrc / "goodness.cu").write_text('#include "rows.cuh"\nint f() { return g(); }\n')
 
     def hashes(kernel=kernel, tiles=tiles, rows="int g();\n"):
         (triton / "siglip.py").write_text(kernel)
@@ -149,13 +149,52 @@ def test_the_hash_of_kernels_is_of_their_code_and_of_what_it_uses(tmp_path):
     # Comments, docstrings, what is no kernel, and a function that only has a local variable's name.
     assert hashes("import torch  # why\n" + kernel.replace("tile = 1", '"""What."""\n    tile = 1  # one')) == first
     assert hashes(tiles=tiles.replace("def tile(x):\n    return x", "def tile(x):\n    return -x")) == first
-    assert hashes(rows="// why\nint  g();\n") == first
+    assert hashes(rows="// why\nint  g();\nint unused() { return 1; }\n") == first
     for changed in (kernel.replace("* LIMIT", "/ LIMIT"),):
         assert hashes(changed)[0] != first[0]
     for changed in (tiles.replace("LIMIT = 3", "LIMIT = 4"), tiles.replace("return x", "return -x", 1)):
         assert hashes(tiles=changed)[0] != first[0]
     assert hashes(rows="int g(int);\n")[1] != first[1]
+    by_another = "template <class T>\nstruct S { T x; };\nint g() { return S<int>().x; }\n"
+    assert hashes(rows=by_another)[1] != hashes(rows=by_another.replace("T x;", "T x = 0;"))[1]
     kernel_sources.digests.cache_clear()
+
+
+def test_definitions_of_a_header():
+    header = """
+#pragma once
+#include "a.h"
+#ifdef __CUDACC__
+#define HD __host__ \\
+           __device__
+#endif
+namespace ffcl {
+namespace {
+struct Chip { int a = 0; void f() { if (a) {} } };  // {
+template <class T, int (*F)(int) = nullptr>
+HD T most(T a, T b) { return a > b ? a : b; }
+template <>
+__global__ void __launch_bounds__(256, 2) kernel(int* x) {
+#if __CUDA_ARCH__ >= 900
+  x[0] = 1; /* ; } */
+#endif
+}
+using Row = float[4];
+constexpr int SIZE = 3, LIST[] = {1, 2};
+int later(int n = 3);
+extern int count;
+}  // namespace
+static_assert(SIZE == 3);
+}
+"""
+    found = list(cpp_definitions.definitions(header))
+    names = ["HD", "Chip", "most", "kernel", "Row", "SIZE", "later", "count", "static_assert"]
+    assert [name for name, _ in found] == names
+    texts = dict(found)
+    assert texts["Chip"] == "struct Chip { int a = 0; void f() { if (a) {} } }"
+    assert texts["HD"] == "#define HD __host__ \\ __device__"
+    assert "#if __CUDA_ARCH__ >= 900 x[0] = 1; #endif }" in texts["kernel"]
+    assert texts["SIZE"] == "constexpr int SIZE = 3, LIST[] = {1, 2}"
 
 
 @pytest.mark.parametrize("text", ("", "{", "[]", '{"schema": 99}'))

@@ -77,13 +77,14 @@ def test_more_layers_than_a_launch_takes(emulated):  # noqa: F811
     torch.testing.assert_close(ours, reference.goodness_many(h, False, False))
 
 
-# (capability, shared memory, width, where the pair is): each way the plan has.
+# (capability, processors, shared memory, width, where the pair is): each way the plan has.
 PAIRS = (
-    (80, 163 << 10, 100, "a warp's share of shared memory"),
-    (80, 163 << 10, 4000, "a block's shared memory"),
-    (80, 4 << 10, 4000, "partly read twice"),
-    (90, 8 << 10, 3000, "a cluster's shared memory"),
-    (90, 3 << 10, 6007, "a cluster's, partly read twice"),
+    (80, 2, 163 << 10, 100, "a warp's share of shared memory"),
+    (80, 2, 163 << 10, 4000, "a block's shared memory"),
+    (80, 2, 4 << 10, 4000, "partly read twice"),
+    (90, 2, 8 << 10, 3000, "a cluster's shared memory"),
+    (90, 2, 3 << 10, 6007, "a cluster's, partly read twice"),
+    (90, 132, 227 << 10, 9000, "a cluster's, since samples are few"),
 )
 
 
@@ -92,9 +93,9 @@ MARGIN = 0.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("capability, shared, width, where", PAIRS, ids=[p[3] for p in PAIRS])
-def test_pair_cosine(capability, shared, width, where, dtype, emulated, guarded):  # noqa: F811
-    use(emulated, capability, shared=shared)
+@pytest.mark.parametrize("capability, processors, shared, width, where", PAIRS, ids=[p[4] for p in PAIRS])
+def test_pair_cosine(capability, processors, shared, width, where, dtype, emulated, guarded):  # noqa: F811
+    use(emulated, capability, processors, shared)
     rows = 9 if width < 1000 else 3
     for relu, pad, needed in ((True, 8, (True, True)), (False, 3, (True, False))):
         h1, h2 = (inside_nan(activations(rows, width, dtype=dtype), pad) for _ in range(2))
@@ -106,6 +107,7 @@ def test_pair_cosine(capability, shared, width, where, dtype, emulated, guarded)
     grads = coefficients, torch.randn(rows)
     compare(reference.pair_cosine_backward, (h1, h2, *grads), True, True, False, factor=3.0)
     compare(reference.pair_cosine_forward, tensors, MARGIN, True, 0.5, False, False, factor=3.0, terms=(MARGIN / 2,))
+    assert (emulated.largest_cluster() > 1) == ("cluster" in where)
 
 
 def test_code_of_an_older_chip_uses_no_clusters(emulated):  # noqa: F811

@@ -9,6 +9,7 @@ from tools import cuda_kernels
 PREFIX = "_ZN4ffcl51_GLOBAL__N__e456faeb_18_similarity_sm90_cu_b9d2067c"
 SUMS = f"{PREFIX}6sums90I13__nv_bfloat16EEvNS_8SumsArgsE14CUtensorMap_stS4_"
 ROWS = f"{PREFIX}9over_rowsINS0_8BackwardE6__halfLi8ELi32EJPKfPfEEEvNS0_5ShapeEPKT0_DpT3_"
+PAIR = f"{PREFIX}12pair_forwardI6__halfLi8ELi256EEEvNS0_4PairENS_8PairPlanEPKT_S7_PKfffPfSA_PS5_SB_"
 USAGE = "  REG:168 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:800 TEXTURE:0"
 GOOD = "HGMMA.64x128x16.F32 UTMALDG.2D.MULTICAST UTMALDG.2D USETMAXREG.DEALLOC"
 
@@ -57,6 +58,8 @@ def test_a_good_kernel():
         (SUMS, USAGE, GOOD + " STL.64 LDL", "2 spills"),
         (SUMS, USAGE.replace("STACK:0", "STACK:16"), GOOD, "16 stack"),
         (ROWS, USAGE, "LDG.E.64 STG.E.128", "no 16-byte loads"),
+        (PAIR, USAGE, "LDG.E.128 STG.E STG.E.128", "no 16-byte copies"),
+        (ROWS, USAGE, "LDG.E.128 STG.E STG.E.64 STG.E.128", "2 stores of less than 16 bytes, of at most 1"),
     ),
 )
 def test_problems(symbol, usage, sass, problem):

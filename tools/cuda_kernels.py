@@ -3,10 +3,10 @@
     python -m tools.cuda_kernels [--module FILE] [--only REGEX] [--json FILE]
 
 Prints a table: registers, stack, spills, and the instructions each kernel was written for. Exit status 1 where a kernel
-spills or has a stack, where one that should load 16 bytes at a time does not, where the tensor-core kernels lack their
-matrix instruction (HMMA, on sm_90a HGMMA) or their loads (cp.async, on sm_90a TMA with multicast), and where a kernel
-or a whole architecture that the module was built for is not there. Needs the module built with nvcc, and Triton's
-package for cuobjdump.
+spills or has a stack, where one that should load or store 16 bytes at a time does not, where the tensor-core kernels
+lack their matrix instruction (HMMA, on sm_90a HGMMA) or their loads (cp.async, on sm_90a TMA with multicast), and where
+a kernel or a whole architecture that the module was built for is not there. Needs the module built with nvcc, and
+Triton's package for cuobjdump.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-# What the machine code of a kernel must hold. "128" stands for 16-byte loads and is asked only of kernels cut into
-# packs of 16 bytes, the rest always.
+# What the machine code of a kernel must hold. The names in PACKED are asked only of kernels cut into packs of 16 bytes,
+# the rest always.
 EXPECTED = {
     "over_rows": ("128",),
     "many_rows": ("128",),
-    "pair_forward": ("128",),
+    "pair_forward": ("128", "copies"),
     "pair_backward": ("128",),
     "scale_kernel": ("128",),
     "pool_warp": ("128",),
@@ -40,7 +40,15 @@ EXPECTED = {
     "sums90": (r"HGMMA", r"UTMALDG\.2D\.MULTICAST", r"USETMAXREG"),
     "panel90": (r"HGMMA", r"UTMALDG\.2D\.MULTICAST", r"USETMAXREG", r"STG\.E\.128"),
 }
-WIDE_LOAD = r"\bLDG(?:\.E)?[.\w]*\.128"
+PACKED = {
+    "128": ("no 16-byte loads", r"\bLDG(?:\.E)?[.\w]*\.128"),
+    "copies": ("no 16-byte copies", r"\bLDGSTS\.E\.BYPASS\.128"),
+}
+# Stores of less than 16 bytes that kernels cut into packs may have: the one number or the few of a row. nvcc makes four
+# of one store where it cannot tell that they do not overlap others.
+NARROW_STORES = {"over_rows": 1, "many_rows": 2, "pair_forward": 4, "pair_backward": 0, "scale_kernel": 0,
+                 "pool_backward": 0}  # fmt: skip
+NARROW_STORE = r"\bSTG\.E(?![.\w]*\.128)"
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SHOWN = re.compile(r"\b(HGMMA|HMMA|UTMALDG\.2D\.MULTICAST|LDGSTS\.E\.BYPASS\.128|LDG\.E\.128|STG\.E\.128)")
 
@@ -86,13 +94,17 @@ def row_of(chip: str, symbol: str, usage: str, sass: str) -> dict | None:
     counts = collections.Counter(match[1] for match in SHOWN.finditer(sass))
     row["instructions"] = " ".join(f"{count} {what}" for what, count in sorted(counts.items()))
     problems = [f"{row[what]} {what}" for what in ("spills", "stack") if row[what]]
+    packed = not numbers or numbers[0] * SIZES[dtype] == 16
     for wanted in EXPECTED[name]:
-        if wanted == "128":
-            packed = not numbers or numbers[0] * SIZES[dtype] == 16
-            if packed and not re.search(WIDE_LOAD, sass):
-                problems.append("no 16-byte loads")
+        if wanted in PACKED:
+            problem, pattern = PACKED[wanted]
+            if packed and not re.search(pattern, sass):
+                problems.append(problem)
         elif not re.search(wanted, sass):
             problems.append("no " + wanted.replace("\\", ""))
+    narrow = len(re.findall(NARROW_STORE, sass))
+    if packed and narrow > NARROW_STORES.get(name, narrow):
+        problems.append(f"{narrow} stores of less than 16 bytes, of at most {NARROW_STORES[name]}")
     return row | ({"problem": ", ".join(problems)} if problems else {})
 
 

@@ -21,6 +21,7 @@ inline void store16(void* to, uint4 bits) {
   emulated::require_aligned(to, 16);
   std::memcpy(to, &bits, 16);
 }
+inline void store16_global(void* to, uint4 bits) { store16(to, bits); }
 
 inline void copy16_async(void* to, const void* from, bool valid) {
   emulated::require_aligned(to, 16);
@@ -104,11 +105,12 @@ inline void cluster_meet() {
   emulated::Cluster& cluster = *self->block->cluster;
   cluster.barrier.arrive_and_wait(cluster.blocks.size() * blockDim.x);
 }
+inline void cluster_started() { cluster_meet(); }
 template <class T>
-const T* in_block(const T* p, unsigned rank) {
+T* in_block(T* p, unsigned rank) {
   const auto* at = reinterpret_cast<const unsigned char*>(p);
   if (!self->block->owns(at)) emulated::fail("mapa of an address outside shared memory");
-  return reinterpret_cast<const T*>(self->block->cluster->blocks[rank]->shared + (at - self->block->shared));
+  return reinterpret_cast<T*>(self->block->cluster->blocks[rank]->shared + (at - self->block->shared));
 }
 
 // An address as instructions see it: bytes from the start of the block's shared memory.
@@ -157,7 +159,7 @@ inline void barrier_arrive(uint64_t* b) {
   emulated::pause();
 }
 inline void barrier_arrive(uint64_t* b, unsigned rank) {
-  counting(const_cast<uint64_t*>(in_block(b, rank)))->arrive();
+  counting(in_block(b, rank))->arrive();
   emulated::pause();
 }
 inline bool barrier_passed(uint64_t* b, int parity) {
