@@ -60,5 +60,7 @@ GOODNESS = [
     ),
     *_each("goodness_normalize", [(65536, d) for d in (512, 1024, 2048, 4096)], {}),
     *_each("layerwise", [(256,), (1024,), (8192,)], {}),
+    *_each("unit_rows", [(65536, 512)], {}),
+    *_each("linear_goodness", [(32768, 2048, 2048)], _BF16),
 ]
 QUESTIONS: tuple[Sizes, ...] = (SIMILARITY, WIDE, RAGGED, SMALL, SCALING, GOODNESS)

@@ -31,6 +31,8 @@ SOURCES = {
         "ReLU + goodness + normalise": ("goodness",),
         "goodness of many layers": ("goodness_many",),
         "pooling + goodness": ("pool_goodness",),
+        "linear + ReLU + goodness": ("linear_goodness",),
+        "L2-normalisation": ("normalize",),
     },
     "cuda": {
         "similarity, normalisers": ("similarity_sm80.cu", "similarity_sm90.cu"),
@@ -55,6 +57,8 @@ KERNELS = {
     "ReLU + goodness + normalise": ("ReLU + goodness + normalise", ("goodness_normalize",)),
     "goodness of many layers, one launch": ("goodness of many layers", ("layerwise",)),
     "pooling + goodness": ("pooling + goodness", ("pool_goodness", "pool_goodness_nhwc")),
+    "linear + ReLU + goodness, activation not stored": ("linear + ReLU + goodness", ("linear_goodness",)),
+    "L2-normalisation": ("L2-normalisation", ("unit_rows", "nt_xent")),
 }
 
 

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 import ffcl_fast as ff
-from ffcl_fast.functional import pool_goodness
+from ffcl_fast.functional import linear_goodness, pool_goodness
+from ffcl_fast.functional.similarity import normalized
 
 from . import families
-from .families import CLIP, PAIR_COSINE, SUP_CON, copy, elements, fewer, ours
+from .families import CLIP, PAIR_COSINE, SUP_CON, copy, elements, fewer, ours, product
+from .gpu_rivals import product_8192
 from .provider import Family, Function, Inputs, Provider, Shape
 
 # --- SupCon: shape (2N, D); other numbers of classes, and rows without a positive ------------------------------------
@@ -211,10 +213,75 @@ LAYERWISE = Family(
     check=fewer(256),
 )
 
+# --- one kernel each beside Forward-Forward's: shape (N, D); (N, H, D) for a layer of H units on D inputs ------------
+
+
+def _rows(shape: Shape, random: Generator) -> Inputs:
+    return {name: torch.randn(shape, generator=random, device=random.device) for name in ("x", "grad_out")}
+
+
+def _our_unit_rows(backend: str) -> Function:
+    return lambda x: normalized(x["x"], x["x"].dtype, backend=backend)
+
+
+UNIT_ROWS = Family(
+    name="unit_rows",
+    title="L2-normalisation",
+    inputs=_rows,
+    leaves=("x",),
+    providers={name: p for name, p in ours(_our_unit_rows).items() if name in ("triton", "panels", "reference")}
+    | {
+        "cpu": Provider("ours", "ffcl_fast, plain PyTorch", lambda: _our_unit_rows("cpu"), devices=("cpu",)),
+        "eager": Provider("rival", "torch.nn.functional.normalize", lambda: lambda x: F.normalize(x["x"], dim=1)),
+        "copy": copy("x"),
+    },
+    units=0,
+    unit_flops=elements(0),
+    useful_bytes=elements(5),  # x read and the rows written, then they and their gradient read and x's written
+    ceiling_bytes=elements(2),
+    quick=(12, 40),
+    check=fewer(512),
+    upstream=lambda x: (x["grad_out"],),
+)
+
+
+def _layer(shape: Shape, random: Generator) -> Inputs:
+    n, units, d = shape
+    sizes = {"x": (n, d), "weight": (units, d), "grad_goodness": (n,)}
+    return {name: torch.randn(size, generator=random, device=random.device) for name, size in sizes.items()}
+
+
+def _our_linear_goodness(backend: str) -> Function:
+    return lambda x: linear_goodness(x["x"], x["weight"], relu=True, backend=backend)
+
+
+def _eager_linear_goodness(x: Inputs) -> Tensor:
+    return F.linear(x["x"], x["weight"]).relu().float().square().sum(1)
+
+
+LINEAR_GOODNESS = Family(
+    name="linear_goodness",
+    title="Linear layer + ReLU + goodness, activation not stored",
+    inputs=_layer,
+    leaves=("x", "weight"),
+    providers={name: p for name, p in ours(_our_linear_goodness).items() if name != "cuda"}
+    | {
+        "eager": Provider("rival", "plain PyTorch", lambda: _eager_linear_goodness),
+        "product": product("x", "weight"),
+        "product 8192": product_8192(),
+    },
+    units=4,  # the layer's product twice, the gradients of its inputs and of its weight
+    forward_units=1,
+    unit_flops=lambda shape: 2.0 * math.prod(shape),
+    quick=(12, 20, 24),
+    check=lambda shape: (min(shape[0], 512), *shape[1:]),
+    upstream=lambda x: (x["grad_goodness"],),
+)
+
 FAMILIES: dict[str, Family] = families.FAMILIES | NUMERICS | {
     family.name: family
     for family in (
         SUP_CON_1000, SUP_CON_N, SUP_CON_LONELY, channels_last(PAIR_COSINE), POOL_GOODNESS,
-        channels_last(POOL_GOODNESS), LAYERWISE,
+        channels_last(POOL_GOODNESS), LAYERWISE, UNIT_ROWS, LINEAR_GOODNESS,
     )
 }  # fmt: skip

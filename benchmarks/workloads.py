@@ -139,6 +139,8 @@ GOODNESS = [
     *_list("goodness_normalize", (4096, 2048), (8192, 1024), (2048, 4096)),
     *_list("goodness_normalize", (65536, 512), brief=False),
     *_list("layerwise", (256,), (2048,), (8192,)),
+    *_list("unit_rows", (8192, 512)),
+    *_list("linear_goodness", (4096, 1024, 784)),
 ]
 BF16 = [
     *_list("nt_xent", (1024, 512), (8192, 256), chosen=("cpu", "cpu-bf16", "lightly-bf16")),

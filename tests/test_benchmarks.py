@@ -181,7 +181,8 @@ def test_what_another_machine_measured_is_filed_under_its_own_name(tmp_path, cap
     measured = {"device": "Made up", "torch": "2.14", "product_tflops": 1.0, "copy_gbytes": 1.0,
                 "commit": "abc1234", "when": "2026-11-26T05:00Z",
                 "sources": {"triton": {"similarity, normalisers": "1a", "SigLIP": "2b"}, "cuda": {}}}  # fmt: skip
-    (tmp_path / "gpu.json").write_text(json.dumps(measured | {"rows": [clip, cosine, queue]}))
+    layer = {"key": "linear goodness 64x32x16", "name": "linear goodness", "rows": 64, "width": 16, "triton": both}
+    (tmp_path / "gpu.json").write_text(json.dumps(measured | {"rows": [clip, cosine, queue, layer]}))
 
     for path in (theirs, tmp_path / "gpu.json"):
         assert report.main(["--results", str(tmp_path / "here"), "--merge", str(path)]) == 0
@@ -190,7 +191,8 @@ def test_what_another_machine_measured_is_filed_under_its_own_name(tmp_path, cap
     found = store.load(own.parent / "gpu-made-up.json")
     assert found["device"]["name"] == "Made up" and found["versions"]["torch"] == "2.14"
     times = {(r["workload"], r["provider"]): r["time"] for r in found["records"]}
-    assert len(times) == 7 and times["clip-64x8", "triton"] == record["time"]
+    assert len(times) == 8 and times["clip-64x8", "triton"] == record["time"]
+    assert times["linear_goodness-64x32x16", "triton"]["tflops"] == pytest.approx(4 * 2 * 64 * 32 * 16 / 0.016 / 1e12)
     time = times["clip-65536x512", "triton"]
     assert (time["seconds"], time["forward_seconds"]) == (0.016, 0.004)
     assert (time["device_seconds"], time["forward_device_seconds"]) == (0.008, 0.002)
