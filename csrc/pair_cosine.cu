@@ -184,11 +184,21 @@ __global__ void __launch_bounds__(GOODNESS_THREADS)
   for (int i = 0; i < 3; ++i) c[i] = grad[row] * coefficients[3 * row + i];
   h1 += row * p.stride_1;
   h2 += row * p.stride_2;
-#pragma unroll 2
-  for (int i = threadIdx.x % lanes; i < p.dim / N; i += lanes) {
-    const int64_t from = static_cast<int64_t>(i) * N, to = row * p.dim + from;
-    write_gradients<T, N>(Pack<T, N>::load(h1 + from), Pack<T, N>::load(h2 + from), c, p.relu, d1 ? d1 + to : nullptr,
-                          d2 ? d2 + to : nullptr);
+  constexpr int AHEAD = 2;  // packs of each tensor that a thread has under way
+  const int packs = p.dim / N;
+  for (int i = threadIdx.x % lanes; i < packs; i += AHEAD * lanes) {
+    Pack<T, N> p1[AHEAD], p2[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      const int64_t from = static_cast<int64_t>(i + k * lanes) * N;
+      if (i + k * lanes < packs) p1[k] = Pack<T, N>::load(h1 + from), p2[k] = Pack<T, N>::load(h2 + from);
+    }
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      const int64_t to = row * p.dim + static_cast<int64_t>(i + k * lanes) * N;
+      if (i + k * lanes < packs)
+        write_gradients<T, N>(p1[k], p2[k], c, p.relu, d1 ? d1 + to : nullptr, d2 ? d2 + to : nullptr);
+    }
   }
 }
 
@@ -208,7 +218,7 @@ __global__ void __launch_bounds__(GOODNESS_THREADS) scale_kernel(T* x, int64_t p
   }
 }
 
-bool sensible(const PairRows& g) { return g.rows >= 0 && g.dim > 0 && g.dim <= INT_MAX - GOODNESS_THREADS; }
+bool sensible(const PairRows& g) { return g.rows >= 0 && g.dim > 0 && g.dim <= INT_MAX / 2; }
 
 bool wide(const PairRows& g, int n, const void* d1, const void* d2) {
   return g.dim % n == 0 && g.stride_1 % n == 0 && g.stride_2 % n == 0 && aligned(g.h1) && aligned(g.h2) &&

@@ -59,6 +59,8 @@ __global__ void __launch_bounds__(STAGED_CHANNELS) pool_staged(Map m, PoolPlan p
   pooled[sample * m.channels + first + channel] = sum / m.positions;
 }
 
+constexpr int AHEAD = 4;  // loads of a thread that are under way; the compiler, which does not know the step, had one
+
 // How it works: threads side by side have neighbouring packs of channels, groups of them every so many positions; the
 // groups' sums meet in shared memory. Bound by memory: one read.
 template <class T, int N>
@@ -71,11 +73,18 @@ __global__ void __launch_bounds__(GOODNESS_THREADS) pool_last(Map m, PoolPlan pl
   float sums[N] = {};
   if (used) {
     h += sample * m.stride + static_cast<int64_t>(pack) * N;
-#pragma unroll 4
-    for (int i = group; i < m.positions; i += groups) {
-      const auto p = Pack<T, N>::load(h + static_cast<int64_t>(i) * m.channels);
+    for (int i = group; i < m.positions; i += AHEAD * groups) {
+      Pack<T, N> p[AHEAD];
 #pragma unroll
-      for (int j = 0; j < N; ++j) sums[j] += activation(to_float(p.x[j]), m.relu);
+      for (int k = 0; k < AHEAD; ++k)
+        if (i + k * groups < m.positions)
+          p[k] = Pack<T, N>::load(h + static_cast<int64_t>(i + k * groups) * m.channels);
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k) {
+        if (i + k * groups >= m.positions) break;
+#pragma unroll
+        for (int j = 0; j < N; ++j) sums[j] += activation(to_float(p[k].x[j]), m.relu);
+      }
     }
   }
   float* shares = reinterpret_cast<float*>(shared_memory());  // (N, groups, across)
