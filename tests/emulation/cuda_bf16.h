@@ -9,7 +9,7 @@ struct __nv_bfloat16 {
   uint16_t bits;
 };
 
-inline float __bfloat162float(__nv_bfloat16 x) {
+__attribute__((always_inline)) inline float __bfloat162float(__nv_bfloat16 x) {
   const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
   float f;
   std::memcpy(&f, &wide, 4);

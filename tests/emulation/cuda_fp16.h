@@ -10,7 +10,7 @@ struct __half {
   uint16_t bits;
 };
 
-inline float __half2float(__half x) {
+__attribute__((always_inline)) inline float __half2float(__half x) {
   const int exponent = (x.bits >> 10) & 31, mantissa = x.bits & 1023;
   float size;
   if (exponent == 31)

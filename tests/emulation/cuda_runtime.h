@@ -17,8 +17,8 @@
 #define __grid_constant__
 #define __align__(n) alignas(n)
 
-#define threadIdx (emulated::self->index)
-#define blockIdx (emulated::self->block->index)
+#define threadIdx (emulated::thread_index())
+#define blockIdx (emulated::block_index())
 static const emulated::Index &blockDim = emulated::block_size, &gridDim = emulated::grid;
 
 struct alignas(16) uint4 {
@@ -129,10 +129,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 
 inline void __syncthreads() {
-  emulated::self->block->barriers[0].arrive_and_wait(blockDim.x * blockDim.y * blockDim.z);
+  const emulated::races::Quiet quiet;
+  emulated::self->block->barriers[0].arrive_and_wait(blockDim.x * blockDim.y * blockDim.z, true);
 }
 // Whether one thread of the block has an `x` that is not 0.
 inline int __syncthreads_or(int x) {
+  const emulated::races::Quiet quiet;
   auto& any = emulated::self->block->any;
   any |= x != 0;
   __syncthreads();
@@ -142,10 +144,14 @@ inline int __syncthreads_or(int x) {
   __syncthreads();
   return result;
 }
-inline void __syncwarp() { emulated::self->warp().barrier.arrive_and_wait(emulated::self->lanes()); }
+inline void __syncwarp() {
+  const emulated::races::Quiet quiet;
+  emulated::self->warp().barrier.arrive_and_wait(emulated::self->lanes(), true);
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
+  const emulated::races::Quiet quiet;
   const unsigned from = emulated::self->lane() ^ static_cast<unsigned>(mask);
   return emulated::exchange(x, [&](auto lane) { return lane(from); });
 }

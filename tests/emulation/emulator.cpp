@@ -22,7 +22,10 @@ const Warp* held = nullptr;  // a warp that does not go on while anything else m
 std::vector<std::unique_ptr<char[]>> stacks;
 
 void trampoline() {
+  races::quiet = false;
   (*kernel)();
+  races::quiet = true;
+  if (--self->block->running == 0) races::block_ended(*self->block);
   self->done = true;
   progress();
   swapcontext(&self->context, &scheduler);
@@ -42,6 +45,11 @@ void poison(unsigned char* memory, size_t size) { std::memset(memory, 0xff, size
 void run_cluster(const Launch& launch, unsigned first) {
   const unsigned size = launch.block.x * launch.block.y * launch.block.z;
   Cluster cluster;
+  cluster.pitch = (launch.shared / 1024 + 2) * 1024;
+  cluster.storage = std::make_unique<unsigned char[]>((launch.cluster + 1) * cluster.pitch);
+  cluster.arena =
+      reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(cluster.storage.get()) + 1023) / 1024 * 1024);
+  poison(cluster.arena, launch.cluster * cluster.pitch);
   std::vector<Thread> threads(static_cast<size_t>(size) * launch.cluster);
   for (unsigned rank = 0; rank < launch.cluster; ++rank) {
     auto block = std::make_unique<Block>();
@@ -51,10 +59,8 @@ void run_cluster(const Launch& launch, unsigned first) {
     block->rank = rank;
     block->cluster = &cluster;
     block->shared_size = launch.shared;
-    block->storage = std::make_unique<unsigned char[]>(launch.shared + 2048);
-    block->shared = reinterpret_cast<unsigned char*>(
-        (reinterpret_cast<uintptr_t>(block->storage.get()) + 1023) / 1024 * 1024);
-    poison(block->storage.get(), launch.shared + 2048);
+    block->shared = cluster.arena + rank * cluster.pitch;
+    block->running = size;
     block->warps.resize((size + 31) / 32);
     for (unsigned t = 0; t < size; ++t) {
       Thread& thread = threads[rank * size + t];
@@ -69,6 +75,8 @@ void run_cluster(const Launch& launch, unsigned first) {
   while (stacks.size() < threads.size()) stacks.push_back(std::make_unique<char[]>(STACK));
   for (size_t i = 0; i < threads.size(); ++i) start(threads[i], stacks[i].get());
 
+  races::begin_cluster(cluster, threads);
+
   std::vector<Thread*> alive;
   for (Thread& thread : threads) alive.push_back(&thread);
   held = nullptr;
@@ -78,6 +86,7 @@ void run_cluster(const Launch& launch, unsigned first) {
     for (Thread* thread : alive) {
       if (thread->done || &thread->warp() == held) continue;
       self = thread;
+      races::run_on(thread->context.uc_stack.ss_sp, STACK);
       swapcontext(&scheduler, &thread->context);
       if (!failure.empty()) throw std::runtime_error(failure);
     }
@@ -97,8 +106,8 @@ void run_cluster(const Launch& launch, unsigned first) {
   for (const auto& block : cluster.blocks) {
     for (const Barrier& barrier : block->barriers)
       if (!barrier.idle()) throw std::runtime_error("a block ended with threads missing at a barrier");
-    for (size_t i = block->shared - block->storage.get() + launch.shared; i < launch.shared + 2048; ++i)
-      if (block->storage[i] != 0xff) throw std::runtime_error("written past the end of shared memory");
+    for (size_t i = launch.shared; i < cluster.pitch; ++i)
+      if (block->shared[i] != 0xff) throw std::runtime_error("written past the end of shared memory");
   }
   if (!cluster.pending.empty()) throw std::runtime_error("a cluster ended before its bulk copies");
 }
@@ -121,11 +130,15 @@ void pause() {
 
 void fail(const std::string& what) {
   failure = what;
+  races::quiet = true;
   for (;;) swapcontext(&self->context, &scheduler);
 }
 
+void set_order(unsigned seed) { order.seed(seed); }
+
 void run(const Launch& launch, const std::function<void()>& body) {
   failure.clear();
+  races::begin_launch(&launch);
   kernel = &body;
   grid = launch.grid;
   block_size = launch.block;

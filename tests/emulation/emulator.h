@@ -3,8 +3,8 @@
 //
 // It is made to find mistakes, not to be fast. The order of the threads is random. Shared memory starts as NaN.
 // What the hardware does asynchronously (cp.async, TMA, wgmma) is done as late as the program's waits allow, so that a
-// missing wait reads poison. Threads that wait for each other for ever, misaligned vector accesses and barriers that a
-// block leaves behind are errors. Blocks of different clusters run one after the other.
+// missing wait reads poison. Threads that wait for each other for ever, misaligned vector accesses, barriers that a
+// block leaves behind and races (races.h) are errors. Blocks of different clusters run one after the other.
 #pragma once
 
 #include <ucontext.h>
@@ -17,6 +17,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "races.h"
 
 namespace emulated {
 
@@ -36,11 +38,19 @@ void wait_until(Condition holds) {
 
 [[noreturn]] void fail(const std::string& what);
 
+extern Thread* self;  // the thread that runs
+extern Index grid, block_size;
+
 class Barrier {
  public:
-  void arrive_and_wait(unsigned expected) {
+  // `orders`: what its threads did before comes before what they do after.
+  void arrive_and_wait(unsigned expected, bool orders) {
+    const races::Quiet quiet;
     const unsigned mine = generation_;
+    if (orders) meeting_.push_back(self);
     if (++arrived_ == expected) {
+      races::meet(meeting_);
+      meeting_.clear();
       arrived_ = 0;
       ++generation_;
       progress();
@@ -52,6 +62,7 @@ class Barrier {
 
  private:
   unsigned arrived_ = 0, generation_ = 0;
+  std::vector<Thread*> meeting_;
 };
 
 struct Warp {
@@ -64,19 +75,22 @@ struct Block {
   Index index;
   unsigned rank = 0;  // in its cluster
   struct Cluster* cluster = nullptr;
-  std::unique_ptr<unsigned char[]> storage;
   unsigned char* shared = nullptr;
   size_t shared_size = 0;
+  unsigned running = 0;  // threads
   std::vector<Warp> warps;
   std::vector<Barrier> groups;  // the four warps that issue one wgmma
   Barrier barriers[16];  // 0 is __syncthreads
   bool any = false;  // of __syncthreads_or
 
-  bool owns(const void* p) const { return p >= shared && p < shared + shared_size; }
+  FFCL_UNWATCHED bool owns(const void* p) const { return p >= shared && p < shared + shared_size; }
 };
 
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
+  std::unique_ptr<unsigned char[]> storage;
+  unsigned char* arena = nullptr;  // the blocks' shared memory, `pitch` bytes apart
+  size_t pitch = 0;
   Barrier barrier;
   std::deque<std::function<void()>> pending;  // bulk copies under way
 };
@@ -88,15 +102,14 @@ struct Thread {
   std::vector<std::function<void()>> copies;               // cp.async since the last commit
   std::deque<std::vector<std::function<void()>>> batches;  // committed, not yet waited for
   ucontext_t context;
+  races::Clock clock;
+  bool started = false;  // it knows that all blocks of the cluster have
   bool done = false;
 
   Warp& warp() const { return block->warps[linear / 32]; }
   unsigned lane() const { return linear % 32; }
   unsigned lanes() const { return warp().lanes; }
 };
-
-extern Thread* self;  // the thread that runs
-extern Index grid, block_size;
 
 struct Launch {
   Index grid, block;
@@ -107,7 +120,12 @@ struct Launch {
 // Runs `body` once for every thread of the grid. Throws std::runtime_error on the errors above.
 void run(const Launch&, const std::function<void()>& body);
 
-inline void require_aligned(const void* p, size_t bytes) {
+void set_order(unsigned seed);  // of the threads, from now on
+
+FFCL_UNWATCHED inline Index thread_index() { return self->index; }
+FFCL_UNWATCHED inline Index block_index() { return self->block->index; }
+
+FFCL_UNWATCHED inline void require_aligned(const void* p, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail("misaligned access of " + std::to_string(bytes) + " bytes");
 }
 
@@ -115,15 +133,16 @@ inline void require_aligned(const void* p, size_t bytes) {
 template <class T, class Use>
 auto exchange(const T& mine, Use use) {
   static_assert(sizeof(T) <= sizeof(Warp::slots[0]));
+  const races::Quiet quiet;
   Warp& warp = self->warp();
   std::memcpy(warp.slots[self->lane()], &mine, sizeof(T));
-  warp.barrier.arrive_and_wait(warp.lanes);
+  warp.barrier.arrive_and_wait(warp.lanes, false);
   auto result = use([&](unsigned lane) {
     T other;
     std::memcpy(&other, warp.slots[lane], sizeof(T));
     return other;
   });
-  warp.barrier.arrive_and_wait(warp.lanes);
+  warp.barrier.arrive_and_wait(warp.lanes, false);
   return result;
 }
 

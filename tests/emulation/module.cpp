@@ -1,7 +1,9 @@
 // The Python module _emulated: the entry points of csrc/bindings_*_cuda.cpp over the emulator, and the device to emulate.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cuda_runtime.h"
+#include "races_kernels.h"
 #include "similarity_plan.h"
 
 namespace emulated {
@@ -30,5 +32,9 @@ PYBIND11_MODULE(_emulated, m) {
   m.def("largest_cluster", [] { return emulated::largest_cluster; }, "Blocks of the largest cluster on this device.");
   m.def("set_sums_workspace", [](int64_t bytes) { ffcl::sums_workspace_limit = bytes; });
   m.def("fail_after", [](long good) { emulated::good_launches = good; }, "One launch fails, after so many good ones.");
+  m.def("set_order", &emulated::set_order, "Threads run in the order that belongs to this seed from now on.");
+  m.def("race_names", &ffcl::race_names, "Kernels with a race each.");
+  m.def("run_race", &ffcl::run_race, pybind11::arg("name"), pybind11::arg("mended"),
+        "One of them, or its mended twin.");
   m.def("launches", [] { return emulated::launches; }, "Kernels launched so far.");
 }

@@ -1,0 +1,57 @@
+"""tests/emulation/races.cpp: it finds every race of tests/emulation/races_kernels.cu, and none where they are mended."""
+
+from __future__ import annotations
+
+import pytest
+from emulated import emulated_module  # noqa: F401
+
+SEEDS = range(8)  # orders of the threads
+
+# What is told of each kernel, whatever the order. Where two threads only miss each other, either may be the first.
+PLAIN = r"race in byte \d+ of block [0-3]'s shared memory: (read|write) of thread .* before it (read|write) of thread "
+COPIES = r"race in .*: .*(read|write) of thread .* before it write by cp.async|write by cp.async .* before it read of "
+BULK = r"race in .*(write by TMA .* before it read of thread|read of thread .* before it write by TMA)"
+GLOBAL = r"race in global memory at 0x\w+: (read|write) of thread \d+ of block \d \(.*before it (read|write) of thread"
+KERNELS = {
+    "no_barrier_before_a_read": PLAIN,
+    "no_barrier_before_the_next_write": PLAIN,
+    "a_barrier_of_half_the_threads": PLAIN,
+    "nothing_within_a_warp": PLAIN,
+    "a_shuffle_for_a_fence": PLAIN,
+    "ldmatrix_without_a_barrier": PLAIN,
+    "two_threads_store_the_same_half_word": PLAIN,
+    "copies_that_only_another_warp_waits_for": COPIES,
+    "a_wait_after_the_barrier": COPIES,
+    "a_stage_of_copies_filled_while_it_is_read": COPIES,
+    "a_place_refilled_before_all_gave_it_back": BULK,
+    "given_back_before_it_is_read": BULK,
+    "a_bulk_copy_that_nobody_waits_for": BULK,
+    "a_barrier_that_may_not_be_initialised": r"race in .*|at a barrier that was not initialised",
+    "an_operand_replaced_before_its_product_is_done": r"race in .*: write by TMA .* before it read by wgmma",
+    "an_operand_that_a_thread_wrote": r"no proxy fence in byte 4 of .* read by wgmma .* before it write of thread 200 ",
+    "blocks_of_a_cluster_meet_each_for_itself": PLAIN,
+    "a_block_ends_while_the_other_reads": r"a block ended that may not have seen the end of .*|a block that has ended",
+    "a_block_that_may_not_have_started": r"shared memory of a block that may not have started",
+    "two_blocks_write_one_address": GLOBAL,
+    "a_block_reads_what_another_wrote": GLOBAL,
+    "a_block_writes_what_another_read": GLOBAL,
+}
+
+
+def test_no_kernel_is_forgotten(emulated_module):  # noqa: F811
+    assert set(emulated_module.race_names()) == set(KERNELS)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_race_is_found_in_any_order_and_nothing_where_it_is_mended(name, emulated_module):  # noqa: F811
+    for seed in SEEDS:
+        emulated_module.set_order(seed)
+        with pytest.raises(RuntimeError, match=KERNELS[name]):
+            emulated_module.run_race(name, mended=False)
+        emulated_module.set_order(seed)
+        emulated_module.run_race(name, mended=True)
+
+
+def test_the_lines_of_both_accesses_are_told(emulated_module):  # noqa: F811
+    with pytest.raises(RuntimeError, match=r"\(races_kernels.cu:\d+.*before it .*\(races_kernels.cu:\d+"):
+        emulated_module.run_race("a_place_refilled_before_all_gave_it_back", mended=False)
