@@ -64,7 +64,8 @@ def copy_sources() -> None:
     ).stdout.splitlines()
     for name in listed:
         source, target = ROOT / name, COPY / name
-        if name.startswith(("docs/", "benchmarks/")) or not source.is_file():
+        is_result = name.startswith(("docs/", "benchmarks/")) and not name.endswith(".py")
+        if is_result or not source.is_file():
             continue
         if not target.exists() or source.read_bytes() != target.read_bytes():
             target.parent.mkdir(parents=True, exist_ok=True)

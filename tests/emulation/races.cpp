@@ -47,6 +47,7 @@ Page* page = nullptr;
 std::unordered_map<const void*, CountingClock> barriers;
 std::map<unsigned, uint32_t> groups;  // actors of warpgroups
 uintptr_t stack = 0, stack_size = 0, host_stack = 0;
+constexpr uintptr_t ARGUMENTS = 1 << 17;  // bytes of the host's stack that have a launch's arguments
 
 void raise(Times& to, uint32_t actor, uint32_t time) {
   if (actor >= to.size()) to.resize(std::max(actors, actor + 1));
@@ -156,13 +157,15 @@ void touch(Cell& cell, const Access& now, uintptr_t at, bool keep) {
   if (!known && (now.write || (now.bytes & ~elsewhere))) cell.push_back(now);
 }
 
-Cell* cell_of(uintptr_t at) {
+Cell* cell_of(uintptr_t at, const Access& now) {
   const uintptr_t offset = at - reinterpret_cast<uintptr_t>(cluster->arena);
   if (offset < cluster->blocks.size() * cluster->pitch) {
     const size_t rank = offset / cluster->pitch;
     if (rank != self->block->rank) {
-      if (!self->started) fail("shared memory of a block that may not have started");
-      if (!cluster->blocks[rank]->running) fail("shared memory of a block that has ended");
+      const char* wrong = !self->started                    ? "may not have started"
+                          : !cluster->blocks[rank]->running ? "has ended"
+                                                            : nullptr;
+      if (wrong) fail("shared memory of a block that " + (wrong + (": " + described(now))));
     }
     return &shared[offset / CELL];
   }
@@ -178,7 +181,7 @@ void touch(const void* p, size_t bytes, Access now, bool keep = true) {
   for (uintptr_t at = begin / CELL * CELL; at < end; at += CELL) {
     const unsigned first = begin > at ? begin - at : 0, last = std::min<uintptr_t>(end - at, CELL);
     now.bytes = ((1u << last) - 1) & ~((1u << first) - 1);
-    touch(*cell_of(at), now, at, keep);
+    touch(*cell_of(at, now), now, at, keep);
   }
 }
 
@@ -209,7 +212,7 @@ Quiet::Quiet() : before_(quiet) { quiet = true; }
 Quiet::~Quiet() { quiet = before_; }
 
 void begin_launch(const void* here) {
-  host_stack = reinterpret_cast<uintptr_t>(here) - (1 << 20);
+  host_stack = reinterpret_cast<uintptr_t>(here) - ARGUMENTS / 2;
   global.clear();
   page_at = cluster_number = 0;
 }
@@ -256,7 +259,7 @@ void block_ended(const Block& block) {
 void accessed(const void* p, size_t bytes, bool write, const void* where) {
   const auto at = reinterpret_cast<uintptr_t>(p);
   if (quiet || at - stack < stack_size) return;
-  if (at - host_stack < 2 << 20) return;  // a launch's arguments
+  if (at - host_stack < ARGUMENTS) return;
   touch(p, bytes, of_thread(write, where));
 }
 void read(const void* p, size_t bytes) { touch(p, bytes, of_thread(false, __builtin_return_address(0))); }
