@@ -1,9 +1,14 @@
-"""tests/emulation/races.cpp: it finds every race of tests/emulation/races_kernels.cu, and none where they are mended."""
+"""tests/emulation/races.cpp finds every race of tests/emulation/races_kernels.cu, and none where they are mended."""
 
 from __future__ import annotations
 
 import pytest
-from emulated import emulated_module  # noqa: F401
+import torch
+from emulated import emulated, emulated_module, use  # noqa: F401
+from similarity_cases import problem
+from test_cuda_similarity import compare
+
+from ffcl_fast import ops
 
 SEEDS = range(8)  # orders of the threads
 
@@ -30,6 +35,7 @@ KERNELS = {
     "an_operand_replaced_before_its_product_is_done": r"race in .*: write by TMA .* before it read by wgmma",
     "an_operand_that_a_thread_wrote": r"no proxy fence in byte 4 of .* read by wgmma .* before it write of thread 200 ",
     "blocks_of_a_cluster_meet_each_for_itself": PLAIN,
+    "blocks_that_only_know_of_each_other": PLAIN,
     "a_block_ends_while_the_other_reads": r"a block ended that may not have seen the end of .*|a block that has ended",
     "a_block_that_may_not_have_started": r"shared memory of a block that may not have started",
     "two_blocks_write_one_address": GLOBAL,
@@ -55,3 +61,11 @@ def test_a_race_is_found_in_any_order_and_nothing_where_it_is_mended(name, emula
 def test_the_lines_of_both_accesses_are_told(emulated_module):  # noqa: F811
     with pytest.raises(RuntimeError, match=r"\(races_kernels.cu:\d+.*before it .*\(races_kernels.cu:\d+"):
         emulated_module.run_race("a_place_refilled_before_all_gave_it_back", mended=False)
+
+
+def test_columns_of_one_tile(emulated):  # noqa: F811
+    """A group without a tile in a column closes it and the next one with nothing between that would order the two."""
+    use(emulated, 90, processors=2)
+    cut = emulated.sums_plan(1100, 1000, False, True, 2)
+    assert cut["span"] == 4 and 0 < 1100 % cut["side"] <= 128
+    compare(*problem(1100, 1000, 24, torch.bfloat16, ops.EXCLUDE_NONE, False))

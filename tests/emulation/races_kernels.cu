@@ -230,6 +230,17 @@ __global__ void blocks_of_a_cluster_meet_each_for_itself(Case c) {
   cluster_meet();
 }
 
+__global__ void blocks_that_only_know_of_each_other(Case c) {
+  const Memory m;
+  m.numbers[threadIdx.x] = 1.f;
+  if (c.mended)
+    cluster_meet();
+  else
+    cluster_started();
+  store(c, in_block(m.numbers, 1 - cluster_rank())[threadIdx.x]);
+  cluster_meet();
+}
+
 __global__ void a_block_ends_while_the_other_reads(Case c) {
   const Memory m;
   m.numbers[threadIdx.x] = 1.f;
@@ -240,8 +251,8 @@ __global__ void a_block_ends_while_the_other_reads(Case c) {
 
 __global__ void a_block_that_may_not_have_started(Case c) {
   const Memory m;
-  if (c.mended) cluster_meet();
-  const_cast<float*>(in_block(m.numbers, 1 - cluster_rank()))[threadIdx.x] = 1.f;
+  if (c.mended) cluster_started();
+  in_block(m.numbers, 1 - cluster_rank())[threadIdx.x] = 1.f;
   cluster_meet();
 }
 
@@ -279,6 +290,7 @@ const std::pair<const char*, void (*)(Case)> cases[] = {
     FFCL_CASE(an_operand_replaced_before_its_product_is_done),
     FFCL_CASE(an_operand_that_a_thread_wrote),
     FFCL_CASE(blocks_of_a_cluster_meet_each_for_itself),
+    FFCL_CASE(blocks_that_only_know_of_each_other),
     FFCL_CASE(a_block_ends_while_the_other_reads),
     FFCL_CASE(a_block_that_may_not_have_started),
     FFCL_CASE(two_blocks_write_one_address),

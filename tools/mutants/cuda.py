@@ -127,6 +127,14 @@ MUTANTS = (
     ),
     Mutant(
         "cuda",
+        "a column's shares are written over before the last column's are added",
+        "csrc/similarity_sm90.cu",
+        "+ at + thread] = sum;\n        }\n        meet(1 + group, 128);",
+        "+ at + thread] = sum;\n        }",
+        "tests/test_cuda_races.py -k one_tile",
+    ),
+    Mutant(
+        "cuda",
         "a stage is filled again while others read it",
         "csrc/similarity_sm80.cu",
         "    __syncthreads();  // the stage has arrived for all, and all are done with the one that is filled next\n",
