@@ -49,7 +49,7 @@ class Barrier {
     const unsigned mine = generation_;
     if (orders) meeting_.push_back(self);
     if (++arrived_ == expected) {
-      races::meet(meeting_);
+      if (orders) races::meet(meeting_);
       meeting_.clear();
       arrived_ = 0;
       ++generation_;

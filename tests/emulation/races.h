@@ -6,6 +6,9 @@
 // warpgroup, the bulk copies that a barrier counts. Such a piece is after what its thread did before it, and before
 // what follows a wait for it. __shfl_sync, ldmatrix, mma and the like order nothing. Blocks of different clusters are
 // never ordered, though they run one after the other here.
+//
+// What it cannot see: registers that products under way write (the emulator does those as late as it can), and a race
+// on a path that the threads did not take. There are no atomics and no proxy fences to know of: csrc/ has none.
 #pragma once
 
 #include <cstddef>
