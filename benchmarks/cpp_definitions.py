@@ -5,16 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
-_TRANSPARENT = re.compile(r'\s*(?:inline\s+)?(?:namespace\b[\w:\s]*|extern\s+"C"\s*)')
+_LITERAL = r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\''
+_LITERALS = re.compile(_LITERAL)
+_COMMENT_OR_LITERAL = re.compile(rf"//[^\n]*|/\*.*?\*/|({_LITERAL})", re.S)
+_TRANSPARENT = re.compile(r'\s*(?:inline\s+)?(?:namespace\b[\w:\s]*|extern\s+"_*"\s*)')
+_DIRECTIVE = re.compile(r"(?:\\\n|[^\n])*")
 _ATTRIBUTE = re.compile(r"\b__\w+__(?:\([^()]*\))?|\[\[[^\]]*\]\]")
-_TYPE = re.compile(r"\s*(?:typedef\s+)?(?:struct|class|union|enum(?:\s+class)?)\s+(?:alignas\([^()]*\)\s*)?(\w+)")
-_ALIAS = re.compile(r"\s*using\s+(\w+)\s*=")
-_OTHER = re.compile(r"(\w+)\s*[({=\[;]")  # a function's or a variable's name is what stands before these first
+_ENUM = re.compile(r"\s*enum\b")
+_TYPE = re.compile(r"\s*(?:struct|class|union)\s+(\w+)\s*[{:;]")
+_FUNCTION = re.compile(r"[^(={;]*?(\w+)\s*\(")  # what stands before the first parenthesis
+_UNSURE = re.compile(r"\boperator\b|\btemplate\s*<\s*>|\b(?:alignas|decltype|__attribute__)\s*\(")
+_ALWAYS = ("",)  # names of what is not understood: it counts as used
 
 
 def without_comments(text: str) -> str:
-    return _COMMENT.sub("", text)
+    return _COMMENT_OR_LITERAL.sub(lambda found: found[1] or "", text)
 
 
 def words(text: str) -> str:
@@ -22,20 +27,26 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-def definitions(text: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of every definition, declaration and macro outside others, without comments; "" for a name that is
-    not understood. Conditions of the preprocessor outside definitions are left out."""
+def definitions(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(names, text) of every definition, declaration and macro outside others, without comments; ("",) for the names of
+    what is not understood. Conditions of the preprocessor outside definitions are left out.
+
+    Raises ValueError where braces do not match.
+    """
     text = without_comments(text)
+    scanned = _LITERALS.sub(lambda found: f'"{"_" * (len(found[0]) - 2)}"', text)
     start = depth = at = 0
     while at < len(text):
-        char = text[at]
-        if depth == 0 and char == "#":
-            line = re.compile(r"(?:\\\n|[^\n])*").match(text, at)
+        char = scanned[at]
+        if char == "#" and depth == 0:
+            line = _DIRECTIVE.match(text, at)
             if macro := re.match(r"#\s*define\s+(\w+)", line[0]):
-                yield macro[1], words(line[0])
-            start = at = line.end()
+                yield (macro[1],), words(line[0])
+            at = line.end()
+            if not text[start : line.start()].strip(" \t\n;"):
+                start = at  # else a definition goes on behind it
             continue
-        if char == "{" and depth == 0 and _TRANSPARENT.fullmatch(text, start, at):
+        if char == "{" and depth == 0 and _TRANSPARENT.fullmatch(scanned, start, at):
             start = at + 1
         elif char in "{(":
             depth += 1
@@ -43,22 +54,32 @@ def definitions(text: str) -> Iterator[tuple[str, str]]:
             start = at + 1
         elif char in "})":
             depth -= 1
-        if depth == 0 and (char == ";" or (char == "}" and start <= at)):
+        if depth == 0 and start <= at and char in ";}":
             if chunk := words(text[start : at + 1]).removeprefix(";").strip():
-                yield _name(chunk), chunk
+                yield _names(chunk), chunk
             start = at + 1
         at += 1
+    if depth:
+        raise ValueError("braces or parentheses do not match, or are cut by the preprocessor")
 
 
-def _name(chunk: str) -> str:
+def _names(chunk: str) -> tuple[str, ...]:
+    if _UNSURE.search(chunk.partition("{")[0]):
+        return _ALWAYS
     head = _ATTRIBUTE.sub("", chunk)
     while head.startswith("template"):
         head = _after_brackets(head)
-    for pattern in (_TYPE, _ALIAS):
+    if _ENUM.match(head):
+        return tuple(re.findall(r"\w+", head))  # its name and what it enumerates
+    for pattern in (_TYPE, _FUNCTION):
         if found := pattern.match(head):
-            return found[1]
-    found = _OTHER.search(head)
-    return found[1] if found else ""
+            return (found[1],)
+    if head.startswith(("struct ", "class ", "union ")):
+        return _ALWAYS
+    # A variable, several of them, or another name for a type: the last word before each initialiser.
+    plain = re.sub(r"=[^,;]*", "", re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", head.rstrip(";")))
+    declared = plain.removeprefix("using ").split(",")
+    return tuple(found[-1] for part in declared if (found := re.findall(r"\w+", part))) or _ALWAYS
 
 
 def _after_brackets(head: str) -> str:

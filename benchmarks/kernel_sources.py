@@ -132,7 +132,7 @@ def _cuda(root: Path, files: tuple[str, ...]) -> set[str]:
     """The files, and what they use, directly or not, of what our headers define."""
     reached: set[str] = set()
     names: set[str] = set()
-    headers: dict[str, list[tuple[str, str]]] = {}
+    headers: dict[str, list[tuple[tuple[str, ...], str]]] = {}
     waiting = list(files)
     while waiting:
         path = root / "csrc" / waiting.pop()
@@ -145,9 +145,9 @@ def _cuda(root: Path, files: tuple[str, ...]) -> set[str]:
             whole = cpp_definitions.words(cpp_definitions.without_comments(text))
             reached.add(f"{path.name}: {whole}")
             names |= set(re.findall(r"\w+", whole))
-    defined = [(file, name, text) for file, chunks in headers.items() for name, text in chunks]
+    defined = [(file, found, text) for file, chunks in headers.items() for found, text in chunks]
     while True:
-        more = {f"{file}: {text}" for file, name, text in defined if not name or name in names} - reached
+        more = {f"{file}: {text}" for file, found, text in defined if found == ("",) or names & set(found)} - reached
         if not more:
             return reached
         reached |= more

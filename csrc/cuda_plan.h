@@ -68,25 +68,33 @@ constexpr int PAIR_PART_BYTES = 3 * 4 * (GOODNESS_THREADS / 32 + 8);
 // packs: of `pack_bytes` in a sample of one tensor. `gradients`: without them nothing is kept.
 inline PairPlan plan_pair(int64_t rows, int packs, int pack_bytes, bool gradients, const Chip& chip) {
   PairPlan p;
-  const int64_t room = chip.shared - PAIR_PART_BYTES, both = 2 * pack_bytes;
+  const int64_t both = 2 * pack_bytes;
+  // What a block has for samples where so many share a multiprocessor: the driver keeps 1 KiB of each.
+  const auto room = [&](int blocks) -> int64_t { return (chip.shared + 1024) / blocks - 1024 - PAIR_PART_BYTES; };
   // A warp a sample while three blocks of eight samples share a multiprocessor.
-  const bool narrow = packs <= 32 * 8 && 8 * both * packs <= room / 3;
+  const bool narrow = packs <= 32 * 8 && 8 * both * packs <= room(3);
   p.lanes = narrow ? 32 : GOODNESS_THREADS;
   if (!narrow && chip.capability >= 90) {
-    // Half of the room at most, so that two blocks share a multiprocessor; and as many blocks, while a thread has two
-    // packs. A cluster of more than 8 is not portable.
-    const auto crowded = [&] { return gradients && both * ceil_div(packs, p.cluster) > room / 2; };
+    // Two blocks share a multiprocessor, and there are as many while a thread has two packs. A cluster of more than 8
+    // is not portable.
+    const auto crowded = [&] { return gradients && both * ceil_div(packs, p.cluster) > room(2); };
     const auto idle = [&] {
       return rows * p.cluster < 2 * chip.processors && packs / p.cluster >= 4 * GOODNESS_THREADS;
     };
     while (p.cluster < 8 && (crowded() || idle())) p.cluster *= 2;
   }
   p.share = ceil_div(packs, p.cluster);
-  if (gradients) p.kept = static_cast<int>(least<int64_t>(p.share, room / (narrow ? 8 * both : both)));
+  if (gradients) p.kept = static_cast<int>(least<int64_t>(p.share, room(1) / (narrow ? 8 * both : both)));
   const int samples = GOODNESS_THREADS / p.lanes;
   p.grid = {ceil_div<int64_t>(rows, samples) * p.cluster, GOODNESS_THREADS, PAIR_PART_BYTES + samples * p.kept * both,
             p.cluster};
   return p;
+}
+
+// Blocks that share a long row where each pack is by itself: as many as fill the chip, while each thread has `ahead`.
+inline int row_parts(int64_t rows, int packs, int ahead, int processors) {
+  const int64_t wanted = ceil_div<int64_t>(2 * processors, most<int64_t>(rows, 1));
+  return static_cast<int>(most<int64_t>(1, least<int64_t>(wanted, packs / (ahead * GOODNESS_THREADS))));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

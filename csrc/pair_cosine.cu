@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(GOODNESS_THREADS, LANES == 32 ? 3 : 2)
     }
     copies_commit();
   }
-  if (cluster) cluster_started();
   const float sign = target[row];  // before the barriers: it takes as long as the copies
+  if (cluster) cluster_started();
 
   float sums[3] = {0.f, 0.f, 0.f};
   auto add = [&](const P& p1, const P& p2) {
@@ -172,31 +172,33 @@ __global__ void __launch_bounds__(GOODNESS_THREADS, LANES == 32 ? 3 : 2)
     write(P::load(h1 + static_cast<int64_t>(i) * N), P::load(h2 + static_cast<int64_t>(i) * N), i);
 }
 
-// How it works: a row a warp or a block, every pack by itself. Bound by memory: two reads, up to two writes.
+constexpr int AHEAD = 2;  // packs of each tensor that a thread of pair_backward has under way
+
+// How it works: a row is a warp's or that of `parts` blocks, every pack by itself.
+// Bound by memory: two reads, up to two writes.
 template <class T, int N>
 __global__ void __launch_bounds__(GOODNESS_THREADS)
-    pair_backward(Pair p, int lanes, const T* h1, const T* h2, const float* coefficients, const float* grad, T* d1,
-                  T* d2) {
-  const int64_t row = blockIdx.x * static_cast<int64_t>(GOODNESS_THREADS / lanes) + threadIdx.x / lanes;
+    pair_backward(Pair p, int lanes, int parts, const T* h1, const T* h2, const float* coefficients, const float* grad,
+                  T* d1, T* d2) {
+  const int64_t row = blockIdx.x / parts * static_cast<int64_t>(GOODNESS_THREADS / lanes) + threadIdx.x / lanes;
   if (row >= p.rows) return;
   float c[3];
 #pragma unroll
   for (int i = 0; i < 3; ++i) c[i] = grad[row] * coefficients[3 * row + i];
   h1 += row * p.stride_1;
   h2 += row * p.stride_2;
-  constexpr int AHEAD = 2;  // packs of each tensor that a thread has under way
-  const int packs = p.dim / N;
-  for (int i = threadIdx.x % lanes; i < packs; i += AHEAD * lanes) {
+  const int packs = p.dim / N, step = lanes * parts;
+  for (int i = threadIdx.x % lanes + blockIdx.x % parts * lanes; i < packs; i += AHEAD * step) {
     Pack<T, N> p1[AHEAD], p2[AHEAD];
 #pragma unroll
     for (int k = 0; k < AHEAD; ++k) {
-      const int64_t from = static_cast<int64_t>(i + k * lanes) * N;
-      if (i + k * lanes < packs) p1[k] = Pack<T, N>::load(h1 + from), p2[k] = Pack<T, N>::load(h2 + from);
+      const int64_t from = static_cast<int64_t>(i + k * step) * N;
+      if (i + k * step < packs) p1[k] = Pack<T, N>::load(h1 + from), p2[k] = Pack<T, N>::load(h2 + from);
     }
 #pragma unroll
     for (int k = 0; k < AHEAD; ++k) {
-      const int64_t to = row * p.dim + static_cast<int64_t>(i + k * lanes) * N;
-      if (i + k * lanes < packs)
+      const int64_t to = row * p.dim + static_cast<int64_t>(i + k * step) * N;
+      if (i + k * step < packs)
         write_gradients<T, N>(p1[k], p2[k], c, p.relu, d1 ? d1 + to : nullptr, d2 ? d2 + to : nullptr);
     }
   }
@@ -238,9 +240,12 @@ int forward(const PairRows& g, Chip chip, const float* target, float margin, flo
 }
 
 template <class T, int N>
-int backward(const PairRows& g, const float* coefficients, const float* grad, void* d1, void* d2) {
-  const int lanes = g.dim / N <= 256 ? 32 : GOODNESS_THREADS;
-  return launch(pair_backward<T, N>, row_grid(g.rows, lanes), g.stream, shape(g), lanes, static_cast<const T*>(g.h1),
+int backward(const PairRows& g, Chip chip, const float* coefficients, const float* grad, void* d1, void* d2) {
+  const int packs = static_cast<int>(g.dim) / N, lanes = packs <= 256 ? 32 : GOODNESS_THREADS;
+  const int parts = lanes == 32 ? 1 : row_parts(g.rows, packs, AHEAD, chip.processors);
+  Grid grid = row_grid(g.rows, lanes);
+  grid.blocks *= parts;
+  return launch(pair_backward<T, N>, grid, g.stream, shape(g), lanes, parts, static_cast<const T*>(g.h1),
                 static_cast<const T*>(g.h2), coefficients, grad, static_cast<T*>(d1), static_cast<T*>(d2));
 }
 
@@ -263,13 +268,14 @@ int pair_cosine_forward_cuda(const PairRows& g, const float* target, float margi
 int pair_cosine_backward_cuda(const PairRows& g, const float* coefficients, const float* grad, void* d1, void* d2) {
   if (!sensible(g)) return bad_argument;
   if (!d1 && !d2) return ok;
-  const OnDevice guard(g.device);
+  OnDevice guard(g.device);
+  const Chip chip = guard.chip();
   if (guard.error != cudaSuccess) return status_of(guard.error);
   return with_type(g.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int N = 16 / sizeof(T);
-    if (wide(g, N, d1, d2)) return backward<T, N>(g, coefficients, grad, d1, d2);
-    return backward<T, 1>(g, coefficients, grad, d1, d2);
+    if (wide(g, N, d1, d2)) return backward<T, N>(g, chip, coefficients, grad, d1, d2);
+    return backward<T, 1>(g, chip, coefficients, grad, d1, d2);
   });
 }
 

@@ -106,7 +106,8 @@ __device__ __forceinline__ void cluster_meet() {
   __syncthreads();
 #endif
 }
-// All blocks of the cluster are there, so that their shared memory may be written. Orders nothing, waits for no copies.
+// All blocks of the cluster are there, so that their shared memory may be written. Releases nothing, waits for no
+// copies.
 __device__ __forceinline__ void cluster_started() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");

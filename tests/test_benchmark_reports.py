@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,7 +175,7 @@ namespace {
 struct Chip { int a = 0; void f() { if (a) {} } };  // {
 template <class T, int (*F)(int) = nullptr>
 HD T most(T a, T b) { return a > b ? a : b; }
-template <>
+template <int N>
 __global__ void __launch_bounds__(256, 2) kernel(int* x) {
 #if __CUDA_ARCH__ >= 900
   x[0] = 1; /* ; } */
@@ -182,6 +183,17 @@ __global__ void __launch_bounds__(256, 2) kernel(int* x) {
 }
 using Row = float[4];
 constexpr int SIZE = 3, LIST[] = {1, 2};
+constexpr int
+#ifdef __CUDACC__
+    LATE = 1;
+#else
+    LATE = 2;
+#endif
+enum class Way : int { one, two = 3 };
+inline const char* brace() { return "{ // } \\""; }
+template <>
+int special<float>() { return 4; }
+bool operator==(Chip a, Chip b);
 int later(int n = 3);
 extern int count;
 }  // namespace
@@ -189,13 +201,27 @@ static_assert(SIZE == 3);
 }
 """
     found = list(cpp_definitions.definitions(header))
-    names = ["HD", "Chip", "most", "kernel", "Row", "SIZE", "later", "count", "static_assert"]
-    assert [name for name, _ in found] == names
-    texts = dict(found)
+    names = ["HD", "Chip", "most", "kernel", "Row", "SIZE", "LATE", "LATE", "enum", "brace", "", "", "later", "count",
+             "static_assert"]  # fmt: skip
+    assert [found_names[0] for found_names, _ in found] == names
+    assert ("SIZE", "LIST") in [found_names for found_names, _ in found]
+    assert {"Way", "one", "two"} <= set(found[8][0])
+    texts = {found_names[0]: text for found_names, text in found}
+    assert texts["brace"].endswith('return "{ // } \\""; }')
     assert texts["Chip"] == "struct Chip { int a = 0; void f() { if (a) {} } }"
     assert texts["HD"] == "#define HD __host__ \\ __device__"
     assert "#if __CUDA_ARCH__ >= 900 x[0] = 1; #endif }" in texts["kernel"]
     assert texts["SIZE"] == "constexpr int SIZE = 3, LIST[] = {1, 2}"
+
+
+def test_every_line_of_our_headers_is_of_a_definition():
+    """But for conditions of the preprocessor and what opens and closes namespaces."""
+    for path in (ROOT / "csrc").glob("*.*h"):
+        text = cpp_definitions.without_comments(path.read_text())
+        chunks = " ".join(chunk for _, chunk in cpp_definitions.definitions(text))
+        for line in map(cpp_definitions.words, text.splitlines()):
+            inert = re.match(r"#\s*(?!define)|(inline )?namespace\b|extern \"C\" \{", line) or line in ("}", "};", "")
+            assert inert or line.rstrip("\\;").strip() in chunks, f"{path.name}: {line}"
 
 
 @pytest.mark.parametrize("text", ("", "{", "[]", '{"schema": 99}'))

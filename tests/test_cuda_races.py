@@ -41,6 +41,11 @@ KERNELS = {
     "two_blocks_write_one_address": GLOBAL,
     "a_block_reads_what_another_wrote": GLOBAL,
     "a_block_writes_what_another_read": GLOBAL,
+    "barriers_that_are_not_ready_for_bulk_copies": "before barriers_ready",
+    "products_without_a_fence_of_registers": "products without a products_begin",
+    "a_read_past_the_end": "past the end of shared memory: read of thread 0 of block",
+    "a_copy_past_the_end": "cp.async outside shared memory",
+    "a_store_to_global_memory_of_a_shared_address": "of an address in shared memory",
 }
 
 

@@ -327,6 +327,7 @@ def test_pairs_of_any_length_have_a_place(emulated):  # noqa: F811
                 assert blocks == (125 if lanes == 32 else 1000 * cluster)
                 if packs * pack_bytes * 2 <= shared - 192:
                     assert kept == share  # one visit to memory
+    assert emulated.pair_plan(1000, 3620, 16, True, 90, 227 << 10)[1] == 2  # 1 KiB of each block is the driver's
     # Blocks a sample of 50,176 elements of 16 bits: many samples fill the chip, few are cut further.
     for rows, gradients, blocks in ((1000, True, 2), (1000, False, 1), (100, False, 4), (10, True, 8), (10, False, 8)):
         assert emulated.pair_plan(rows, 50176 // 8, 16, gradients, 90, 227 << 10)[1] == blocks

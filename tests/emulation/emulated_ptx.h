@@ -22,13 +22,20 @@ FFCL_INSTRUCTION void store16(void* to, uint4 bits) {
   emulated::require_aligned(to, 16);
   std::memcpy(to, &bits, 16);
 }
-FFCL_INSTRUCTION void store16_global(void* to, uint4 bits) { store16(to, bits); }
+FFCL_INSTRUCTION void store16_global(void* to, uint4 bits) {
+  {
+    const races::Quiet quiet;
+    if (self->block->cluster->owns(to)) emulated::fail("a store to global memory of an address in shared memory");
+  }
+  store16(to, bits);
+}
 
 FFCL_INSTRUCTION void copy16_async(void* to, const void* from, bool valid) {
   const races::Quiet quiet;
   emulated::require_aligned(to, 16);
   if (valid) emulated::require_aligned(from, 16);
-  if (!self->block->owns(to)) emulated::fail("cp.async outside shared memory");
+  if (!self->block->owns(to, 16)) emulated::fail("cp.async outside shared memory");
+  if (valid && self->block->cluster->owns(from)) emulated::fail("cp.async from shared memory");
   races::copy(to, valid ? from : nullptr, 16);
   self->copies.push_back([=] { valid ? std::memcpy(to, from, 16) : std::memset(to, 0, 16); });
 }
@@ -56,7 +63,7 @@ inline float exp2_fast(float x) {
 FFCL_INSTRUCTION void load_matrices(uint32_t (&r)[4], const void* row) {
   const races::Quiet quiet;
   emulated::require_aligned(row, 16);
-  if (!self->block->owns(row)) emulated::fail("ldmatrix outside shared memory");
+  if (!self->block->owns(row, 16)) emulated::fail("ldmatrix outside shared memory");
   races::read(row, 16);
   struct Row {
     uint32_t words[4];
@@ -145,7 +152,9 @@ inline void meet(int id, int threads) {
 struct CountingBarrier {  // the 64 bits of an mbarrier
   int32_t bytes;
   uint8_t phase, expected, pending, ready;
+  static constexpr uint8_t READY = 1, MADE = 2;  // for everyone, for the threads of its block
 
+  bool made() const { return ready == READY || ready == MADE; }
   void settle() {
     if (pending == 0 && bytes == 0) {
       races::phase_ended(this);
@@ -155,7 +164,7 @@ struct CountingBarrier {  // the 64 bits of an mbarrier
     }
   }
   void arrive() {
-    if (ready != 1) emulated::fail("arrival at a barrier that was not initialised");
+    if (!made()) emulated::fail("arrival at a barrier that was not initialised");
     if (pending == 0) emulated::fail("more arrivals at a barrier than it expects");
     --pending;
     settle();
@@ -167,9 +176,18 @@ inline CountingBarrier* counting(uint64_t* b) { return reinterpret_cast<Counting
 FFCL_INSTRUCTION void barrier_init(uint64_t* b, int arrivals) {
   const races::Quiet quiet;
   races::init(b);
-  *counting(b) = {0, 0, static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 1};
+  *counting(b) = {0, 0, static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), CountingBarrier::MADE};
+  self->fresh.push_back(b);
 }
-inline void barriers_ready() {}
+inline void barriers_ready() {
+  const races::Quiet quiet;
+  for (uint64_t* b : self->fresh) counting(b)->ready = CountingBarrier::READY;
+  self->fresh.clear();
+}
+// For what is not a thread of the barrier's own block.
+FFCL_UNWATCHED inline void require_ready(const CountingBarrier* b) {
+  if (b->ready == CountingBarrier::MADE) emulated::fail("a barrier used by another block or a bulk copy before barriers_ready");
+}
 FFCL_INSTRUCTION void barrier_expect(uint64_t* b, uint32_t bytes) {
   const races::Quiet quiet;
   races::arrive(b);
@@ -187,19 +205,20 @@ FFCL_INSTRUCTION void barrier_arrive(uint64_t* b, unsigned rank) {
   const races::Quiet quiet;
   uint64_t* there = in_block(b, rank);
   races::arrive(there);
+  require_ready(counting(there));
   counting(there)->arrive();
   emulated::pause();
 }
 FFCL_INSTRUCTION bool barrier_passed(uint64_t* b, int parity) {
   const races::Quiet quiet;
-  if (counting(b)->ready != 1) emulated::fail("asking a barrier that was not initialised");
+  if (!counting(b)->made()) emulated::fail("asking a barrier that was not initialised");
   if (counting(b)->phase == parity) return false;
   races::passed(b);
   return true;
 }
 FFCL_INSTRUCTION void barrier_wait(uint64_t* b, int parity) {
   const races::Quiet quiet;
-  if (counting(b)->ready != 1) emulated::fail("waiting at a barrier that was not initialised");
+  if (!counting(b)->made()) emulated::fail("waiting at a barrier that was not initialised");
   emulated::wait_until([=] { return counting(b)->phase != parity; });
   races::passed(b);
 }
@@ -217,6 +236,7 @@ FFCL_INSTRUCTION void copy_box_to(unsigned blocks, void* to, const Map* map, uin
     if (!(blocks >> rank & 1)) continue;
     unsigned char* shared = cluster->blocks[rank]->shared;
     races::bulk(shared + barrier);
+    require_ready(reinterpret_cast<const CountingBarrier*>(shared + barrier));
     for (uint32_t r = 0; r < map->box[1]; ++r) {
       for (uint32_t linear = at + r * 128; linear < at + r * 128 + map->box[0] * 2; linear += 16)
         races::bulk_access(shared + barrier, shared + swizzled(linear), 16, true);
@@ -257,8 +277,12 @@ template <int>
 void fewer_registers() {}
 
 // Products are done when all four warps wait for them: this thread's part of each, in its own time.
-inline void products_begin() {}
-inline void products_commit() { copies_commit(); }
+FFCL_UNWATCHED inline void products_begin() { self->fenced = true; }
+inline void products_commit() {
+  const races::Quiet quiet;
+  self->fenced = false;
+  copies_commit();
+}
 template <int N>
 void products_wait() {
   const races::Quiet quiet;
@@ -299,6 +323,7 @@ template <class T>
 FFCL_INSTRUCTION void multiply_group(float (&d)[16][4], uint64_t a, uint64_t b, bool add, T type) {
   const races::Quiet quiet;
   if (a >> 62 != 1 || b >> 62 != 1) emulated::fail("wgmma in another than the 128-byte swizzle");
+  if (!self->fenced) emulated::fail("products without a products_begin");
   float(*to)[4] = d;
   const unsigned char* shared = self->block->shared;
   const unsigned lane = self->lane(), warp = self->linear / 32 % 4;

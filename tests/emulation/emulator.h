@@ -83,7 +83,9 @@ struct Block {
   Barrier barriers[16];  // 0 is __syncthreads
   bool any = false;  // of __syncthreads_or
 
-  FFCL_UNWATCHED bool owns(const void* p) const { return p >= shared && p < shared + shared_size; }
+  FFCL_UNWATCHED bool owns(const void* p, size_t bytes = 1) const {
+    return p >= shared && static_cast<const unsigned char*>(p) + bytes <= shared + shared_size;
+  }
 };
 
 struct Cluster {
@@ -91,6 +93,8 @@ struct Cluster {
   std::unique_ptr<unsigned char[]> storage;
   unsigned char* arena = nullptr;  // the blocks' shared memory, `pitch` bytes apart
   size_t pitch = 0;
+
+  FFCL_UNWATCHED bool owns(const void* p) const { return p >= arena && p < arena + blocks.size() * pitch; }
   Barrier barrier;
   std::deque<std::function<void()>> pending;  // bulk copies under way
 };
@@ -104,6 +108,8 @@ struct Thread {
   ucontext_t context;
   races::Clock clock;
   bool started = false;  // it knows that all blocks of the cluster have
+  bool fenced = false;   // its registers are ready for a batch of products
+  std::vector<uint64_t*> fresh;  // barriers that it made, not yet ready for other blocks and bulk copies
   bool done = false;
 
   Warp& warp() const { return block->warps[linear / 32]; }

@@ -167,6 +167,8 @@ Cell* cell_of(uintptr_t at, const Access& now) {
                                                             : nullptr;
       if (wrong) fail("shared memory of a block that " + (wrong + (": " + described(now))));
     }
+    if (offset % cluster->pitch + 32 - __builtin_clz(now.bytes) > cluster->blocks[rank]->shared_size)
+      fail("past the end of shared memory: " + described(now));
     return &shared[offset / CELL];
   }
   if (at / PAGE != page_at) {
@@ -275,6 +277,8 @@ void copy(void* to, const void* from, size_t bytes) {
   const void* where = __builtin_return_address(0);
   Clock& c = self->clock;
   if (c.engine == NOBODY) c.engine = actors++;
+  if (groups.count(c.actor / 128) && groups[c.actor / 128] == c.engine)
+    fail("cp.async by a thread that also multiplies by wgmma, of which races.cpp has one clock for both");
   if (from) touch(from, bytes, access(c.engine, c.batch, Engine::copies, false, where));
   touch(to, bytes, access(c.engine, c.batch, Engine::copies, true, where));
 }

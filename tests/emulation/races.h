@@ -7,8 +7,9 @@
 // what follows a wait for it. __shfl_sync, ldmatrix, mma and the like order nothing. Blocks of different clusters are
 // never ordered, though they run one after the other here.
 //
-// What it cannot see: registers that products under way write (the emulator does those as late as it can), and a race
-// on a path that the threads did not take. There are no atomics and no proxy fences to know of: csrc/ has none.
+// What it cannot see: registers that products under way write (the emulator does those as late as it can), a race on a
+// path that the threads did not take, and what GCC leaves to the C library (memcpy and memset of other sizes than an
+// element's or 16 bytes). There are no atomics and no proxy fences to know of: csrc/ has none.
 #pragma once
 
 #include <cstddef>

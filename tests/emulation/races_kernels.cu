@@ -271,6 +271,47 @@ __global__ void a_block_writes_what_another_read(Case c) {
   store(c, x[(c.mended ? blockIdx.x : (blockIdx.x + 1) % 4) * THREADS + threadIdx.x]);
 }
 
+__global__ void barriers_that_are_not_ready_for_bulk_copies(Case c) {
+  const Memory m;
+  if (threadIdx.x == 0) {
+    barrier_init(m.full, 1);
+    if (c.mended) barriers_ready();
+  }
+  cluster_meet();
+  m.fill(c, 0, 0);
+}
+
+__global__ void products_without_a_fence_of_registers(Case c) {
+  const Memory m;
+  m.begin(1);
+  for (int box = 0; box < 3; ++box) m.fill(c, box, box % 2);
+  float d[16][4];
+  if (threadIdx.x >= 128) return;
+  const uint64_t rows = swizzled_operand(shared_address(m.boxes + 2 * BOX)),
+                 cols = swizzled_operand(shared_address(m.boxes));
+  if (c.mended) products_begin();
+  multiply_group(d, rows, cols, false, __half());
+  products_commit();
+  products_wait<0>();
+}
+
+__global__ void a_read_past_the_end(Case c) {
+  const auto* words = reinterpret_cast<const float*>(shared_memory());
+  if (threadIdx.x == 0) store(c, words[(40 << 10) / 4 - (c.mended ? 1 : 0)]);
+}
+
+__global__ void a_copy_past_the_end(Case c) {
+  if (threadIdx.x == 0) copy16_async(shared_memory() + (40 << 10) - (c.mended ? 16 : 0), c.input, true);
+  copies_commit();
+  copies_wait<0>();
+}
+
+__global__ void a_store_to_global_memory_of_a_shared_address(Case c) {
+  const Memory m;
+  void* to = c.mended ? static_cast<void*>(c.output + 16 * (blockIdx.x * THREADS + threadIdx.x) / 4) : m.numbers;
+  if (threadIdx.x % 4 == 0) store16_global(to, uint4{1, 2, 3, 4});
+}
+
 #define FFCL_CASE(NAME) {#NAME, NAME}
 const std::pair<const char*, void (*)(Case)> cases[] = {
     FFCL_CASE(no_barrier_before_a_read),
@@ -296,6 +337,11 @@ const std::pair<const char*, void (*)(Case)> cases[] = {
     FFCL_CASE(two_blocks_write_one_address),
     FFCL_CASE(a_block_reads_what_another_wrote),
     FFCL_CASE(a_block_writes_what_another_read),
+    FFCL_CASE(barriers_that_are_not_ready_for_bulk_copies),
+    FFCL_CASE(products_without_a_fence_of_registers),
+    FFCL_CASE(a_read_past_the_end),
+    FFCL_CASE(a_copy_past_the_end),
+    FFCL_CASE(a_store_to_global_memory_of_a_shared_address),
 };
 
 }  // namespace

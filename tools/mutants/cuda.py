@@ -135,6 +135,22 @@ MUTANTS = (
     ),
     Mutant(
         "cuda",
+        "barriers are not made known to the copy engine",
+        "csrc/similarity_sm90.cu",
+        "      barriers_ready();\n",
+        "",
+        "tests/test_cuda_similarity.py -k 'test_pair and sm90'",
+    ),
+    Mutant(
+        "cuda",
+        "products begin without a fence of their registers",
+        "csrc/similarity_sm90.cu",
+        "    products_begin();\n",
+        "",
+        "tests/test_cuda_similarity.py -k 'test_pair and sm90'",
+    ),
+    Mutant(
+        "cuda",
         "a block ends while the other may still arrive at its barriers",
         "csrc/similarity_sm90.cu",
         "  cluster_meet();  // a block must not end while the other writes to its shared memory\n",
