@@ -28,7 +28,6 @@ _FAMILIES = {
     "unit rows": "unit_rows",
     "linear goodness": "linear_goodness",
 }
-_WITH_COLUMNS = ("linear goodness",)  # whose shape is rows, columns and width
 _DESCRIPTION = ("key", "name", "rows", "width")
 _OURS = {
     "triton": "ffcl_fast, Triton kernels",
@@ -107,7 +106,7 @@ def _record(
 ) -> dict[str, Any]:
     family = FAMILIES[_FAMILIES[row["name"]]]
     sizes = [int(n) for n in row["key"].rpartition(" ")[2].split("x")]
-    shape = [row["rows"], row["width"]] if "width" in row and row["name"] not in _WITH_COLUMNS else sizes
+    shape = sizes if len(sizes) == len(family.quick) else [row["rows"], row["width"]]
     provider = "triton" if provider == "ours" else provider  # its name in the first of these files
     time: dict[str, Any] = {**stamp, "run": "gpu_measure", **kernel_sources.told(provider, family.name, sources)}
     if "problem" in values:

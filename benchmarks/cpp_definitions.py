@@ -15,7 +15,7 @@ _ENUM = re.compile(r"\s*enum\b")
 _TYPE = re.compile(r"\s*(?:struct|class|union)\s+(\w+)\s*[{:;]")
 _FUNCTION = re.compile(r"[^(={;]*?(\w+)\s*\(")  # what stands before the first parenthesis
 _UNSURE = re.compile(r"\boperator\b|\btemplate\s*<\s*>|\b(?:alignas|decltype|__attribute__)\s*\(")
-_ALWAYS = ("",)  # names of what is not understood: it counts as used
+ALWAYS = ("",)  # the name of what is not understood: it counts as used
 
 
 def without_comments(text: str) -> str:
@@ -28,8 +28,8 @@ def words(text: str) -> str:
 
 
 def definitions(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(names, text) of every definition, declaration and macro outside others, without comments; ("",) for the names of
-    what is not understood. Conditions of the preprocessor outside definitions are left out.
+    """(names, text) of every definition, declaration and macro outside others, without comments; the names of what is
+    not understood are ALWAYS. Conditions of the preprocessor outside definitions are left out.
 
     Raises ValueError where braces do not match.
     """
@@ -65,7 +65,7 @@ def definitions(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _names(chunk: str) -> tuple[str, ...]:
     if _UNSURE.search(chunk.partition("{")[0]):
-        return _ALWAYS
+        return ALWAYS
     head = _ATTRIBUTE.sub("", chunk)
     while head.startswith("template"):
         head = _after_brackets(head)
@@ -75,11 +75,11 @@ def _names(chunk: str) -> tuple[str, ...]:
         if found := pattern.match(head):
             return (found[1],)
     if head.startswith(("struct ", "class ", "union ")):
-        return _ALWAYS
+        return ALWAYS
     # A variable, several of them, or another name for a type: the last word before each initialiser.
     plain = re.sub(r"=[^,;]*", "", re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", head.rstrip(";")))
     declared = plain.removeprefix("using ").split(",")
-    return tuple(found[-1] for part in declared if (found := re.findall(r"\w+", part))) or _ALWAYS
+    return tuple(found[-1] for part in declared if (found := re.findall(r"\w+", part))) or ALWAYS
 
 
 def _after_brackets(head: str) -> str:

@@ -131,27 +131,26 @@ def _definitions(path: Path) -> Definitions:
 def _cuda(root: Path, files: tuple[str, ...]) -> set[str]:
     """The files, and what they use, directly or not, of what our headers define."""
     reached: set[str] = set()
-    names: set[str] = set()
-    headers: dict[str, list[tuple[tuple[str, ...], str]]] = {}
-    waiting = list(files)
+    names = set(cpp_definitions.ALWAYS)
+    defined: list[tuple[tuple[str, ...], str]] = []
+    waiting, seen = list(files), set()
     while waiting:
         path = root / "csrc" / waiting.pop()
-        if path.name in headers or not path.exists():
+        if path in seen or not path.exists():
             continue
+        seen.add(path)
         text = path.read_text(encoding="utf-8")
         waiting += re.findall(r'#include "([^"]+)"', text)
-        headers[path.name] = [] if path.name in files else list(cpp_definitions.definitions(text))
         if path.name in files:
             whole = cpp_definitions.words(cpp_definitions.without_comments(text))
             reached.add(f"{path.name}: {whole}")
             names |= set(re.findall(r"\w+", whole))
-    defined = [(file, found, text) for file, chunks in headers.items() for found, text in chunks]
-    while True:
-        more = {f"{file}: {text}" for file, found, text in defined if found == ("",) or names & set(found)} - reached
-        if not more:
-            return reached
+        else:
+            defined += ((found, f"{path.name}: {chunk}") for found, chunk in cpp_definitions.definitions(text))
+    while more := {chunk for found, chunk in defined if names & set(found)} - reached:
         reached |= more
         names |= set(re.findall(r"\w+", " ".join(more)))
+    return reached
 
 
 def told(backend: str, family: str, hashes: Digests) -> dict[str, dict[str, str]]:

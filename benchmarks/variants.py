@@ -15,7 +15,7 @@ from ffcl_fast.functional import linear_goodness, pool_goodness
 from ffcl_fast.functional.similarity import normalized
 
 from . import families
-from .families import CLIP, PAIR_COSINE, SUP_CON, copy, elements, fewer, ours, product
+from .families import CLIP, GOODNESS_NORMALIZE, PAIR_COSINE, SUP_CON, copy, elements, fewer, ours, product
 from .gpu_rivals import product_8192
 from .provider import Family, Function, Inputs, Provider, Shape
 
@@ -216,31 +216,20 @@ LAYERWISE = Family(
 # --- one kernel each beside Forward-Forward's: shape (N, D); (N, H, D) for a layer of H units on D inputs ------------
 
 
-def _rows(shape: Shape, random: Generator) -> Inputs:
-    return {name: torch.randn(shape, generator=random, device=random.device) for name in ("x", "grad_out")}
-
-
 def _our_unit_rows(backend: str) -> Function:
     return lambda x: normalized(x["x"], x["x"].dtype, backend=backend)
 
 
-UNIT_ROWS = Family(
+UNIT_ROWS = replace(
+    GOODNESS_NORMALIZE,  # the same rows and upstream gradient, the same bytes
     name="unit_rows",
     title="L2-normalisation",
-    inputs=_rows,
-    leaves=("x",),
     providers={name: p for name, p in ours(_our_unit_rows).items() if name in ("triton", "panels", "reference")}
     | {
         "cpu": Provider("ours", "ffcl_fast, plain PyTorch", lambda: _our_unit_rows("cpu"), devices=("cpu",)),
         "eager": Provider("rival", "torch.nn.functional.normalize", lambda: lambda x: F.normalize(x["x"], dim=1)),
         "copy": copy("x"),
     },
-    units=0,
-    unit_flops=elements(0),
-    useful_bytes=elements(5),  # x read and the rows written, then they and their gradient read and x's written
-    ceiling_bytes=elements(2),
-    quick=(12, 40),
-    check=fewer(512),
     upstream=lambda x: (x["grad_out"],),
 )
 
@@ -274,7 +263,7 @@ LINEAR_GOODNESS = Family(
     forward_units=1,
     unit_flops=lambda shape: 2.0 * math.prod(shape),
     quick=(12, 20, 24),
-    check=lambda shape: (min(shape[0], 512), *shape[1:]),
+    check=fewer(512),
     upstream=lambda x: (x["grad_goodness"],),
 )
 

@@ -186,7 +186,8 @@ inline void barriers_ready() {
 }
 // For what is not a thread of the barrier's own block.
 FFCL_UNWATCHED inline void require_ready(const CountingBarrier* b) {
-  if (b->ready == CountingBarrier::MADE) emulated::fail("a barrier used by another block or a bulk copy before barriers_ready");
+  if (b->ready == CountingBarrier::MADE)
+    emulated::fail("a barrier used by another block or a bulk copy before barriers_ready");
 }
 FFCL_INSTRUCTION void barrier_expect(uint64_t* b, uint32_t bytes) {
   const races::Quiet quiet;

@@ -42,6 +42,10 @@ struct Memory {
     }
     barrier_wait(full, parity);
   }
+  void begin_with_operands(const Case& c) const {
+    begin(1);
+    for (int box = 0; box < 3; ++box) fill(c, box, box % 2);
+  }
 };
 
 void store(const Case& c, float x) { reinterpret_cast<float*>(c.output)[blockIdx.x * THREADS + threadIdx.x] = x; }
@@ -184,8 +188,8 @@ __global__ void a_barrier_that_may_not_be_initialised(Case c) {
 }
 
 // The first group multiplies 64 rows in the third box by 128 in the first two.
-void multiply_boxes(const Memory& m, float (&d)[16][4]) {
-  products_begin();
+void multiply_boxes(const Memory& m, float (&d)[16][4], bool fenced = true) {
+  if (fenced) products_begin();
   multiply_group(d, swizzled_operand(shared_address(m.boxes + 2 * BOX)), swizzled_operand(shared_address(m.boxes)),
                  false, __half());
   products_commit();
@@ -193,8 +197,7 @@ void multiply_boxes(const Memory& m, float (&d)[16][4]) {
 
 __global__ void an_operand_replaced_before_its_product_is_done(Case c) {
   const Memory m;
-  m.begin(1);
-  for (int box = 0; box < 3; ++box) m.fill(c, box, box % 2);
+  m.begin_with_operands(c);
   float d[16][4];
   if (threadIdx.x < 128) {
     multiply_boxes(m, d);
@@ -207,8 +210,7 @@ __global__ void an_operand_replaced_before_its_product_is_done(Case c) {
 
 __global__ void an_operand_that_a_thread_wrote(Case c) {
   const Memory m;
-  m.begin(1);
-  for (int box = 0; box < 3; ++box) m.fill(c, box, box % 2);
+  m.begin_with_operands(c);
   if (!c.mended && threadIdx.x == 200) m.boxes[4] = 1;
   __syncthreads();
   float d[16][4];
@@ -283,15 +285,10 @@ __global__ void barriers_that_are_not_ready_for_bulk_copies(Case c) {
 
 __global__ void products_without_a_fence_of_registers(Case c) {
   const Memory m;
-  m.begin(1);
-  for (int box = 0; box < 3; ++box) m.fill(c, box, box % 2);
+  m.begin_with_operands(c);
   float d[16][4];
   if (threadIdx.x >= 128) return;
-  const uint64_t rows = swizzled_operand(shared_address(m.boxes + 2 * BOX)),
-                 cols = swizzled_operand(shared_address(m.boxes));
-  if (c.mended) products_begin();
-  multiply_group(d, rows, cols, false, __half());
-  products_commit();
+  multiply_boxes(m, d, c.mended);
   products_wait<0>();
 }
 
