@@ -96,8 +96,10 @@ bool check_pair_cosine(Random& random, bool large) {
       const double x = l.a(h1, i, j), y = l.a(h2, i, j);
       const double t1 = l.cut(h1, i, j) ? 0 : 0.5 * weight * (y / std::sqrt(n1 * n2) - cosine * x / n1);
       const double t2 = l.cut(h2, i, j) ? 0 : 0.5 * weight * (x / std::sqrt(n1 * n2) - cosine * y / n2);
-      if (first) near_1(d1.at(i, j), t1), near_1(b1.at(i, j), t1);
-      if (second) near_2(d2.at(i, j), t2), near_2(b2.at(i, j), t2);
+      // Of vectors as long as their sample: what cancels in a gradient is as large as the sample is short.
+      const double r1 = std::sqrt(n1), r2 = std::sqrt(n2);
+      if (first) near_1(r1 * d1.at(i, j), r1 * t1), near_1(r1 * b1.at(i, j), r1 * t1);
+      if (second) near_2(r2 * d2.at(i, j), r2 * t2), near_2(r2 * b2.at(i, j), r2 * t2);
     }
   }
   bool right = near_loss.near(1e-5, 1, l.name);
