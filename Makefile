@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 # Tests with a target of their own: what they need or cost is not for every run.
 PROCESSES := $(addprefix tests/test_,across_memory.py faults.py rank_tools.py pretrain.py pretrain_inputs.py pretrain_processes.py)
-EMULATED := $(addprefix tests/test_cuda_,similarity.py goodness.py alignment.py launches.py races.py)
+EMULATED := $(addprefix tests/test_cuda_,similarity.py vectors.py goodness.py alignment.py launches.py races.py)
 SANITIZED := tests/test_sanitize.py
 PACKAGE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 

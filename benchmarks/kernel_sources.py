@@ -36,7 +36,7 @@ SOURCES = {
     },
     "cuda": {
         "similarity, normalisers": ("similarity_sm80.cu", "similarity_sm90.cu"),
-        "similarity, gradients": ("similarity_sm80.cu", "similarity_sm90.cu"),
+        "similarity, gradients": ("similarity_sm80.cu", "similarity_sm90.cu", "similarity_vectors.cu"),
         "pair cosine": ("pair_cosine.cu",),
         "ReLU + goodness + normalise": ("goodness.cu",),
         "goodness of many layers": ("goodness.cu",),

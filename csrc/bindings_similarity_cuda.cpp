@@ -34,6 +34,15 @@ ffcl::SimilarityCuda problem(uintptr_t q, uintptr_t k, int64_t rows, int64_t col
           pointer<void>(stream)};
 }
 
+// lse, rests, grad, n, vectors
+using Side = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, uintptr_t>;
+
+ffcl::Normalisers normalisers(const Side& side) {
+  const auto [lse, rests, grad, n, vectors] = side;
+  return {pointer<const float>(lse), pointer<const float>(rests), pointer<const float>(grad), n,
+          pointer<float>(vectors)};
+}
+
 }  // namespace
 
 void bind_similarity_cuda(py::module_& m) {
@@ -51,6 +60,16 @@ void bind_similarity_cuda(py::module_& m) {
          int64_t size) {
         return ffcl::similarity_forward_cuda(s, pointer<float>(row_lse), pointer<float>(col_lse), pointer<float>(rests),
                                              pointer<float>(workspace), size);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.attr("VECTOR_RANGES") = ffcl::VECTOR_RANGES;
+  m.def(
+      "similarity_vectors_cuda",
+      [](const Side& rows, const Side& cols, uintptr_t scale, double gain, uintptr_t ranges, uintptr_t frame,
+         int device, uintptr_t stream) {
+        return ffcl::similarity_vectors_cuda(normalisers(rows), normalisers(cols), pointer<const float>(scale), gain,
+                                             pointer<float>(ranges), pointer<float>(frame), device,
+                                             pointer<void>(stream));
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(

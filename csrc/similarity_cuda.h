@@ -34,11 +34,26 @@ int64_t similarity_workspace_cuda(const SimilarityCuda&);
 int similarity_forward_cuda(const SimilarityCuda&, float* row_lse, float* col_lse, float* rests, float* workspace,
                             int64_t size);
 
+// A side's normalisers, what rounding took from them (or null), and the gradient of the normalisers, (n,) each; vectors
+// (3, n): weight, shift, and weight 2^(centre - shift), as the panels read them.
+struct Normalisers {
+  const float *lse, *rests, *grad;
+  int64_t n;
+  float* vectors;
+};
+
+constexpr int VECTOR_RANGES = 128;
+
+// The vectors of rows and of columns (n = 0: none), and frame (3,): the centre that they share; 1 where one exponential
+// 2^(t - centre) may serve both sides, or 0; scale / gain times the unit of the weights, so that dq = frame[2] G k.
+// Weights are multiplied by gain. scale (1,), on the device; ranges: 3 VECTOR_RANGES floats of workspace.
+int similarity_vectors_cuda(const Normalisers& rows, const Normalisers& cols, const float* scale, double gain,
+                            float* ranges, float* frame, int device, void* stream);
+
 // panel (row_end - row_begin, col_end - col_begin) of `dtype`, panel_stride elements between rows (a multiple of 8, and
 // at least the width rounded up to 8): G_ij = 2^(t_ij - shift_i) weight_i + 2^(t_ij - shift_j) weight_j, t = S log2 e,
-// each power at most 1 unless one serves both, 0 where the pair is left out. row_vectors (3, rows), col_vectors (3,
-// cols) or null for no second term: weight, shift, and weight 2^(centre - shift). frame (2,): centre, and 1 where one
-// exponential 2^(t - centre) may serve both terms.
+// each power at most 1 unless one serves both, 0 where the pair is left out. row_vectors (3, rows), frame and, or null
+// for no second term, col_vectors (3, cols): see above.
 int similarity_panel_cuda(const SimilarityCuda&, const float* row_vectors, const float* col_vectors, const float* frame,
                           int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end, void* panel,
                           int64_t panel_stride);

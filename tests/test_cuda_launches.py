@@ -34,10 +34,10 @@ def _layers():
     return [torch.randn(2, 8) for _ in range(40)]  # of which a launch takes fewer
 
 
-# operator -> (the kernel that an exception names, a shape that it tells, arguments without the backend)
+# operator -> (a pattern of the kernels that exceptions name, a shape that it tells, arguments without the backend)
 CALLS = {
     "similarity_forward": ("similarity_forward", (140, 16), lambda: (*_similarity(), True, False)),
-    "similarity_backward": ("similarity_panel", (140, 16), _similarity_backward),
+    "similarity_backward": ("similarity_(vectors|panel)", (140, 16), _similarity_backward),
     "goodness_forward": ("goodness_forward", (5, 70), lambda: (torch.randn(5, 70), True, True, True, 1e-6)),
     "goodness_backward": (
         "goodness_backward",
@@ -111,7 +111,7 @@ def test_a_loss_passes_it_on(emulated):  # noqa: F811
             functional.clip(*leaves, 10.0, backend="cuda")
         loss = functional.clip(*leaves, 10.0, backend="cuda")
         emulated.fail_after(0)
-        with pytest.raises(RuntimeError, match="CUDA kernel similarity_panel failed"):
+        with pytest.raises(RuntimeError, match="CUDA kernel similarity_vectors failed"):
             loss.backward()
     finally:
         emulated.fail_after(-1)

@@ -44,6 +44,12 @@ def test_a_chip_that_is_not_there_is_told():
     assert not [name for name in absent if name.startswith("sm_80 ")]
 
 
+def test_a_kernel_that_nothing_is_expected_of_is_told():
+    symbol = "_ZN4ffcl48_GLOBAL__N__1a2b3c4d_11_goodness_cu_0123456710new_kernelEPf"
+    assert cuda_kernels.row_of("sm_80", symbol, USAGE, "")["problem"] == "not among EXPECTED"
+    assert cuda_kernels.row_of("sm_80", "_ZN4cuda6nothingEv", USAGE, "") is None
+
+
 def test_a_good_kernel():
     row = cuda_kernels.row_of("sm_90a", SUMS, USAGE, GOOD)
     assert "problem" not in row

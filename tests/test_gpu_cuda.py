@@ -296,7 +296,11 @@ def test_small_similarity(alone, way):
 @pytest.mark.parametrize("alone", (False, True))
 def test_small_races(alone, way, monkeypatch):
     """What racecheck runs: it stops at the library's 16-bit products, so theirs are made in float64."""
-    monkeypatch.setattr(cuda_similarity, "add_product", lambda total, a, b, first: total.add_(a.double() @ b.double()))
+
+    def add_product(total, a, b, first):
+        total.copy_(a.double() @ b.double() + (0.0 if first else total))
+
+    monkeypatch.setattr(cuda_similarity, "add_product", add_product)
     for d, scale in ((72, 10.0), (520, 10.0), (72, 3000.0)):  # the last one's normalisers are computed again
         args = problem(300, 140, d, torch.bfloat16, ops.EXCLUDE_DIAGONAL, alone, scale, device=DEVICE)
         *lse, cache = OPS.similarity_forward(*args, True, True, "cuda")

@@ -11,9 +11,10 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 from ffcl_fast import ops  # noqa: E402
 from ffcl_fast.backends import aligned  # noqa: E402
-from ffcl_fast.backends.triton import config  # noqa: E402
-from ffcl_fast.backends.triton.config import Tile, candidates, pick  # noqa: E402
+from ffcl_fast.backends.triton import config, tuning  # noqa: E402
+from ffcl_fast.backends.triton.config import Tile, candidates  # noqa: E402
 from ffcl_fast.backends.triton.similarity_forward import shares  # noqa: E402
+from ffcl_fast.backends.triton.tuning import pick  # noqa: E402
 
 CHOICES = candidates("forward", "sm90", "half", 512)
 
@@ -26,9 +27,9 @@ def hopper(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("FFCL_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FFCL_TUNE", raising=False)
-    config._stored.cache_clear()
+    tuning._stored.cache_clear()
     yield
-    config._stored.cache_clear()
+    tuning._stored.cache_clear()
 
 
 @pytest.fixture
@@ -44,30 +45,30 @@ def timer(times: dict[Tile, float], seen: list[Tile]):
     """measure() as a backend passes it: times the tile that `override` put there."""
 
     def measure() -> float:
-        seen.append(config._override["forward"])
+        seen.append(tuning._override["forward"])
         return times[seen[-1]]
 
     return measure
 
 
 def cached() -> dict:
-    return json.loads(config.cache_file(torch.device("cpu")).read_text())
+    return json.loads(tuning.cache_file(torch.device("cpu")).read_text())
 
 
 def test_nothing_is_timed_unless_asked(operands):
     assert len(CHOICES) > 1
     assert pick("forward", *operands, measure=never) == CHOICES[0]
-    assert not config.cache_file(torch.device("cpu")).exists()
+    assert not tuning.cache_file(torch.device("cpu")).exists()
 
 
 def test_the_fastest_is_stored_and_used_by_the_next_process(operands, monkeypatch):
     monkeypatch.setenv("FFCL_TUNE", "1")
     times, seen = {tile: float(len(CHOICES) - i) for i, tile in enumerate(CHOICES)}, []
     assert pick("forward", *operands, measure=timer(times, seen)) == CHOICES[-1]
-    assert seen == CHOICES and not config._override
+    assert seen == CHOICES and not tuning._override
     assert cached() == {"forward/half/512/4096x2048": asdict(CHOICES[-1])}
-    assert not list(config.cache_file(torch.device("cpu")).parent.glob("tmp*"))
-    config._stored.cache_clear()  # as a new process
+    assert not list(tuning.cache_file(torch.device("cpu")).parent.glob("tmp*"))
+    tuning._stored.cache_clear()  # as a new process
     assert pick("forward", *operands, measure=never) == CHOICES[-1]  # tuning or not
     monkeypatch.delenv("FFCL_TUNE")
     assert pick("forward", *operands, measure=never) == CHOICES[-1]
@@ -96,15 +97,15 @@ def test_what_another_process_has_stored_since_stays(operands, monkeypatch):
     times = {tile: float(len(CHOICES) - i) for i, tile in enumerate(CHOICES)}
     pick("forward", *operands, measure=timer(times, []))
     other = cached() | {"forward/half/64/512x512": asdict(CHOICES[0])}
-    config.cache_file(torch.device("cpu")).write_text(json.dumps(other))
+    tuning.cache_file(torch.device("cpu")).write_text(json.dumps(other))
     pick("forward", operands[0], operands[0], measure=timer(times, []))
     assert cached() == other | {"forward/half/512/4096x4096": asdict(CHOICES[-1])}
 
 
 def test_the_cache_is_of_this_device_and_these_kernels(monkeypatch):
-    before = config.cache_file(torch.device("cpu"))
-    monkeypatch.setattr(config, "source_hash", lambda: "of other kernels")
-    assert config.cache_file(torch.device("cpu")) != before
+    before = tuning.cache_file(torch.device("cpu"))
+    monkeypatch.setattr(tuning, "source_hash", lambda: "of other kernels")
+    assert tuning.cache_file(torch.device("cpu")) != before
     assert "Made_up_H200" in before.name and before.parent.name == "cache"
 
 
@@ -118,8 +119,8 @@ def test_a_tile_that_does_not_fit_loses(operands, monkeypatch):
     monkeypatch.setenv("FFCL_TUNE", "1")
 
     def measure() -> float:
-        if config._override["forward"] == CHOICES[0]:
-            raise config.triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+        if tuning._override["forward"] == CHOICES[0]:
+            raise tuning.triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
         return 1.0
 
     assert pick("forward", *operands, measure=measure) == CHOICES[1]
@@ -127,7 +128,7 @@ def test_a_tile_that_does_not_fit_loses(operands, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["{", "[1]", '{"a": 3}', '{"a": {"rows": 1}}', '{"a": {"no such field": 1}}'])
 def test_a_damaged_cache_is_reported_and_ignored(operands, damage, caplog):
-    path = config.cache_file(torch.device("cpu"))
+    path = tuning.cache_file(torch.device("cpu"))
     path.parent.mkdir()
     path.write_text(damage)
     assert pick("forward", *operands, measure=never) == CHOICES[0]
@@ -135,7 +136,7 @@ def test_a_damaged_cache_is_reported_and_ignored(operands, damage, caplog):
 
 
 def test_only_candidates_are_taken_from_the_cache(operands):
-    path = config.cache_file(torch.device("cpu"))
+    path = tuning.cache_file(torch.device("cpu"))
     path.parent.mkdir()
     path.write_text(json.dumps({"forward/half/512/4096x2048": asdict(replace(CHOICES[1], rows=512))}))
     assert pick("forward", *operands, measure=never) == CHOICES[0]

@@ -71,7 +71,7 @@ CONFIRMED: tuple[Confirmed, ...] = (
     # Its tiles are for embeddings whose products take longer than their exponentials (slower at 128, twice as fast at
     # 200), and all of them are masked where pairs are left out by id.
     Confirmed("cuda", ("similarity_forward",), (9, 0), _HALVES, 4096, _H200, 200, 8192, by_ids=False),
-    # By a twentieth. With 8192 rows the small operations before the first panel take longer than Triton's two kernels.
+    # By a twentieth. At 8192 rows it was slower, for small operations before the first panel: now two kernels.
     Confirmed("cuda", ("similarity_backward",), (9, 0), _HALVES, 512, _H200, 512, 65536, by_ids=False, alone=False),
     *(Confirmed("triton", ops, (9, 0), _HALVES, widest, _H200) for ops, widest in (
         (("similarity_forward", "similarity_backward", "positive_odds", "add_positives_", "siglip"), 4096),

@@ -17,10 +17,6 @@ from .aligned import aligned_rows
 from .mixed_products import add_product
 
 PANEL_SIDE = 8192  # 128 MiB of 16-bit numbers
-LOG2E = 1.4426950408889634
-# One exponential serves both sides while all normalisers lie within SPREAD powers of two of each other and under LARGE:
-# see the Triton kernels, and write_vectors there for the rest of _vectors.
-SPREAD, LARGE = 120.0, 65536.0
 SM80, SM90 = 0, 1  # ffcl::SimilarityWay
 
 
@@ -81,11 +77,9 @@ def similarity_backward(
     p = _problem(q, k, scale, row_ids, col_ids, exclude)
     gain = 2.0**14 if q.dtype == torch.float16 else 1.0  # keeps small probabilities out of float16's subnormals
     both = k is not None and col_grad.numel() > 0
-    lse, grad = (torch.cat(x) if both else x[0] for x in ((row_lse, col_lse), (row_grad, col_grad)))
-    vectors, frame, largest = _vectors(lse.float(), cache, grad.float(), p.scale, gain)
-    rows_vectors = vectors[:, : q.shape[0]].contiguous()
-    cols_vectors = rows_vectors if k is None else vectors[:, q.shape[0] :].contiguous() if both else None
-    factor = p.scale * (largest / gain)
+    sides = [(row_lse, row_grad), (col_lse, col_grad)] if both else [(row_lse, row_grad)]
+    (rows_vectors, *others), frame = _vectors(p, sides, cache, gain)
+    cols_vectors = rows_vectors if k is None else others[0] if both else None
     arguments = p.native()
 
     def fill(panel: Tensor, r0: int, r1: int, c0: int, c1: int) -> Tensor:
@@ -95,7 +89,27 @@ def similarity_backward(
         )  # fmt: skip
         return panel[: r1 - r0, : c1 - c0]
 
-    return _walk(q, k, fill, factor, need_q, need_k)
+    return _walk(q, k, fill, frame[2], need_q, need_k)
+
+
+def _vectors(
+    p: _Problem, sides: list[tuple[Tensor, Tensor]], cache: Tensor, gain: float
+) -> tuple[list[Tensor], Tensor]:
+    """What the panels read of (normalisers, their gradient) of rows and maybe of columns: (3, n) each, and the frame.
+
+    ``cache``: what rounding took from the normalisers, and maybe from more after them, or empty. See similarity_cuda.h.
+    """
+    sides = [(cuda.dense(lse.float()), cuda.dense(grad.float())) for lse, grad in sides]
+    vectors = [lse.new_empty(3, len(lse)) for lse, _ in sides]
+    ranges, frame = p.scale.new_empty(3 * native.module.VECTOR_RANGES), p.scale.new_empty(3)
+    arguments, first = [], 0
+    for (lse, grad), to in zip(sides, vectors, strict=True):
+        rests = cache[first:].data_ptr() if len(cache) else 0
+        arguments.append((lse.data_ptr(), rests, grad.data_ptr(), len(lse), to.data_ptr()))
+        first += len(lse)
+    rows, cols = arguments if len(sides) == 2 else (*arguments, (0, 0, 0, 0, 0))
+    cuda.run("similarity_vectors", rows, cols, p.scale, gain, ranges, frame, *cuda.where(p.q), q=p.q, k=p.k)
+    return vectors, frame
 
 
 def _walk(q: Tensor, k: Tensor | None, fill, factor: Tensor, need_q: bool, need_k: bool) -> tuple[Tensor, Tensor]:
@@ -106,51 +120,21 @@ def _walk(q: Tensor, k: Tensor | None, fill, factor: Tensor, need_q: bool, need_
     if not (need_q or need_k):
         return dq, dk
     panel = q.new_empty(min(PANEL_SIDE, rows), -(-min(PANEL_SIDE, cols) // 16) * 16)
-    row_sums = q.new_zeros(rows if k is None else min(PANEL_SIDE, rows), width, dtype=torch.float32)
-    col_sums = row_sums if k is None else q.new_zeros(cols if need_k else 0, width, dtype=torch.float32)
+    row_sums = q.new_empty(rows if k is None else min(PANEL_SIDE, rows), width, dtype=torch.float32)
+    col_sums = row_sums if k is None else q.new_empty(cols if need_k else 0, width, dtype=torch.float32)
     for r0 in range(0, rows, PANEL_SIDE):
         r1 = min(rows, r0 + PANEL_SIDE)
-        sums = row_sums[r0:r1] if k is None else row_sums[: r1 - r0].zero_()
+        sums = row_sums[r0:r1] if k is None else row_sums[: r1 - r0]
         for c0 in range(r0 if k is None else 0, cols, PANEL_SIDE):
             c1 = min(cols, c0 + PANEL_SIDE)
             g = fill(panel, r0, r1, c0, c1)
+            # With k = q, row 0's panels were the first to write to every row.
             if need_q:
-                add_product(sums, g, other[c0:c1], first=False)
+                add_product(sums, g, other[c0:c1], first=c0 == 0)
             if need_k or (k is None and c0 != r0):
-                add_product(col_sums[c0:c1], g.T, q[r0:r1], first=False)
+                add_product(col_sums[c0:c1], g.T, q[r0:r1], first=r0 == 0)
         if need_q:
-            dq[r0:r1] = sums.mul_(factor)
+            torch.mul(sums, factor, out=dq[r0:r1])
     if need_k:
-        dk.copy_(col_sums.mul_(factor))
+        torch.mul(col_sums, factor, out=dk)
     return dq, dk
-
-
-def _vectors(lse: Tensor, cache: Tensor, grad: Tensor, scale: Tensor, gain: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels read of normalisers, (3, n); the frame that they share; the unit of the weights.
-
-    ``cache``: what rounding took from the normalisers, and maybe from more after them, or empty. See similarity_cuda.h.
-    The shift is the normaliser in powers of two by the factor that the kernel uses, rounded; what rounding takes from
-    it goes into the weight. A normaliser of -inf gives a weight of 0 and a shift of +inf; one of +inf or NaN stays what
-    it is, and other rows and columns do not see it.
-    """
-    unit = torch.where(scale == 0, LOG2E, (scale * LOG2E).double() / torch.where(scale == 0, 1.0, scale).double())
-    empty, finite = lse == -torch.inf, lse.isfinite()
-    low = (torch.where(finite, lse, torch.inf).amin() * unit).float()
-    high = (torch.where(finite, lse, -torch.inf).amax() * unit).float()
-    sizes = grad.abs()
-    largest = torch.where(sizes < torch.inf, sizes, 0.0).amax()
-    largest = torch.where(largest > 0, largest, 1.0)
-    centre = torch.where(low <= high, 0.5 * (low + high), 0.0)
-    one = (high - low <= SPREAD) & (torch.maximum(high, -low) < LARGE)
-    frame = torch.stack((centre, one.float()))
-
-    rests = cache[: len(lse)]
-    exact = lse.double() + rests if len(rests) else lse.double()
-    exact = torch.where(finite, exact, 0.0) * unit
-    shift = torch.where(finite | empty, exact, lse).float()
-    # Beyond, the last bit of a float (of two) is worth more than a power of two, and says nothing.
-    known = finite & (exact.abs() < 2.0 ** (46 if len(rests) else 23))
-    lost = torch.where(known, shift - exact, 0.0).float()
-    weight = (grad * (gain / largest) * torch.exp2(lost)).masked_fill(empty, 0.0)
-    part = (weight * torch.exp2(centre - shift)).masked_fill(empty, 0.0)
-    return torch.stack((weight, shift.masked_fill(empty, torch.inf), part)), frame, largest

@@ -17,7 +17,7 @@ from similarity_cases import parts, to_float64
 
 from ffcl_fast import backends, functional, ops, reference
 from ffcl_fast.backends.aligned import aligned_rows, is_aligned
-from ffcl_fast.backends.triton import config, launch
+from ffcl_fast.backends.triton import config, launch, tuning
 from ffcl_fast.backends.triton.config import Tile
 from helpers import assert_close_to_reference
 
@@ -137,7 +137,7 @@ def test_forward_in_super_tiles_and_chunks(monkeypatch, chunk, alone):
     monkeypatch.setattr(forward_module, "processors", lambda x: 1)
     monkeypatch.setattr(config, "WORKSPACE", 8 * chunk * (n if alone else m))
     tile = Tile(16, 32, 32, 4, 1, fold=2)
-    with config.override(forward=tile, triangle=tile, online=Tile(32, 16, 16, 4, 1)):
+    with tuning.override(forward=tile, triangle=tile, online=Tile(32, 16, 16, 4, 1)):
         q, k, *_ = problem(n, m, d, torch.float32, 0, alone)
         check_forward(q, k, 14.3, exclude=ops.EXCLUDE_DIAGONAL)
 
@@ -166,7 +166,7 @@ def test_tiles_without_a_common_id_go_unmasked(kind, alone, monkeypatch):
     col_ids = row_ids if alone else col_ids
     tall, flat = Tile(32, 16, 32, 4, 1), Tile(16, 32, 32, 4, 1)
     halves = Tile(16, 64, 32, 4, 1, registers=168, settle=True)  # ids by halves of a tile, as on sm_90
-    with config.override(forward=tall, triangle=flat, rows=halves, panel=tall):
+    with tuning.override(forward=tall, triangle=flat, rows=halves, panel=tall):
         check_forward(q, k, 14.3, row_ids, col_ids, exclude)
         check_gradient(q, k, 14.3, row_ids, col_ids, exclude)  # in registers
         check_gradient(q.float(), None if alone else k.float(), 14.3, row_ids, col_ids, exclude)  # in panels
@@ -305,7 +305,7 @@ def test_descriptors_load_what_pointers_load():
         q, k = torch.randn(50, d).bfloat16().split((30, 20))
         results = []
         for descriptor in (False, True):
-            with config.override(**{op: Tile(*shape, descriptor) for op, shape in shapes.items()}):
+            with tuning.override(**{op: Tile(*shape, descriptor) for op, shape in shapes.items()}):
                 results.append(_both_passes(q, k, scale))
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)

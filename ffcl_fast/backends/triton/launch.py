@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import ops
-from . import config
+from . import tuning
 from .config import Tile, cdiv
 from .tiles import IDS_APART, id_range_kernel
 
@@ -105,7 +105,7 @@ def leaves_out_equal_ids(exclude: int) -> bool:
 class Share(NamedTuple):
     """A launch's share of S or of a panel, where several launches with other masks have it together."""
 
-    op: str  # what config.pick calls it
+    op: str  # what tuning.pick calls it
     ids: int  # ANY_IDS, IDS_APART or IDS_MEET
     exclude: int  # what it leaves out itself
     cells: int = 0  # of the forward pass: which super-tiles
@@ -113,7 +113,7 @@ class Share(NamedTuple):
     def tile(self, q: Tensor, k: Tensor, timing: Callable[[], float] | None) -> Tile:
         """Of a call whose pairs are left out by id the part without masks, which may be any, says nothing of tiles."""
         masks_ids = self.exclude > ops.EXCLUDE_DIAGONAL
-        return config.pick(self.op, q, k, masks_ids, None if self.ids == int(IDS_APART) else timing)
+        return tuning.pick(self.op, q, k, masks_ids, None if self.ids == int(IDS_APART) else timing)
 
 
 def id_ranges(
@@ -199,5 +199,5 @@ def tile_constants(width: int, element_unit: int, tile: Tile, how: str) -> dict:
 
 
 def measure(run) -> float:
-    """Milliseconds of run(), median, for config's tuning."""
+    """Milliseconds of run(), median, for tuning.pick."""
     return triton.testing.do_bench(run, warmup=20, rep=100, return_mode="median")

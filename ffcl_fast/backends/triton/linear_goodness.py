@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..aligned import aligned_rows
-from . import config
+from . import config, tuning
 from .config import Tile, cdiv
 from .launch import Launch, kinds, on, operand, planned, tile_constants
 from .rows import add_parts, floats
@@ -52,7 +52,7 @@ def linear_goodness(x, weight, bias, mean, relu):
     rows, cols = x.shape[0], weight.shape[0]
     goodness = floats(x, rows)
     with on(x):
-        tile, how = config.pick("linear", x, weight), config.precision(x)
+        tile, how = tuning.pick("linear", x, weight), config.precision(x)
         slots = cdiv(cols, tile.cols)
         chunk = max(1, config.WORKSPACE // (4 * slots * tile.rows)) * tile.rows
         for begin in range(0, rows, chunk):

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..aligned import aligned_rows, unit, without_padding
-from . import config
+from . import config, tuning
 from .config import Tile, cdiv
 from .gradient_panels import walk
 from .launch import Launch, beyond_32_bits, kinds, measure, on, operand, output, planned, tile_constants
@@ -98,7 +98,7 @@ def siglip(q, k, scale, bias, positives, need_q, need_k):
 
 
 def _siglip(q, k, scale, bias, positives, need_q, need_k, timing):
-    tile = config.pick("siglip", q, k, measure=timing)
+    tile = tuning.pick("siglip", q, k, measure=timing)
     rows, width, cols, element_unit = q.shape[0], q.shape[1], k.shape[0], unit(q)
     how, gain = config.precision(q), config.gain(q.dtype)
     side = config.panel_side(q)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ... import ops
 from ..aligned import aligned_rows, unit, without_padding
-from . import config
+from . import config, tuning
 from .config import Tile, cdiv
 from .gradient_panels import combine, walk
 from .launch import (
@@ -366,7 +366,7 @@ def _vector_plan(kinds: tuple, cols: bool, parts: int, gain: float) -> VectorPla
 
 
 def _in_registers(q, k, scale, side_x, side_y, frame, exclude, both, triangle, need_q, need_k, timing):
-    tile = config.pick("rows", q, k, exclude == ops.EXCLUDE_SAME_ID_OFF_DIAGONAL, timing)  # see config._half
+    tile = tuning.pick("rows", q, k, exclude == ops.EXCLUDE_SAME_ID_OFF_DIAGONAL, timing)  # see config._half
     ranges = id_ranges(side_x[1], side_y[1], exclude, (tile,))
     side_x, side_y = (*side_x, ranges[0]), (*side_y, ranges[1])
     none = q.new_empty(0, q.shape[1])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ... import ops
 from ..aligned import aligned_rows
-from . import config
+from . import config, tuning
 from .config import Tile, cdiv, next_power_of_2
 from .launch import (
     Launch,
@@ -412,7 +412,7 @@ def similarity_forward(q, k, scale, row_ids, col_ids, exclude, both, save):
 
 def _forward(q, k, scale, row_ids, col_ids, exclude, both, triangle, cache, timing) -> tuple[Tensor, Tensor]:
     tiles = tuple([share.tile(q, k, timing) for share in shares(triangle, exclude)])
-    slow = config.pick("online", q, k)
+    slow = tuning.pick("online", q, k)
     key = kinds(q, k, scale, row_ids, col_ids, cache)
     chip = config.precision(q), config.parts(q), processors(q.device)
     plan = _plan(key, tiles, slow, *chip, exclude, both, triangle)
