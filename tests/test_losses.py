@@ -35,6 +35,16 @@ def test_modules_are_the_functions():
         assert type(module).__name__ in repr(module)
 
 
+def test_repr_tells_what_is_not_as_usual():
+    usual = "InfoNCELoss(temperature=0.1, reduction='mean', negative_mode='unpaired'"
+    assert repr(ff.InfoNCELoss()) == f"{usual})"
+    assert repr(ff.InfoNCELoss(decoupled=True, distributed="ring", backend="cpu")) == (
+        f"{usual}, decoupled=True, distributed='ring', backend='cpu')"
+    )
+    assert repr(ff.GoodnessLoss(backend="reference")).endswith("relu=False, backend='reference')")
+    assert repr(ff.ClipLoss(backend="panels")) == ("ClipLoss(local_loss=False, rank=0, world_size=1, backend='panels')")
+
+
 def test_defaults_are_those_of_the_libraries():
     assert ff.InfoNCELoss().temperature == 0.1 and ff.InfoNCELoss().reduction == "mean"
     assert ff.NTXentLoss().temperature == 0.5

@@ -23,6 +23,7 @@ from .. import distributed as processes
 from ..distributed import losses as across
 from ..functional import _checks, contrastive
 from ..functional.similarity import prepare
+from .described import described
 from .memory_bank import MemoryBank
 from .queue import Queue
 
@@ -116,7 +117,7 @@ class InfoNCELoss(_Spread):
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, reduction={self.reduction!r}, negative_mode={self.negative_mode!r}"
+        return described(self, "temperature", "reduction", "negative_mode")
 
 
 class NTXentLoss(_Spread):
@@ -193,7 +194,7 @@ class NTXentLoss(_Spread):
         return loss
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
+        return described(self, "temperature", "gather_distributed")
 
 
 class SupConLoss(_Spread):
@@ -258,7 +259,7 @@ class SupConLoss(_Spread):
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, contrast_mode={self.contrast_mode!r}"
+        return described(self, "temperature", "contrast_mode")
 
 
 class ClipLoss(_Spread):
@@ -345,7 +346,7 @@ class ClipLoss(_Spread):
         return share if self.local_loss else across.mean_value(share, meeting)
 
     def extra_repr(self) -> str:
-        return f"local_loss={self.local_loss}, rank={self.rank}, world_size={self.world_size}"
+        return described(self, "local_loss", "rank", "world_size")
 
 
 class SigLipLoss(_Spread):
@@ -407,7 +408,7 @@ class SigLipLoss(_Spread):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, world_size={self.world_size}"
+        return described(self, "rank", "world_size")
 
 
 def _check_temperature(temperature: float | Tensor) -> None:

@@ -12,6 +12,7 @@ from ..functional.goodness_many import goodness_of_all
 from ..functional.layerwise import constants
 from ..functional.objectives import OBJECTIVES, TwoThreshold, default_threshold, goodness_loss, goodness_loss_over
 from ..functional.pair_cosine import pair_cosine
+from .described import described
 
 
 class PairCosineLoss(nn.Module):
@@ -48,7 +49,7 @@ class PairCosineLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin}, reduction={self.reduction!r}, relu={self.relu}"
+        return described(self, "margin", "reduction", "relu")
 
 
 class GoodnessLoss(nn.Module):
@@ -135,7 +136,7 @@ class GoodnessLoss(nn.Module):
         return self.threshold
 
     def extra_repr(self) -> str:
-        return f"{self.goodness!r}, {self.objective!r}, threshold={self.threshold}, relu={self.relu}"
+        return described(self, "goodness", "objective", "threshold", "relu")
 
 
 def _check_layer(h_pos: Tensor, h_neg: Tensor) -> None:
