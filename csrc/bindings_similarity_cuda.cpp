@@ -124,8 +124,8 @@ void bind_similarity_cuda(py::module_& m) {
       "(lanes, cluster, share, kept, blocks, shared bytes) of the pair cosine.");
   m.def(
       "pool_plan",
-      [](int64_t samples, int channels, int positions, bool last, int wide, bool aligned) {
-        const ffcl::PoolPlan p = ffcl::plan_pool(samples, channels, positions, last, wide, aligned);
+      [](int64_t samples, int channels, int positions, bool last, int wide, bool aligned, int processors) {
+        const ffcl::PoolPlan p = ffcl::plan_pool(samples, channels, positions, last, wide, aligned, processors);
         return std::make_tuple(static_cast<int>(p.way), p.pack, p.parts, p.across, p.grid.blocks, p.grid.shared);
       },
       "(way, pack, parts, across, blocks, shared bytes) of the pooling.");

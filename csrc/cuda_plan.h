@@ -118,7 +118,8 @@ struct PoolPlan {
 };
 
 // wide: elements in 16 bytes; `aligned`: the base and the samples' stride are multiples of 16 bytes.
-inline PoolPlan plan_pool(int64_t samples, int channels, int positions, bool channels_last, int wide, bool aligned) {
+inline PoolPlan plan_pool(int64_t samples, int channels, int positions, bool channels_last, int wide, bool aligned,
+                          int processors) {
   PoolPlan p;
   const int bytes = 16 / wide;
   if (channels_last) {
@@ -126,6 +127,9 @@ inline PoolPlan plan_pool(int64_t samples, int channels, int positions, bool cha
     p.pack = aligned && channels % wide == 0 ? wide : 1;
     const int packs = channels / p.pack;
     p.across = least(packs, 32);
+    // Few samples are cut further, as long as a block's part of a position has the two sectors of 32 bytes.
+    while (samples * ceil_div(packs, p.across) < processors && (p.across + 1) / 2 * p.pack * bytes >= 64)
+      p.across = (p.across + 1) / 2;
     p.parts = ceil_div(packs, p.across);
     p.grid = {samples * p.parts, GOODNESS_THREADS, static_cast<int64_t>(GOODNESS_THREADS) * p.pack * 4, 1};
     return p;

@@ -152,11 +152,11 @@ Map shape(const PoolMaps& g) {
 }
 
 template <class T>
-int forward(const PoolMaps& g, float* pooled) {
+int forward(const PoolMaps& g, int processors, float* pooled) {
   constexpr int N = 16 / sizeof(T);
   const Map m = shape(g);
   const bool wide = aligned(g.h) && g.stride % N == 0;
-  const PoolPlan plan = plan_pool(g.samples, m.channels, m.positions, g.channels_last, N, wide);
+  const PoolPlan plan = plan_pool(g.samples, m.channels, m.positions, g.channels_last, N, wide, processors);
   const T* h = static_cast<const T*>(g.h);
   switch (plan.way) {
     case PoolWay::warp:
@@ -187,9 +187,10 @@ int backward(const PoolMaps& g, const float* pooled, const float* grad_goodness,
 
 int pool_goodness_forward_cuda(const PoolMaps& g, float* goodness, float* pooled) {
   if (!sensible(g)) return bad_argument;
-  const OnDevice guard(g.device);
+  OnDevice guard(g.device);
+  const Chip chip = guard.chip();
   if (guard.error != cudaSuccess) return status_of(guard.error);
-  const int status = with_type(g.dtype, [&](auto type) { return forward<decltype(type)>(g, pooled); });
+  const int status = with_type(g.dtype, [&](auto type) { return forward<decltype(type)>(g, chip.processors, pooled); });
   if (status != ok) return status;
   return launch(pool_finish, row_grid(g.samples, 32), g.stream, g.samples, static_cast<int>(g.channels), g.mean, pooled,
                 goodness);

@@ -338,13 +338,18 @@ def test_pairs_of_any_length_have_a_place(emulated):  # noqa: F811
 
 def test_pools_of_any_shape_have_a_way(emulated):  # noqa: F811
     for _ in range(200):
-        channels, positions = (int(x) for x in torch.randint(1, 5000, (2,)))
+        channels, positions, processors = (int(x) for x in torch.randint(1, 5000, (3,)))
         for last in (False, True):
             for wide in (4, 8):
-                way, pack, parts, across, blocks, shared = emulated.pool_plan(7, channels, positions, last, wide, True)
+                way, pack, parts, across, blocks, shared = emulated.pool_plan(
+                    7, channels, positions, last, wide, True, processors
+                )
                 assert blocks == 7 * parts and shared <= 99 << 10
                 assert (way == 2) == last and pack in (1, wide)
                 if way == 2:
                     assert parts * across * pack >= channels > (parts - 1) * across * pack
                 else:
                     assert parts * (128 if way == 1 else 8) >= channels
+    # Few samples of 64 channels of 16 bits, the channels last, are cut down to 64 bytes a position.
+    for samples, across in ((1, 4), (64, 4), (132, 8), (1000, 8)):
+        assert emulated.pool_plan(samples, 64, 3136, True, 8, True, 132)[3:5] == (across, samples * 8 // across)
