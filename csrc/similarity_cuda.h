@@ -45,8 +45,9 @@ struct Normalisers {
 constexpr int VECTOR_RANGES = 128;
 
 // The vectors of rows and of columns (n = 0: none), and frame (3,): the centre that they share; 1 where one exponential
-// 2^(t - centre) may serve both sides, or 0; scale / gain times the unit of the weights, so that dq = frame[2] G k.
-// Weights are multiplied by gain. scale (1,), on the device; ranges: 3 VECTOR_RANGES floats of workspace.
+// 2^(t - centre) may serve both sides, or 0; and scale unit / gain, so that dq = frame[2] G k. A weight is its gradient
+// by gain / unit, the unit the largest finite gradient of both sides (1 where all are 0), so that the largest weight is
+// gain. scale (1,), on the device; ranges: 3 VECTOR_RANGES floats of workspace.
 int similarity_vectors_cuda(const Normalisers& rows, const Normalisers& cols, const float* scale, double gain,
                             float* ranges, float* frame, int device, void* stream);
 

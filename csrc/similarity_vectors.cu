@@ -24,7 +24,7 @@ struct Range {
   }
 };
 
-// A block's range, in all of its threads.
+// A block's range, in all of its threads. Once a kernel: no barrier ends it.
 __device__ inline Range over_block(Range mine) {
   for (int step = 16; step; step /= 2)
     mine.add({__shfl_xor_sync(0xffffffffu, mine.low, step), __shfl_xor_sync(0xffffffffu, mine.high, step),
@@ -89,7 +89,9 @@ __global__ void __launch_bounds__(THREADS)
   for (int i = threadIdx.x; i < count; i += THREADS) all.add(reinterpret_cast<const Range*>(ranges)[i]);
   all = over_block(all);
   const float low = static_cast<float>(all.low * unit), high = static_cast<float>(all.high * unit);
-  const float largest = all.weight > 0.f ? all.weight : 1.f, centre = low <= high ? 0.5f * (low + high) : 0.f;
+  // Weights come near to gain, as far as gain / largest is a float.
+  const float largest = all.weight > 0.f ? fmaxf(all.weight, gain * 0x1p-126f) : 1.f;
+  const float centre = low <= high ? 0.5f * (low + high) : 0.f;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     frame[0] = centre;
     frame[1] = high - low <= SPREAD && fmaxf(high, -low) < LARGE ? 1.f : 0.f;

@@ -54,18 +54,18 @@ def test_no_kernel_is_forgotten(emulated_module):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_race_is_found_in_any_order_and_nothing_where_it_is_mended(name, emulated_module):  # noqa: F811
+def test_a_race_is_found_in_any_order_and_nothing_where_it_is_mended(name, emulated):  # noqa: F811
     for seed in SEEDS:
-        emulated_module.set_order(seed)
+        emulated.set_order(seed)
         with pytest.raises(RuntimeError, match=KERNELS[name]):
-            emulated_module.run_race(name, mended=False)
-        emulated_module.set_order(seed)
-        emulated_module.run_race(name, mended=True)
+            emulated.run_race(name, mended=False)
+        emulated.set_order(seed)
+        emulated.run_race(name, mended=True)
 
 
-def test_the_lines_of_both_accesses_are_told(emulated_module):  # noqa: F811
+def test_the_lines_of_both_accesses_are_told(emulated):  # noqa: F811
     with pytest.raises(RuntimeError, match=r"\(races_kernels.cu:\d+.*before it .*\(races_kernels.cu:\d+"):
-        emulated_module.run_race("a_place_refilled_before_all_gave_it_back", mended=False)
+        emulated.run_race("a_place_refilled_before_all_gave_it_back", mended=False)
 
 
 def test_columns_of_one_tile(emulated):  # noqa: F811

@@ -174,7 +174,7 @@ def test_rows_without_a_pair(emulated, guarded):  # noqa: F811
         compare(q, k, torch.tensor(9.0), *ids, exclude)
 
 
-def test_panels_are_walked(emulated, monkeypatch):  # noqa: F811
+def test_panels_are_walked(emulated, guarded, monkeypatch):  # noqa: F811
     monkeypatch.setattr(cuda_similarity, "PANEL_SIDE", 64)
     for k in (vectors(130, 16, torch.bfloat16), None):
         q = vectors(150, 16, torch.bfloat16)

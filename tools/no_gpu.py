@@ -14,7 +14,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ffcl_fast.backends import triton as backend
-from ffcl_fast.backends.triton import config, launch
+from ffcl_fast.backends.triton import config, launch, tuning
 
 CHIPS = {"sm90": GPUTarget("cuda", 90, 32), "sm80": GPUTarget("cuda", 80, 32)}
 _nowhere = itertools.count(1 << 10)  # devices that are no GPU's, for whom Triton keeps kernels: each use has its own
@@ -77,7 +77,7 @@ def launching(make: Callable[..., Kernel], chip: str, changes: Iterable[Change])
         (backend, "unavailable", lambda op, x: None),
         (config, "family", lambda device: chip),
         (config, "precision", lambda x: "ieee"),
-        (config, "_stored", lambda device: {}),
+        (tuning, "_stored", lambda device: {}),
         *((m, "rounding", lambda device: "hardware") for m in modules_with("rounding")),
         *changes,
     )

@@ -75,6 +75,9 @@ def similarity_backward(
 ):
     need_k = need_k and k is not None
     p = _problem(q, k, scale, row_ids, col_ids, exclude)
+    if not (need_q or need_k) or 0 in (p.q.shape[0], p.k.shape[0]):
+        dq, dk = ((len(x) if need else 0, q.shape[1]) for x, need in ((q, need_q), (p.k, need_k)))
+        return q.new_zeros(dq), q.new_zeros(dk)
     gain = 2.0**14 if q.dtype == torch.float16 else 1.0  # keeps small probabilities out of float16's subnormals
     both = k is not None and col_grad.numel() > 0
     sides = [(row_lse, row_grad), (col_lse, col_grad)] if both else [(row_lse, row_grad)]
@@ -100,11 +103,18 @@ def _vectors(
     ``cache``: what rounding took from the normalisers, and maybe from more after them, or empty. See similarity_cuda.h.
     """
     sides = [(cuda.dense(lse.float()), cuda.dense(grad.float())) for lse, grad in sides]
+    cache = cuda.dense(cache.float())
+    sizes = [len(x) for x in (p.q, p.k)][: len(sides)]
+    if any(x.shape != (n,) for n, side in zip(sizes, sides, strict=True) for x in side) or 0 < len(cache) < sum(sizes):
+        given = [tuple(x.shape) for side in sides for x in side]
+        raise ValueError(
+            f"normalisers and their gradients must be {sizes} long, a cache all of it; got {given}, {len(cache)}"
+        )
     vectors = [lse.new_empty(3, len(lse)) for lse, _ in sides]
     ranges, frame = p.scale.new_empty(3 * native.module.VECTOR_RANGES), p.scale.new_empty(3)
     arguments, first = [], 0
     for (lse, grad), to in zip(sides, vectors, strict=True):
-        rests = cache[first:].data_ptr() if len(cache) else 0
+        rests = cache.data_ptr() + first * cache.element_size() if len(cache) else 0
         arguments.append((lse.data_ptr(), rests, grad.data_ptr(), len(lse), to.data_ptr()))
         first += len(lse)
     rows, cols = arguments if len(sides) == 2 else (*arguments, (0, 0, 0, 0, 0))
@@ -117,8 +127,6 @@ def _walk(q: Tensor, k: Tensor | None, fill, factor: Tensor, need_q: bool, need_
     other = q if k is None else k
     (rows, width), cols = q.shape, other.shape[0]
     dq, dk = q.new_empty(rows if need_q else 0, width), q.new_empty(cols if need_k else 0, width)
-    if not (need_q or need_k):
-        return dq, dk
     panel = q.new_empty(min(PANEL_SIDE, rows), -(-min(PANEL_SIDE, cols) // 16) * 16)
     row_sums = q.new_empty(rows if k is None else min(PANEL_SIDE, rows), width, dtype=torch.float32)
     col_sums = row_sums if k is None else q.new_empty(cols if need_k else 0, width, dtype=torch.float32)

@@ -6,6 +6,8 @@
 
 #include <cuda.h>
 
+#include <stdexcept>
+
 #include "cuda_launch.cuh"
 #include "similarity_plan.h"
 
@@ -352,8 +354,10 @@ std::vector<std::string> race_names() {
 void run_race(const std::string& name, bool mended) {
   std::vector<unsigned char> input(BOX), output(4 * THREADS * sizeof(float));
   const Case c{mended, {input.data(), {64, 64}, 128, {64, 64}}, input.data(), output.data()};
+  int status = bad_argument;
   for (const auto& [known, kernel] : cases)
-    if (name == known) launch(kernel, Grid{4, THREADS, 40 << 10, 2}, nullptr, c);
+    if (name == known) status = launch(kernel, Grid{4, THREADS, 40 << 10, 2}, nullptr, c);
+  if (status != ok) throw std::invalid_argument(name + " did not run: status " + std::to_string(status));
 }
 
 }  // namespace ffcl

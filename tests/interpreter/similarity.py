@@ -113,6 +113,24 @@ def test_gradient_of_few_rows_is_split_over_pair_columns(dtype):
     check_gradient(q, k, 10.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiny_gradients_are_not_lost_to_an_overflow(dtype):
+    """Weights are divided by the largest, whose reciprocal need not be a float."""
+    q, k = embeddings(20, 24, dtype), embeddings(33, 24, dtype)
+    head = q, k, torch.tensor(10.0), None, None, ops.EXCLUDE_NONE
+    lse = reference.similarity_forward(*head, True, False)[:2]
+    weights = [torch.randn_like(x) for x in lse]
+    plain = OPS.similarity_backward(*head, *lse, *weights, torch.empty(0), True, True, "triton")
+    for power in (2.0**-100, 2.0**-126, 2.0**-140):
+        tiny = [x * power for x in weights]
+        for x, y in zip(
+            OPS.similarity_backward(*head, *lse, *tiny, torch.empty(0), True, True, "triton"), plain, strict=True
+        ):
+            # Triton's interpreter rounds to subnormal halves in a way of its own.
+            atol = 2.0**-146 if dtype == torch.float32 else torch.finfo(dtype).smallest_normal
+            torch.testing.assert_close(x.double(), y.double() * power, rtol=2e-2, atol=atol)
+
+
 @pytest.mark.parametrize("need", [(True, False), (False, True)])
 def test_gradient_of_one_side_pair(need):
     for d in (24, 130):

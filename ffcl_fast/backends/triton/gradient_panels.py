@@ -116,8 +116,8 @@ def walk(
     dq = q.new_empty(rows if need_q else 0, width)
     dk = q.new_empty(cols if need_k else 0, width)
     exact = q.dtype == torch.float32
-    if not (need_q or need_k):
-        return dq, dk
+    if not (need_q or need_k) or 0 in (rows, cols):
+        return dq.zero_(), dk.zero_()
 
     def sums(of: Tensor, n: int) -> Tensor:
         return of if exact else q.new_empty(n, width, dtype=torch.float32)

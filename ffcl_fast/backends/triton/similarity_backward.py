@@ -111,7 +111,8 @@ def vector_kernel(row_lse, col_lse, rests, row_grad, col_grad, scale, ranges, ro
     low = (tl.min(tl.load(ranges + parts), 0) * unit).to(tl.float32)
     high = (tl.max(tl.load(ranges + PARTS + parts), 0) * unit).to(tl.float32)
     largest = tl.max(tl.load(ranges + 2 * PARTS + parts), 0)
-    largest = tl.where(largest > 0, largest, 1.0)
+    # Weights come near to GAIN, as far as GAIN / largest is a float.
+    largest = tl.where(largest > 0, tl.maximum(largest, GAIN * 2.0**-126), 1.0)
     centre = tl.where(low <= high, 0.5 * (low + high), 0.0)
     if tl.program_id(1) == 0:
         write_vectors(row_lse, rests, row_grad, row_vectors, rows, centre, GAIN / largest, unit, BLOCK)
