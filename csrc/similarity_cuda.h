@@ -46,8 +46,9 @@ constexpr int VECTOR_RANGES = 128;
 
 // The vectors of rows and of columns (n = 0: none), and frame (3,): the centre that they share; 1 where one exponential
 // 2^(t - centre) may serve both sides, or 0; and scale unit / gain, so that dq = frame[2] G k. A weight is its gradient
-// by gain / unit, the unit the largest finite gradient of both sides (1 where all are 0), so that the largest weight is
-// gain. scale (1,), on the device; ranges: 3 VECTOR_RANGES floats of workspace.
+// by gain / unit: the unit is the largest finite gradient of both sides, or gain 2^-126 if that is more (1 where all
+// are 0), so that weights are about gain at most. scale (1,), on the device; ranges: 3 VECTOR_RANGES floats of
+// workspace.
 int similarity_vectors_cuda(const Normalisers& rows, const Normalisers& cols, const float* scale, double gain,
                             float* ranges, float* frame, int device, void* stream);
 

@@ -16,11 +16,16 @@ LOG2E = math.log2(math.e)
 GAIN = 2.0**14
 
 
+def unit_of(scale: Tensor) -> float:
+    """Powers of two in a nat, by the factor that the kernels use."""
+    return LOG2E if scale == 0 else float((scale * LOG2E).double() / scale.double())
+
+
 def formula(sides, cache, scale, gain):
     """Weights, shifts and parts (3, n) of all sides, one after the other, and the frame, all in float64; the largest of
     what the centre is the mean of."""
     lse, grad = (torch.cat(x).double() for x in zip(*sides, strict=True))
-    unit = LOG2E if scale == 0 else (scale * LOG2E).double() / scale.double()
+    unit = unit_of(scale)
     finite, empty = lse.isfinite(), lse == -torch.inf
     exact = lse * unit if not len(cache) else (lse + cache[: len(lse)].double()) * unit
     seen = lse[finite] * unit
@@ -97,9 +102,7 @@ def test_large_normalisers(rests, size, emulated):  # noqa: F811
     found, _ = made(sides, cache, torch.tensor(3.0), 1.0)
     weight, shift, _ = found[0].double()
     # Probabilities are 2^(t - shift) weight: what a shift is off by is in the weight.
-    exact = (sides[0][0].double() + (cache.double() if rests else 0.0)) * float(
-        (torch.tensor(3.0) * LOG2E).double() / 3.0
-    )
+    exact = (sides[0][0].double() + (cache.double() if rests else 0.0)) * unit_of(torch.tensor(3.0))
     lost = torch.log2(weight / sides[0][1].double() * sides[0][1].abs().max().double())
     expected = shift - exact if size < (1e13 if rests else 5e6) else torch.zeros(50)
     torch.testing.assert_close(lost, expected.double(), rtol=1e-5, atol=1e-6)

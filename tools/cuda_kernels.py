@@ -87,7 +87,7 @@ def row_of(chip: str, symbol: str, usage: str, sass: str) -> dict | None:
     """A row of the table."""
     known = describe(symbol)
     if known is None:
-        unknown = {"chip": chip, "kernel": symbol, "problem": "not among EXPECTED"}
+        unknown = {"chip": chip, "kernel": symbol, "dtype": "", "config": "", "problem": "not among EXPECTED"}
         return unknown if OURS in symbol else None
     name, dtype, numbers, inner = known
     row = {"chip": chip, "kernel": f"{name} {inner}".strip(), "dtype": dtype}
@@ -138,7 +138,7 @@ def table(module: Path) -> list[dict]:
     rows = [
         row_of(chip, name, text, code[chip, name]) for chip, name, text in sections(usage, r"\s*Function (\S+):\s*$")
     ]
-    return sorted(filter(None, rows), key=lambda r: [r.get(c, "") for c in ("chip", "kernel", "dtype", "config")])
+    return sorted(filter(None, rows), key=lambda r: (r["chip"], r["kernel"], r["dtype"], r["config"]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [
         row
         for row in found
-        if re.search(options.only, " ".join(str(row.get(c, "")) for c in ("chip", "kernel", "dtype", "config")))
+        if re.search(options.only, " ".join(str(row[c]) for c in ("chip", "kernel", "dtype", "config")))
     ]
     columns = ("chip", "kernel", "dtype", "config", "registers", "stack", "spills", "shared", "instructions", "problem")
     sizes = (7, 20, 5, 10, 9, 5, 6, 6, 60, 0)
